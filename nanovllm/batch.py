@@ -1,0 +1,136 @@
+"""What crosses between the scheduler and a runner: a batch of positions, and what came of it."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from nanovllm.sampling_params import SamplingParams
+
+Key = int | bytes
+"""What stands at a position: a token id, or the digest of the bytes fed for an audio patch."""
+
+
+@dataclass(slots=True)
+class SlotStart:
+    """A sequence that takes a slot in this step, new or resumed.
+
+    Args:
+        slot: The slot it holds until it is released.
+        keys: The keys known so far, prompt first.
+        num_prompt_keys: How many of `keys` are the prompt.
+        sampling_params: What to sample.
+        sample_index: Which of the request's `n` completions this is.
+        seed: Seed of its random draws, never None.
+        adapter_id: LoRA adapter, or None.
+        payload: Whatever else the runner needs to start the sequence; opaque to the engine.
+    """
+
+    slot: int
+    keys: list[Key]
+    num_prompt_keys: int
+    sampling_params: SamplingParams
+    sample_index: int
+    seed: int
+    adapter_id: int | None = None
+    payload: Any = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step: bookkeeping of slots first, then the rows to compute, rows of one position first.
+
+    Row `i` computes `lengths[i]` positions of the sequence in `slots[i]`, from position `starts[i]`
+    on. Its last position yields a result if `emits[i]`.
+
+    Args:
+        step: Number of the step, counting up.
+        released: Slots whose sequence ended or was preempted since the last step.
+        started: Sequences that take a slot in this step; applied after `released`.
+        new_blocks: `(slot, index, block_ids)`: blocks appended to a block table at `index`.
+    """
+
+    step: int
+    released: list[int] = field(default_factory=list)
+    started: list[SlotStart] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    emits: list[bool] = field(default_factory=list)
+    num_decodes: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        return sum(self.lengths)
+
+
+class Stop(NamedTuple):
+    """Why the model ended a sequence.
+
+    `reason` is a finish reason ("stop" or "error"), `detail` what it stopped at: None for an
+    end-of-text id, another stop token's id, or the text of an error.
+    """
+
+    reason: str
+    detail: int | str | None = None
+
+
+class StepResult(NamedTuple):
+    """What a row that emits yielded: the key of the next position, and whether the model stops."""
+
+    slot: int
+    key: Key
+    stop: Stop | None = None
+    payload: Any = None
+
+
+class TokenScores(NamedTuple):
+    """Log probabilities at one position: the actual token first, then the most likely ones.
+
+    `rank` is that of the actual token, counted from 1.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class TextPayload(NamedTuple):
+    """Scores a text request asked for; those of the prompt come with its first token.
+
+    `prompt_scores` has an entry for each prompt token, None for the first.
+    """
+
+    scores: TokenScores | None = None
+    prompt_scores: list[TokenScores | None] | None = None
+
+
+class EngineOutput(NamedTuple):
+    """News of one sequence after a step.
+
+    Args:
+        seq_id: The sequence.
+        key: Its new key, or None if it ended without one.
+        payload: What the runner sent along with the key.
+        finish_reason: "stop", "length", "abort" or "error" once it has ended.
+        stop_reason: See `CompletionOutput.stop_reason`.
+        num_cached: Prompt positions that came from the prefix cache.
+        scheduled_time: Monotonic time at which it first ran, in seconds.
+    """
+
+    seq_id: int
+    key: Key | None
+    payload: Any = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached: int = 0
+    scheduled_time: float | None = None
+
+
+class Runner(Protocol):
+    """The engine's view of a model runner."""
+
+    def launch(self, batch: Batch) -> Any:
+        """Start a step on the device and return a handle to it."""
+
+    def collect(self, handle: Any) -> list[StepResult]:
+        """Wait for a step and return one result for each row that emits, in row order."""

@@ -1,0 +1,220 @@
+"""Options of an engine: their defaults, their aliases, and the only place that reads the environment."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
+
+from nanovllm.errors import InvalidRequestError
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+DEFAULT_BLOCK_SIZE = 16
+
+ALIASES = {
+    "num_kvcache_blocks": "num_kv_blocks",
+    "kvcache_block_size": "block_size",
+    "num_pages": "num_kv_blocks",
+    "page_size": "block_size",
+    "memory_ratio": "gpu_memory_utilization",
+    "max_seq_len_override": "max_model_len",
+    "max_running_requests": "max_num_seqs",
+    "dummy_weight": "dummy_weights",
+}
+"""Names that the family's engines use for our options."""
+
+ENVIRONMENT_ALIASES = {
+    "MODEL_LOCAL_DIR": "model",
+    "NANOVLLM_MODEL_PATH": "model",
+    "NANO_VLLM_MODEL_PATH": "model",
+    "MODEL_NAME": "model",
+    "MODEL_DTYPE": "dtype",
+    "TORCH_DTYPE": "dtype",
+    "TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
+    "PAGE_TOKEN_BUDGET": "max_cached_tokens",
+    "PREFIX_CACHE": "enable_prefix_caching",
+    "NANOVLLM_SERVERPOOL_NUM_KVCACHE_BLOCKS": "num_kv_blocks",
+}
+"""Environment variables of the family, besides `NANOVLLM_<OPTION>`, the first one set winning."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything that is decided when an engine starts. Names are vLLM's.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
+        tokenizer: Directory to read the tokenizer from, if not the model's.
+        chat_template: Jinja template, or the path of one, in place of the checkpoint's.
+        model_source: Which hub an id refers to; "modelscope" needs the package of that name.
+        revision: Branch, tag or commit on the hub.
+        download_dir: Where downloads are kept; None is the hub library's cache.
+        hf_token: Access token for the hub.
+        endpoint: Base URL of the hub.
+        local_files_only: Whether to use only what is already downloaded.
+        dummy_weights: Fill the model with seeded random weights and read only its `config.json`.
+        device: "auto" takes CUDA, then Apple's MPS, then the CPU.
+        dtype: "auto" is the checkpoint's own.
+        max_model_len: Longest prompt plus output in tokens; None is what the model and the memory
+            allow.
+        max_num_seqs: Sequences that run at the same time; None is 256, on a CPU 64.
+        max_num_batched_tokens: Positions computed in one step, so also the size of a prefill
+            chunk; None is 8192, on a CPU 1024.
+        block_size: Positions in a KV block; None is 16 or what the attention backend needs.
+        num_kv_blocks: KV blocks; None is what the memory allows.
+        kv_cache_memory_bytes: Memory for the KV cache, in place of `gpu_memory_utilization`.
+        gpu_memory_utilization: Share of the GPU's memory the engine may use, in (0, 1].
+        enable_prefix_caching: Whether sequences share the KV blocks of a common prefix.
+        max_cached_tokens: Tokens of ended sequences to keep for reuse at most, rounded up to whole
+            blocks; None or 0 is no limit.
+        async_scheduling: Whether a step is scheduled while the one before it still runs; None is
+            yes, on a CPU no.
+        tensor_parallel_size: Devices that share one model; only 1 for now.
+        enforce_eager: Whether to run without captured graphs; there are none yet.
+        seed: Seeds the weights of `dummy_weights` and the requests that bring no seed.
+
+    Raises:
+        InvalidRequestError: An option is outside its range.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    model_source: Literal["huggingface", "modelscope"] = "huggingface"
+    revision: str | None = None
+    download_dir: str | None = None
+    hf_token: str | None = None
+    endpoint: str | None = None
+    local_files_only: bool = False
+    dummy_weights: bool = False
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_kv_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_cached_tokens: int | None = None
+    async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            choices = get_args(hints[option.name])
+            if choices and isinstance(choices[0], str) and value not in choices:
+                raise InvalidRequestError(
+                    f"{option.name} must be one of {', '.join(choices)}, got {value!r}", option.name
+                )
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_kv_blocks",
+            "kv_cache_memory_bytes",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidRequestError(f"{name} must be at least 1, got {value}", name)
+        if self.max_cached_tokens is not None and self.max_cached_tokens < 0:
+            raise InvalidRequestError(
+                f"max_cached_tokens must be at least 0, got {self.max_cached_tokens}",
+                "max_cached_tokens",
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidRequestError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}",
+                "gpu_memory_utilization",
+            )
+        if self.tensor_parallel_size != 1:
+            raise InvalidRequestError(
+                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: this version "
+                "runs a model on one device",
+                "tensor_parallel_size",
+            )
+        if (self.max_num_batched_tokens or 1) < (self.max_num_seqs or 1):
+            if self.max_num_batched_tokens is not None:
+                raise InvalidRequestError(
+                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                    f"max_num_seqs={self.max_num_seqs}, one position for each running sequence",
+                    "max_num_batched_tokens",
+                )
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """Build a config from keyword options in our names or the family's.
+
+        Raises:
+            InvalidRequestError: An option is unknown (the message has the nearest name), given
+                under two names, or outside its range.
+        """
+        known = {option.name for option in fields(cls)}
+        values: dict[str, Any] = {}
+        for given, value in options.items():
+            name = ALIASES.get(given, given)
+            if name not in known:
+                nearest = get_close_matches(given, [*known, *ALIASES], n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise InvalidRequestError(f"unknown option {given!r}{hint}", given)
+            if name in values:
+                raise InvalidRequestError(f"option {name!r} is given twice", name)
+            values[name] = value
+        return cls(**values)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "EngineConfig":
+        """Build a config from `NANOVLLM_<OPTION>` and the family's variables.
+
+        Raises:
+            InvalidRequestError: A value cannot be read as its option's type or is out of range.
+        """
+        environ = os.environ if environ is None else environ
+        hints = get_type_hints(cls)
+        variables = {f"NANOVLLM_{f.name.upper()}": f.name for f in fields(cls)}
+        variables |= {
+            f"NANOVLLM_SERVERPOOL_{f.name.upper()}": f.name for f in fields(cls)
+        } | ENVIRONMENT_ALIASES
+        values: dict[str, Any] = {}
+        for variable, name in variables.items():
+            text = environ.get(variable, "").strip()
+            if text and name not in values:
+                values[name] = _parse(variable, text, hints[name])
+        return cls(**values)
+
+    def resolved_for(self, device_type: str) -> "EngineConfig":
+        """Return a copy with the defaults that depend on the device filled in."""
+        on_cpu = device_type == "cpu"
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        tokens = tokens or max(1024 if on_cpu else 8192, seqs or 1)
+        return replace(
+            self,
+            max_num_batched_tokens=tokens,
+            max_num_seqs=seqs or min(64 if on_cpu else 256, tokens),
+            block_size=self.block_size or DEFAULT_BLOCK_SIZE,
+            async_scheduling=not on_cpu if self.async_scheduling is None else self.async_scheduling,
+        )
+
+
+def _parse(variable: str, text: str, hint: Any) -> Any:
+    """Read an environment variable as the type of its option."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not type(None))
+    try:
+        if kind is bool:
+            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
+                text.lower()
+            ]
+        return kind(text) if kind in (int, float) else text
+    except (KeyError, ValueError) as e:
+        raise InvalidRequestError(
+            f"environment variable {variable}={text!r} is not a valid {kind.__name__}", variable
+        ) from e

@@ -1,0 +1,271 @@
+"""The engine: requests in, steps, news out."""
+
+import logging
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+from nanovllm.batch import Batch, EngineOutput, Key, Runner
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import ContextLengthError, InvalidRequestError
+from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What an engine has done so far and what it holds now; counters never go down.
+
+    Args:
+        num_running: Sequences in a slot.
+        num_waiting: Sequences queued or preempted.
+        num_kv_blocks: Blocks in the pool.
+        num_used_blocks: Blocks that sequences hold.
+        num_cached_blocks: Free blocks whose prefix can be reused.
+        num_steps: Steps committed.
+        num_prompt_tokens: Prompt positions of the sequences that started.
+        num_cached_tokens: Of these, positions that came from the prefix cache.
+        num_computed_tokens: Positions computed, recomputation included.
+        num_output_tokens: Keys generated.
+        num_preemptions: Times a sequence lost its blocks to another.
+        num_errors: Sequences that ended with an error.
+        prefill_time: Seconds in steps with a row of more than one position.
+        decode_time: Seconds in the other steps.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_kv_blocks: int = 0
+    num_used_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+    num_errors: int = 0
+    prefill_time: float = 0.0
+    decode_time: float = 0.0
+
+
+class _Launched(NamedTuple):
+    """A step in flight and when it was launched."""
+
+    batch: Batch
+    handle: Any
+    launch_time: float
+
+
+class LLMEngine:
+    """Drives one runner step by step.
+
+    Args:
+        runner: Computes the steps.
+        scheduler: Fills them.
+        max_model_len: Longest prompt plus output.
+        model_id: What the KV cache belongs to; part of every block hash.
+        async_scheduling: Whether a step is launched while the one before it still runs.
+        seed: Seeds the requests that bring no seed.
+
+    Raises:
+        InvalidRequestError: `max_model_len` does not fit the KV cache.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        max_model_len: int,
+        model_id: str = "",
+        async_scheduling: bool = False,
+        seed: int = 0,
+    ) -> None:
+        blocks = scheduler.block_manager
+        if max_model_len > blocks.num_blocks * blocks.block_size:
+            raise InvalidRequestError(
+                f"max_model_len={max_model_len} does not fit a KV cache of {blocks.num_blocks} "
+                f"blocks of {blocks.block_size} positions",
+                "max_model_len",
+            )
+        self.scheduler = scheduler
+        self.max_model_len = max_model_len
+        self._runner = runner
+        self._model_id = model_id
+        self._max_in_flight = 1 if async_scheduling else 0
+        self._seeds = random.Random(seed)
+        self._in_flight: deque[_Launched] = deque()
+        self._unreported: list[EngineOutput] = []
+        self._next_seq_id = 0
+        self._last_collected = 0.0
+        self._stats = EngineStats(num_kv_blocks=blocks.num_blocks)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished or bool(self._unreported)
+
+    def add(
+        self,
+        keys: list[Key],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        adapter_id: int | None = None,
+        schedules_ahead: bool = True,
+        payload: Any = None,
+    ) -> list[int]:
+        """Queue a request.
+
+        The output is clipped to what the context leaves after the prompt.
+
+        Args:
+            keys: The prompt's keys.
+            params: What to sample; `n` completions share the prompt's KV blocks.
+            priority: Lower runs first.
+            cache_salt: Requests share cached prefixes only with those of equal salt.
+            adapter_id: LoRA adapter.
+            schedules_ahead: Whether a step may be scheduled before the last result is known.
+            payload: Handed to the runner when the sequences start.
+
+        Returns:
+            The ids of its sequences, one a completion.
+
+        Raises:
+            InvalidRequestError: The prompt is empty.
+            ContextLengthError: The prompt leaves no room for an output.
+        """
+        if not keys:
+            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
+        if len(keys) >= self.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.max_model_len} tokens, and the "
+                f"prompt alone has {len(keys)}: shorten it, at least one token must be left for "
+                "the output",
+                "prompt",
+            )
+        if adapter_id is not None and not self.scheduler.max_num_adapters:
+            raise InvalidRequestError("this engine was started without LoRA adapters", "adapter_id")
+        max_keys = self.max_model_len
+        if params.max_tokens is not None:
+            max_keys = min(max_keys, len(keys) + params.max_tokens)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
+        root_hash = blake2b(
+            repr((self._model_id, adapter_id, cache_salt)).encode(), digest_size=16
+        ).digest()
+        sequences = [
+            Sequence(
+                self._next_seq_id + index,
+                keys,
+                params,
+                max_keys,
+                seed=seed,
+                sample_index=index,
+                priority=priority,
+                adapter_id=adapter_id,
+                root_hash=root_hash,
+                # The scores of cached positions are gone; one completion recomputes them for all.
+                reads_cache=params.prompt_logprobs is None or index > 0,
+                schedules_ahead=schedules_ahead,
+                payload=payload,
+            )
+            for index in range(params.n)
+        ]
+        self._next_seq_id += params.n
+        for seq in sequences:
+            self.scheduler.add(seq)
+        return [seq.seq_id for seq in sequences]
+
+    def abort(self, seq_id: int) -> EngineOutput | None:
+        """End a sequence at any moment and free what it holds.
+
+        Returns:
+            Its outcome, or None if it had ended already.
+        """
+        return self.scheduler.abort(seq_id)
+
+    def step(self) -> list[EngineOutput]:
+        """Launch the next step, and collect the oldest one once enough are in flight.
+
+        Returns:
+            News of every sequence that got a key or ended; often none while a step is in flight.
+
+        Raises:
+            Exception: Whatever the runner raised. The sequences of the failed step have ended with
+                an error that the next call reports; the engine goes on with the others.
+        """
+        outputs, self._unreported = self._unreported, []
+        batch = self.scheduler.schedule()
+        try:
+            if batch is not None:
+                self._launch(batch)
+            if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
+                outputs += self._collect()
+        except Exception:
+            self._unreported = outputs + self._unreported
+            raise
+        return outputs
+
+    def stats(self) -> EngineStats:
+        """A live view of the engine's counters."""
+        stats, scheduler = self._stats, self.scheduler
+        blocks = scheduler.block_manager
+        stats.num_running = len(scheduler.running)
+        stats.num_waiting = len(scheduler.waiting)
+        stats.num_used_blocks = blocks.num_blocks - blocks.num_free
+        stats.num_cached_blocks = blocks.num_cached
+        stats.num_prompt_tokens = scheduler.num_prompt_keys
+        stats.num_cached_tokens = scheduler.num_cached_keys
+        stats.num_preemptions = scheduler.num_preemptions
+        return stats
+
+    def _launch(self, batch: Batch) -> None:
+        launch_time = time.monotonic()
+        try:
+            handle = self._runner.launch(batch)
+        except Exception as e:
+            while self._in_flight:
+                self._unreported += self._collect()
+            self._fail(batch, e)
+            raise
+        self._in_flight.append(_Launched(batch, handle, launch_time))
+
+    def _collect(self) -> list[EngineOutput]:
+        batch, handle, launch_time = self._in_flight.popleft()
+        try:
+            results = self._runner.collect(handle)
+        except Exception as e:
+            self._in_flight.clear()
+            self._fail(batch, e)
+            raise
+        outputs = self.scheduler.commit(batch, results)
+        now = time.monotonic()
+        self._count(batch, outputs, now - max(launch_time, self._last_collected))
+        self._last_collected = now
+        return outputs
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        outputs = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
+        logger.error("step %d failed and ended %d sequences", batch.step, len(outputs))
+        self._stats.num_errors += len(outputs)
+        self._unreported += outputs
+
+    def _count(self, batch: Batch, outputs: list[EngineOutput], elapsed: float) -> None:
+        stats = self._stats
+        stats.num_steps += 1
+        stats.num_computed_tokens += batch.num_positions
+        if len(batch.slots) > batch.num_decodes:
+            stats.prefill_time += elapsed
+        else:
+            stats.decode_time += elapsed
+        for output in outputs:
+            if output.key is not None:
+                stats.num_output_tokens += 1
+            elif output.finish_reason == "error":
+                stats.num_errors += 1

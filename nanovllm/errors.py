@@ -1,0 +1,33 @@
+"""Errors a caller can act on, each with the `type` and `code` that an API reports."""
+
+
+class InvalidRequestError(ValueError):
+    """A request or an option that its sender has to change.
+
+    Args:
+        message: What is wrong and what would be right.
+        param: The offending field, if one is to blame.
+    """
+
+    type = "invalid_request_error"
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt that does not fit the context of the model."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedModelError(InvalidRequestError):
+    """A checkpoint whose architecture or format nanovllm does not read."""
+
+    code = "unsupported_model"
+
+
+class OutOfBlocksError(RuntimeError):
+    """No KV block is free; the caller preempts a sequence and asks again."""

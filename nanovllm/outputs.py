@@ -1,0 +1,87 @@
+"""What a user gets back. Names and fields are vLLM's."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log probability of one token at one position, before penalties and temperature.
+
+    `rank` counts from 1; `decoded_token` is None when the request is not detokenised.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Args:
+        index: Which of the request's `n` completions this is.
+        text: The text so far, without what may yet turn out to be a stop string.
+        token_ids: The ids so far, the one that stopped it included.
+        cumulative_logprob: Sum of the sampled tokens' log probabilities, if they were asked for.
+        logprobs: For each token, its own and the most likely ones by id, if they were asked for.
+        finish_reason: "stop", "length", "abort", "error", or None while unfinished.
+        stop_reason: The stop string or stop token id it ended at, or the text of an error; None
+            for the model's own end-of-text id.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Monotonic times in seconds: when the request came, first ran, first emitted and ended."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request and its completions. `out["text"]` and `out["token_ids"]` are the first one's."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finished for output in self.outputs)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        return self.outputs[0].stop_reason
+
+    def __getitem__(self, name: str) -> str | list[int]:
+        if name not in ("text", "token_ids"):
+            raise KeyError(f"{name!r}; only 'text' and 'token_ids' can be read so")
+        value: str | list[int] = getattr(self.outputs[0], name)
+        return value

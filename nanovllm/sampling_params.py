@@ -1,0 +1,127 @@
+"""What a user may ask of a generation. Fields, names and defaults are vLLM's."""
+
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+
+from nanovllm.errors import InvalidRequestError
+
+GREEDY_EPSILON = 1e-5
+MAX_LOGPROBS = 20
+MAX_SEED = 2**64
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample the outputs of one request.
+
+    Args:
+        n: Completions of the same prompt.
+        presence_penalty: Subtracted from the logit of every token generated so far, in [-2, 2].
+        frequency_penalty: Subtracted once for each time a token was generated, in [-2, 2].
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt
+            or the output (Keskar et al. 2019, section 4.1), above 0; 1 is off.
+        temperature: Divides the logits; 0 is greedy.
+        top_p: Keeps the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_k: Keeps this many tokens; 0 or -1 keeps all.
+        min_p: Keeps tokens with at least this share of the top probability, in [0, 1].
+        seed: Makes the draw reproducible; without one each request gets its own.
+        stop: Strings that end the text where they begin.
+        stop_token_ids: Token ids that end the text, besides the model's end-of-text ids.
+        ignore_eos: Whether to go on after the model's end-of-text ids.
+        max_tokens: Tokens to generate at most; None is what is left of the context.
+        min_tokens: Tokens to generate before anything may end the text.
+        logprobs: Alternatives whose log probability is returned with each token; 0 is only the
+            token's own. At most 20.
+        prompt_logprobs: The same for each token of the prompt.
+        detokenize: Whether to produce text.
+        skip_special_tokens: Whether special tokens are left out of the text.
+        spaces_between_special_tokens: Whether special tokens in the text are set apart by spaces.
+        include_stop_str_in_output: Whether the text keeps the stop string that ended it.
+        truncate_prompt_tokens: Keep only this many last tokens of the prompt; -1 is as many as
+            leave room for the output.
+        bad_words: Words that are never generated.
+        logit_bias: Added to the logits of these token ids.
+        allowed_token_ids: The only ids that may be generated.
+
+    Raises:
+        InvalidRequestError: A field is outside its range; the message says which and what is right.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    stop_strings: list[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.stop_strings = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        self._check_numbers()
+        self._check_lists()
+        if self.min_tokens > (self.max_tokens or self.min_tokens):
+            raise InvalidRequestError(
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}",
+                "min_tokens",
+            )
+        if self.stop_strings and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True", "stop")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+    def with_defaults(self, defaults: dict[str, object]) -> "SamplingParams":
+        """Return a copy in which fields that stand at their default take these values."""
+        untouched = {f.name for f in fields(self) if f.init and getattr(self, f.name) == f.default}
+        return replace(self, **{k: v for k, v in defaults.items() if k in untouched})
+
+    def _check_numbers(self) -> None:
+        self._check("n", self.n >= 1, "at least 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, -2 <= getattr(self, name) <= 2, "in [-2, 2]")
+        rate = self.repetition_penalty
+        self._check("repetition_penalty", isfinite(rate) and rate > 0, "above 0")
+        warmth = self.temperature
+        self._check("temperature", isfinite(warmth) and warmth >= 0, "non-negative and finite")
+        self._check("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._check("top_k", self.top_k >= -1, "0 or -1 (all), or at least 1")
+        self._check("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        self._check("seed", self.seed is None or abs(self.seed) < MAX_SEED, "a 64-bit integer")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            self._check(name, value is None or 0 <= value <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        kept = self.truncate_prompt_tokens
+        self._check("truncate_prompt_tokens", kept is None or kept == -1 or kept >= 1, "-1 or >= 1")
+
+    def _check_lists(self) -> None:
+        self._check("stop", all(self.stop_strings), "non-empty strings")
+        self._check("bad_words", all(self.bad_words or []), "non-empty strings")
+        allowed = self.allowed_token_ids
+        self._check("allowed_token_ids", allowed is None or len(allowed) > 0, "None or not empty")
+        biases = (self.logit_bias or {}).values()
+        self._check("logit_bias", all(isfinite(bias) for bias in biases), "finite numbers")
+
+    def _check(self, name: str, valid: bool, expected: str) -> None:
+        if not valid:
+            raise InvalidRequestError(f"{name} must be {expected}, got {getattr(self, name)}", name)
