@@ -205,7 +205,7 @@ class LLMEngine:
         try:
             if batch is not None:
                 self._launch(batch)
-            if self._in_flight and (batch is None or len(self._in_flight) > self._depth):
+            if self._in_flight and (batch is None or len(self._in_flight) > self._max_in_flight):
                 outputs += self._collect()
         except Exception:
             self._unreported = outputs + self._unreported

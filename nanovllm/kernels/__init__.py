@@ -1,0 +1,1 @@
+"""Attention backends and kernels: tensors in, tensors out."""

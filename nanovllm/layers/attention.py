@@ -1,0 +1,35 @@
+"""Attention over the paged KV cache."""
+
+from torch import Tensor, nn
+
+from nanovllm.layers.context import ForwardContext
+
+
+class Attention(nn.Module):
+    """Writes the step's keys and values to the cache and attends to all of it.
+
+    Args:
+        layer_index: Which of the context's caches is this layer's.
+        window: Positions a query sees, itself included; None is all before it.
+    """
+
+    def __init__(self, layer_index: int, window: int | None = None) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.window = window
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+        """Attend.
+
+        Args:
+            q: `[num_tokens, num_heads, head_dim]`.
+            k: `[num_tokens, num_kv_heads, head_dim]`.
+            v: Like `k`.
+            ctx: The step.
+
+        Returns:
+            `[num_tokens, num_heads, head_dim]`.
+        """
+        cache = ctx.kv_caches[self.layer_index]
+        ctx.backend.write(k, v, cache, ctx.cache_slots)
+        return ctx.backend.run(q, cache, ctx.attention, self.window)

@@ -1,0 +1,25 @@
+"""What a forward pass needs besides its inputs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nanovllm.kernels.attention_backend import AttentionBackend
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """Passed as an argument through a model, so that no layer reads global state.
+
+    Args:
+        backend: Computes attention.
+        kv_caches: Each attention layer's cache, by layer index.
+        cache_slots: Where the step's keys and values go, `[num_tokens]`.
+        attention: What the backend planned for the step.
+    """
+
+    backend: AttentionBackend
+    kv_caches: list[Tensor]
+    cache_slots: Tensor
+    attention: Any

@@ -1,0 +1,196 @@
+"""From logits to token ids: every row of a step with its own settings, in a few tensor ops."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What the penalties of some rows need.
+
+    Args:
+        rows: The rows concerned, `[num_penalised]`.
+        history: Ids of prompt and output, `[num_penalised, max_len]`.
+        lengths: Valid ids of each history, `[num_penalised]`.
+        prompt_lengths: How many of them are the prompt, `[num_penalised]`.
+        repetition: `repetition_penalty` of each row, and likewise below.
+        presence: See above.
+        frequency: See above.
+    """
+
+    rows: Tensor
+    history: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BadWords:
+    """Token sequences that must not be completed.
+
+    Args:
+        rows: The row each word is forbidden in, `[num_words]`.
+        last_ids: The last token of each word, `[num_words]`.
+        prefixes: The tokens before it, right-aligned, -1 where there is none, `[num_words, width]`.
+        tails: The last tokens of each row's output, -1 before its start, `[num_words, width]`.
+    """
+
+    rows: Tensor
+    last_ids: Tensor
+    prefixes: Tensor
+    tails: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """The settings of a step's rows; None where no row uses one.
+
+    Args:
+        temperature: `[num_rows]`, 0 for greedy rows.
+        uniforms: One draw in [0, 1) for each row, `[num_rows]`.
+        sampled_rows: Rows that are not greedy, `[num_sampled]`.
+        top_k: `[num_rows]`, the vocabulary size for all.
+        top_p: `[num_rows]`.
+        min_p: `[num_rows]`.
+        penalties: Rows with penalties.
+        bad_words: Forbidden sequences.
+        allowed: Rows `[n]` and True for the ids each may generate, `[n, vocab_size]`.
+        biases: Rows, ids and what is added to their logits (-inf forbids), each `[n]`.
+        num_scores: Most likely tokens to score beside the sampled one; None is no scores at all.
+    """
+
+    temperature: Tensor
+    uniforms: Tensor
+    sampled_rows: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    penalties: Penalties | None = None
+    bad_words: BadWords | None = None
+    allowed: tuple[Tensor, Tensor] | None = None
+    biases: tuple[Tensor, Tensor, Tensor] | None = None
+    num_scores: int | None = None
+
+
+class Scores(NamedTuple):
+    """Log probabilities of the actual token and of the most likely ones.
+
+    `token_ids` and `logprobs` are `[num_rows, 1 + k]`, the actual token first; `ranks` is
+    `[num_rows]`, counted from 1.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    ranks: Tensor
+
+
+class Sampled(NamedTuple):
+    """Sampled ids `[num_rows]`, whether each row's logits were usable, and the scores asked for."""
+
+    token_ids: Tensor
+    valid: Tensor
+    scores: Scores | None
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+    """Sample one token per row.
+
+    The order is vLLM's: scores come from the raw logits; then what is forbidden or biased, the
+    penalties, the temperature, min-p, and top-k and top-p.
+
+    Args:
+        logits: `[num_rows, vocab_size]`; changed in place if they are float32.
+        batch: Settings of the rows.
+    """
+    logits = logits.float()
+    log_probs = logits.log_softmax(-1) if batch.num_scores is not None else None
+    if batch.allowed is not None:
+        rows, allowed = batch.allowed
+        logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+    if batch.bad_words is not None:
+        forbid_bad_words(logits, batch.bad_words)
+    if batch.biases is not None:
+        rows, ids, values = batch.biases
+        logits.index_put_((rows, ids), values, accumulate=True)
+    if batch.penalties is not None:
+        apply_penalties(logits, batch.penalties)
+    best, token_ids = logits.max(-1)
+    if batch.sampled_rows is not None:
+        token_ids[batch.sampled_rows] = _draw(logits, batch, batch.sampled_rows)
+    valid = best.isfinite()
+    scores = None
+    if log_probs is not None:
+        scores = score_tokens(log_probs, token_ids, batch.num_scores or 0)
+    return Sampled(token_ids, valid, scores)
+
+
+def score_tokens(log_probs: Tensor, token_ids: Tensor, num_top: int) -> Scores:
+    """Look up the given token `[num_rows]` and the `num_top` most likely ones of each row."""
+    actual = log_probs.gather(1, token_ids[:, None])
+    top, top_ids = log_probs.topk(num_top, dim=-1)
+    return Scores(
+        torch.cat((token_ids[:, None], top_ids), dim=1),
+        torch.cat((actual, top), dim=1),
+        (log_probs > actual).sum(-1) + 1,
+    )
+
+
+def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
+    """Apply repetition, presence and frequency penalties in place.
+
+    Repetition counts tokens of the prompt and the output, the others of the output alone.
+    """
+    position = torch.arange(penalties.history.shape[1], device=logits.device)
+    known = position < penalties.lengths[:, None]  # [num_penalised, max_len]
+    generated = known & (position >= penalties.prompt_lengths[:, None])
+    # Ids past the end are read as the first one, which counts in no way it does not already.
+    history = torch.where(known, penalties.history, penalties.history[:, :1]).long()
+    rows = logits[penalties.rows]  # [num_penalised, vocab_size]
+    counts = torch.zeros_like(rows).scatter_add_(1, history, generated.to(rows.dtype))
+    seen = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, history, True)
+    factor = penalties.repetition[:, None]
+    rows = torch.where(seen, torch.where(rows > 0, rows / factor, rows * factor), rows)
+    rows -= penalties.frequency[:, None] * counts
+    rows -= penalties.presence[:, None] * (counts > 0)
+    logits[penalties.rows] = rows
+
+
+def forbid_bad_words(logits: Tensor, words: BadWords) -> None:
+    """Forbid the last token of each word whose other tokens end the output, in place."""
+    complete = ((words.prefixes < 0) | (words.prefixes == words.tails)).all(1)
+    ban = torch.zeros_like(words.last_ids, dtype=logits.dtype).masked_fill(complete, -torch.inf)
+    logits.index_put_((words.rows, words.last_ids), ban, accumulate=True)
+
+
+def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
+    """Draw an id for each of `rows` by inverting the cumulative distribution."""
+    logits = logits[rows] / batch.temperature[rows, None]
+    if batch.min_p is not None:
+        probs = logits.softmax(-1)
+        floor = batch.min_p[rows, None] * probs.max(-1, keepdim=True).values
+        logits = logits.masked_fill(probs < floor, -torch.inf)
+    if batch.top_k is not None and batch.top_p is not None:
+        logits = keep_top(logits, batch.top_k[rows], batch.top_p[rows])
+    cumulative = logits.softmax(-1).nan_to_num_(0.0).cumsum(-1)
+    total = cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, batch.uniforms[rows, None] * total, right=True)
+    # Rounding may take the draw up to the total: then it is the last token with any probability.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(drawn, last)[:, 0]
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep each row's `top_k` best tokens, and of these the fewest that reach `top_p`."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs  # mass of the better tokens
+    dropped = (before >= top_p[:, None]) & (rank > 0) & (top_p[:, None] < 1)
+    return logits.scatter(1, order, ordered.masked_fill(dropped, -torch.inf))

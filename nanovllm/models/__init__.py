@@ -1,0 +1,1 @@
+"""The networks, and how checkpoints become them."""
