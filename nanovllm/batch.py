@@ -83,6 +83,18 @@ class StepResult(NamedTuple):
     payload: Any = None
 
 
+class TextRequest(NamedTuple):
+    """What a text runner needs to start a sequence besides its sampling parameters.
+
+    Args:
+        eos_token_ids: The model's end-of-text ids; empty if the request ignores them.
+        bad_words: Token sequences that must not be generated.
+    """
+
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+
+
 class TokenScores(NamedTuple):
     """Log probabilities at one position: the actual token first, then the most likely ones.
 

@@ -1,6 +1,6 @@
 """What a user gets back. Names and fields are vLLM's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
@@ -79,6 +79,11 @@ class RequestOutput:
     @property
     def stop_reason(self) -> int | str | None:
         return self.outputs[0].stop_reason
+
+    def snapshot(self) -> "RequestOutput":
+        """A copy that later steps leave alone."""
+        outputs = [replace(out, token_ids=list(out.token_ids)) for out in self.outputs]
+        return replace(self, outputs=outputs, metrics=replace(self.metrics))
 
     def __getitem__(self, name: str) -> str | list[int]:
         if name not in ("text", "token_ids"):

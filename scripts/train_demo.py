@@ -330,7 +330,7 @@ def train(args: argparse.Namespace) -> None:
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(hidden, lr=0.02, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.2),
     ]
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     num_params = sum(p.numel() for p in model.parameters())

@@ -1,7 +1,7 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,7 @@ class ModelConfig:
             )
         config = cls.from_dict(read_json(path))
         eos = as_ids(read_generation_config(directory).get("eos_token_id"))
-        if eos:
-            config = replace_eos(config, eos)
-        return config
+        return replace(config, eos_token_ids=eos) if eos else config
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
@@ -133,12 +131,6 @@ class ModelConfig:
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
         )
-
-
-def replace_eos(config: ModelConfig, eos_token_ids: tuple[int, ...]) -> ModelConfig:
-    from dataclasses import replace
-
-    return replace(config, eos_token_ids=eos_token_ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+"""The `nanovllm` command. Each subcommand is a file of its own, imported when it is called."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict, Yaml
+
+from nanovllm import __version__
+from nanovllm.config import ALIASES
+from nanovllm.errors import InvalidRequestError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+app = App(
+    name="nanovllm",
+    help="A small, readable inference engine for language models.",
+    version=__version__,
+    default_parameter=Parameter(negative_iterable=()),
+)
+app.command("nanovllm.cli.generate:generate", help="Write on from a prompt, as it comes.")
+app.command("nanovllm.cli.chat:chat", help="Talk with a model, turn by turn.")
+app.command("nanovllm.cli.doctor:doctor", help="Show what this machine has and what fits on it.")
+
+bench = App(name="bench", help="Measure the engine on this machine.")
+bench.command("nanovllm.cli.bench:offline", help="Tokens per second over 256 queued requests.")
+app.command(bench)
+
+
+@app.meta.default
+def launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+) -> None:
+    """Run a command; options come from flags, then the file, then the environment.
+
+    Args:
+        tokens: The command and its arguments.
+        config: YAML file of options, named as the flags are. Flags win over it, and it wins over
+            the `NANOVLLM_*` environment variables.
+    """
+    from nanovllm.cli.options import environment
+
+    sources = [Dict(environment(), source="the environment", use_commands_as_keys=False)]
+    if config is not None:
+        sources.insert(0, _read_options(config))
+    app.config = sources
+    app(_canonical(tokens), result_action="return_value")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; None is `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: With 2 for a mistake of the user's, told in one line; 130 after Ctrl-C.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nanovllm").setLevel(logging.INFO)
+    try:
+        app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output is gone; the interpreter must not trip on it again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+        _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
+    except (CycloptsError, InvalidRequestError) as e:
+        _fail(str(e))
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stderr.write(f"nanovllm: error: {' '.join(message.split())}\n")
+    sys.exit(USAGE_ERROR)
+
+
+def _read_options(path: Path) -> Dict:
+    """Read a YAML file whose keys are options in our names or the family's."""
+    options = Yaml(path, must_exist=True).config
+    if not isinstance(options, dict):
+        raise InvalidRequestError(f"{path} must hold options as 'name: value', one a line")
+    renamed = {_option_name(str(name)): value for name, value in options.items()}
+    return Dict(renamed, source=str(path), use_commands_as_keys=False)
+
+
+def _canonical(tokens: Iterable[str]) -> list[str]:
+    """Turn flags in the names of the family's engines into ours."""
+    canonical = []
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name.startswith("--") and (option := _option_name(name[2:])) != name[2:]:
+            token = f"--{option}{equals}{value}"
+        canonical.append(token)
+    return canonical
+
+
+def _option_name(name: str) -> str:
+    return ALIASES.get(name.replace("-", "_"), name)

@@ -1,0 +1,383 @@
+"""`LLM`: a text model in this process."""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import InvalidRequestError
+from nanovllm.models.hub import resolve_model
+from nanovllm.models.model_config import ModelConfig, read_generation_config
+from nanovllm.models.weights import load_model
+from nanovllm.outputs import RequestOutput
+from nanovllm.progress import progress_bar
+from nanovllm.runners.memory import select_device
+from nanovllm.runners.text import TextRunner
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.input_processor import InputProcessor, Prompt
+from nanovllm.text.output_processor import OutputProcessor
+from nanovllm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+"""A chat message: `role`, `content`, and what else the model's template reads."""
+
+
+class LLM:
+    """A text model, its engine and its tokenizer in this process.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
+        **options: Fields of `EngineConfig`, in our names or the family's.
+
+    Raises:
+        InvalidRequestError: An option or the checkpoint cannot be used; the message says why.
+        FileNotFoundError: There is no such model.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._start(EngineConfig.from_options(model=model, **options))
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "LLM":
+        """Build from a config instead of keyword options."""
+        llm = cls.__new__(cls)
+        llm._start(config)
+        return llm
+
+    def _start(self, config: EngineConfig) -> None:
+        directory = resolve_model(config)
+        device = select_device(config.device)
+        self.config = config.resolved_for(device.type)
+        self.model_config = ModelConfig.from_directory(directory)
+        dtype = self.model_config.dtype if config.dtype == "auto" else config.dtype
+        self._runner = TextRunner(
+            load_model(
+                directory,
+                self.model_config,
+                dtype=getattr(torch, dtype),
+                device=device,
+                dummy_seed=config.seed if config.dummy_weights else None,
+            ),
+            self.config,
+        )
+        scheduler = Scheduler(
+            BlockManager(
+                self._runner.num_kv_blocks,
+                self._runner.block_size,
+                self.config.enable_prefix_caching,
+                self.config.max_cached_tokens,
+            ),
+            self.config.max_num_seqs or 1,
+            self.config.max_num_batched_tokens or 1,
+        )
+        self.engine = LLMEngine(
+            self._runner,
+            scheduler,
+            max_model_len=self._runner.max_model_len,
+            model_id=str(directory),
+            async_scheduling=bool(self.config.async_scheduling),
+            seed=config.seed,
+        )
+        self.tokenizer = _load_tokenizer(config, directory)
+        self._generation_config = read_generation_config(directory)
+        self._inputs = InputProcessor(
+            self.tokenizer,
+            self.model_config.vocab_size,
+            self._eos_token_ids(),
+            self._runner.max_model_len,
+        )
+        self._outputs = OutputProcessor(self.tokenizer)
+        self._request_ids = itertools.count()
+        self._news: dict[str, RequestOutput] = {}
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched as the engine sees fit.
+
+        Args:
+            prompts: One prompt or several, each text or token ids.
+            sampling_params: One for all or one for each; None is `default_sampling_params()`.
+            use_tqdm: Whether to show progress.
+
+        Returns:
+            One output a prompt, in order.
+
+        Raises:
+            InvalidRequestError: A prompt or a parameter cannot be used; nothing has been started.
+        """
+        batch = _as_batch(prompts)
+        return self._run(batch, self._params_for(batch, sampling_params), use_tqdm, True)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template_options: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several.
+
+        Args:
+            messages: A list of messages, or a list of such lists.
+            sampling_params: See `generate`.
+            use_tqdm: Whether to show progress.
+            **template_options: Passed to the chat template, such as `tools` or `enable_thinking`.
+
+        Returns:
+            One output a conversation, in order.
+
+        Raises:
+            InvalidRequestError: The model has no chat template, or it refuses the messages.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts: list[Prompt] = [
+            self.render(list(conversation), **template_options)  # type: ignore[arg-type]
+            for conversation in conversations
+        ]
+        return self._run(prompts, self._params_for(prompts, sampling_params), use_tqdm, False)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Complete one prompt and yield the output so far after each step that changed it.
+
+        Closing the iterator aborts the request.
+        """
+        params = sampling_params or self.default_sampling_params()
+        return self._stream(self.add_request(prompt, params))
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **template_options: Any,
+    ) -> Iterator[RequestOutput]:
+        """Answer one conversation and yield like `stream`."""
+        params = sampling_params or self.default_sampling_params()
+        prompt = self.render(list(messages), **template_options)
+        return self._stream(self.add_request(prompt, params, add_special_tokens=False))
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> str:
+        """Queue a request; `step` brings its news.
+
+        Args:
+            prompt: Text or token ids.
+            sampling_params: What to sample.
+            priority: Lower runs first.
+            cache_salt: Share cached prefixes only with requests of the same salt.
+            add_special_tokens: Whether the tokenizer adds its own to a text.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter cannot be used.
+        """
+        self._check_open()
+        arrival_time = time.monotonic()
+        params = sampling_params or self.default_sampling_params()
+        inputs = self._inputs.process(prompt, params, add_special_tokens)
+        seq_ids = self.engine.add(
+            inputs.token_ids,
+            inputs.params,
+            priority=priority,
+            cache_salt=cache_salt,
+            payload=inputs.payload,
+        )
+        request_id = str(next(self._request_ids))
+        self._outputs.add(
+            request_id, seq_ids, inputs.prompt, inputs.token_ids, inputs.params, arrival_time
+        )
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Run the engine one step.
+
+        Returns:
+            Every request with news, as it stands now; it is updated in place by later steps.
+        """
+        self._check_open()
+        self._advance()
+        news, self._news = self._news, {}
+        return list(news.values())
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free what it holds; without effect if it has ended."""
+        self._news.pop(request_id, None)
+        for seq_id in self._outputs.abort(request_id):
+            self.engine.abort(seq_id)
+
+    def has_unfinished(self) -> bool:
+        """Whether any request still runs or waits, or has news to report."""
+        return self.engine.has_unfinished or bool(self._news)
+
+    def is_finished(self) -> bool:
+        """The opposite of `has_unfinished`, under nano-vllm's name."""
+        return not self.has_unfinished()
+
+    def default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: self._generation_config.get(name) for name in names}
+        if self._generation_config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+
+    def render(self, messages: list[Message], **template_options: Any) -> str:
+        """The prompt a conversation becomes by the model's chat template."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("the model's directory has no tokenizer, so no chat template")
+        return self.tokenizer.apply_chat_template(messages, **template_options)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("the model's directory has no tokenizer")
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("the model's directory has no tokenizer")
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def close(self) -> None:
+        """Free the model and the KV cache; the object cannot be used afterwards."""
+        if self._closed:
+            return
+        self._closed = True
+        del self.engine, self._runner
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        prompts: list[Prompt],
+        params: list[SamplingParams],
+        show_progress: bool,
+        add_special_tokens: bool,
+    ) -> list[RequestOutput]:
+        """Add requests and step until all have ended; whatever happens, none is left behind."""
+        request_ids: list[str] = []
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for prompt, param in zip(prompts, params, strict=True):
+                request_ids.append(
+                    self.add_request(prompt, param, add_special_tokens=add_special_tokens)
+                )
+            mine = set(request_ids)
+            with progress_bar(len(mine), self.engine.stats, show_progress) as advance_to:
+                while len(outputs) < len(mine):
+                    self._advance()
+                    for request_id in mine & self._news.keys():
+                        output = self._news.pop(request_id)
+                        if output.finished:
+                            outputs[request_id] = output
+                    advance_to(len(outputs))
+        finally:
+            for request_id in request_ids:
+                self.abort(request_id)
+        return [outputs[request_id] for request_id in request_ids]
+
+    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
+        try:
+            finished = False
+            while not finished:
+                if request_id not in self._news:
+                    self._advance()
+                output = self._news.pop(request_id, None)
+                if output is not None:
+                    finished = output.finished
+                    yield output.snapshot()
+        finally:
+            self.abort(request_id)
+
+    def _advance(self) -> None:
+        """Run one step and keep its news until whoever asked for them takes them."""
+        outputs, stopped = self._outputs.process(self.engine.step())
+        for seq_id in stopped:
+            self.engine.abort(seq_id)
+        for output in outputs:
+            self._news[output.request_id] = output
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed: build a new one")
+
+    def _params_for(
+        self,
+        prompts: list[Prompt],
+        given: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[SamplingParams]:
+        """One set of parameters for each prompt."""
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.default_sampling_params()] * len(prompts)
+        if len(given) != len(prompts):
+            raise InvalidRequestError(
+                f"{len(prompts)} prompts need as many sampling_params, or one for all; got "
+                f"{len(given)}",
+                "sampling_params",
+            )
+        return list(given)
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        """The checkpoint's end-of-text ids and the tokenizer's."""
+        own = self.tokenizer.eos_token_id if self.tokenizer else None
+        return (*self.model_config.eos_token_ids, *(() if own is None else (own,)))
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list, where a single one may be text or token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _load_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
+    """The tokenizer; a model without one takes token ids alone."""
+    if config.tokenizer is not None:
+        directory = Path(config.tokenizer).expanduser()
+    try:
+        return Tokenizer.from_directory(directory, config.chat_template)
+    except FileNotFoundError as e:
+        if config.tokenizer is not None:
+            raise
+        logger.warning("prompts must be token ids: %s", e)
+        return None

@@ -1,0 +1,113 @@
+"""How much memory there is, and how many KV blocks fit into it."""
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.models.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+CPU_KV_CACHE_BYTES = 4 << 30
+"""Most that the KV cache takes on a CPU unless told otherwise; vLLM's default too."""
+
+
+def select_device(name: str) -> torch.device:
+    """The device an option means.
+
+    Raises:
+        InvalidRequestError: This machine does not have it.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, present in available.items() if present)
+    if not available[name]:
+        present = ", ".join(kind for kind, here in available.items() if here)
+        raise InvalidRequestError(f"device {name!r} is not available here; available: {present}")
+    return torch.device(name)
+
+
+def available_cpu_memory() -> int:
+    """Bytes this process may still take, by the kernel's estimate and its cgroup's limit."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) << 10
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def kv_cache_bytes(config: EngineConfig, model: ModelConfig, device: torch.device) -> int:
+    """Bytes the KV cache may take, with the weights already in memory."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(total * config.gpu_memory_utilization) - (total - free)
+        return budget - activation_bytes(config, model)
+    return min(CPU_KV_CACHE_BYTES, available_cpu_memory() // 2)
+
+
+def activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
+    """What one step needs at most beside weights and cache, estimated from above."""
+    tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
+    hidden = tokens * (8 * model.hidden_size + 4 * model.intermediate_size) * 4
+    logits = seqs * model.vocab_size * 4 * 8
+    return hidden + logits + (1 << 30)
+
+
+def fit_kv_cache(
+    config: EngineConfig, model: ModelConfig, block_bytes: int, cache_bytes: int
+) -> tuple[int, int]:
+    """Decide the number of KV blocks and the longest sequence.
+
+    Args:
+        config: Options, resolved for the device.
+        model: Hyper-parameters of the model.
+        block_bytes: Size of a block over all layers.
+        cache_bytes: Memory the cache may take.
+
+    Returns:
+        Number of blocks and `max_model_len`, lowered to what the blocks hold.
+
+    Raises:
+        InvalidRequestError: `max_model_len` exceeds the model's context.
+        RuntimeError: Not even one block fits.
+    """
+    block_size = config.block_size or 1
+    wanted = config.max_model_len or model.max_model_len
+    if wanted > model.max_model_len:
+        raise InvalidRequestError(
+            f"max_model_len={wanted} exceeds the model's context of {model.max_model_len} tokens",
+            "max_model_len",
+        )
+    useful = -(-wanted // block_size) * (config.max_num_seqs or 1)
+    num_blocks = config.num_kv_blocks or min(cache_bytes // block_bytes, useful)
+    if num_blocks < 1:
+        raise RuntimeError(
+            f"the KV cache may take {cache_bytes / 2**20:.0f} MiB and one block needs "
+            f"{block_bytes / 2**20:.1f} MiB: free memory, raise gpu_memory_utilization or "
+            "kv_cache_memory_bytes, or set num_kv_blocks"
+        )
+    fits = num_blocks * block_size
+    if fits < wanted:
+        logger.warning(
+            "max_model_len is lowered from %d to %d, the %d KV blocks of %d positions that fit",
+            wanted,
+            fits,
+            num_blocks,
+            block_size,
+        )
+    return num_blocks, min(wanted, fits)

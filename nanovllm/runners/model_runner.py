@@ -1,0 +1,156 @@
+"""What every runner does: KV memory, block tables, and one forward pass a step."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.batch import Batch, SlotStart, StepResult
+from nanovllm.config import EngineConfig
+from nanovllm.kernels.attention_backend import AttentionBatch, CacheConfig
+from nanovllm.kernels.sdpa import SdpaBackend
+from nanovllm.layers.context import ForwardContext
+from nanovllm.models.decoder import CausalLM
+from nanovllm.runners.memory import fit_kv_cache, kv_cache_bytes
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """A batch laid out for the device.
+
+    Args:
+        slots: Slot of each row, `[num_rows]`.
+        ends: Position after each row's last, `[num_rows]`.
+        last_tokens: Index of each row's last token in the step, `[num_rows]`.
+        emits: Whether a row yields a result, `[num_rows]`.
+        token_slots: Slot of each token, on the device, `[num_tokens]`.
+        positions: Position of each token, on the device, `[num_tokens]`.
+    """
+
+    slots: IntArray
+    ends: IntArray
+    last_tokens: IntArray
+    emits: npt.NDArray[np.bool_]
+    token_slots: Tensor
+    positions: Tensor
+
+
+class ModelRunner(ABC):
+    """Owns a model, its KV cache and the tables indexed by slot; the only one to touch the device.
+
+    Subclasses say what a slot holds, what is fed at a position and what becomes of the last one.
+
+    Args:
+        model: The network, on its device.
+        config: Options, resolved for the device.
+
+    Attributes:
+        num_kv_blocks: Blocks of the KV cache.
+        max_model_len: Longest sequence, as wanted or as the blocks allow.
+    """
+
+    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+        weight = next(model.parameters())
+        self.model, self.device = model, weight.device
+        self.block_size = config.block_size or 1
+        self._backend = SdpaBackend(self.block_size)
+        shape = model.config
+        block_bytes = self.block_size * shape.kv_bytes_per_position(weight.element_size())
+        self.num_kv_blocks, self.max_model_len = fit_kv_cache(
+            config, shape, block_bytes, kv_cache_bytes(config, shape, self.device)
+        )
+        spec = self._backend.cache_spec(
+            CacheConfig(
+                self.num_kv_blocks,
+                self.block_size,
+                shape.num_kv_heads,
+                shape.head_dim,
+                weight.dtype,
+            )
+        )
+        self._kv_caches = [
+            torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+            for _ in range(shape.num_layers)
+        ]
+        num_slots = config.max_num_seqs or 1
+        max_blocks = -(-self.max_model_len // self.block_size)
+        self._block_tables = torch.zeros(
+            num_slots, max_blocks, dtype=torch.int64, device=self.device
+        )
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Any:
+        """Start a step: apply the slots' changes, run the model, then the tail of the rows.
+
+        Returns:
+            A handle for `collect`.
+        """
+        for slot in batch.released:
+            self._release_slot(slot)
+        for start in batch.started:
+            self._start_slot(start)
+        for slot, index, block_ids in batch.new_blocks:
+            self._block_tables[slot, index : index + len(block_ids)] = torch.tensor(
+                block_ids, device=self.device
+            )
+        rows = self._lay_out(batch)
+        hidden = self._forward(rows, self._context(batch, rows))
+        return self._tail(hidden, rows)
+
+    @abstractmethod
+    def collect(self, handle: Any) -> list[StepResult]:
+        """Wait for a step and return one result for each row that emits, in row order."""
+
+    @abstractmethod
+    def _start_slot(self, start: SlotStart) -> None:
+        """Set up everything a sequence owns here, whatever the slot held before."""
+
+    @abstractmethod
+    def _release_slot(self, slot: int) -> None:
+        """Drop what a slot holds; the slot may never have started if its step failed."""
+
+    @abstractmethod
+    def _forward(self, rows: StepRows, ctx: ForwardContext) -> Tensor:
+        """Run the model; returns hidden states `[num_tokens, hidden_size]`."""
+
+    @abstractmethod
+    def _tail(self, hidden: Tensor, rows: StepRows) -> Any:
+        """Turn the last hidden states of the rows that emit into results; returns a handle."""
+
+    def _lay_out(self, batch: Batch) -> StepRows:
+        slots, starts, lengths = (
+            np.array(column, dtype=np.int64)
+            for column in (batch.slots, batch.starts, batch.lengths)
+        )
+        token_ends = lengths.cumsum()
+        shifts = np.repeat(starts - (token_ends - lengths), lengths)
+        return StepRows(
+            slots=slots,
+            ends=starts + lengths,
+            last_tokens=token_ends - 1,
+            emits=np.array(batch.emits, dtype=np.bool_),
+            token_slots=self._to_device(np.repeat(slots, lengths)),
+            positions=self._to_device(np.arange(len(shifts)) + shifts),
+        )
+
+    def _context(self, batch: Batch, rows: StepRows) -> ForwardContext:
+        size = self.block_size
+        blocks = self._block_tables[rows.token_slots, rows.positions // size]
+        num_blocks = -(-int(rows.ends.max()) // size)
+        tables = self._block_tables[self._to_device(rows.slots), :num_blocks]
+        plan = self._backend.plan(AttentionBatch(batch.starts, batch.lengths, tables))
+        return ForwardContext(
+            backend=self._backend,
+            kv_caches=self._kv_caches,
+            cache_slots=blocks * size + rows.positions % size,
+            attention=plan,
+        )
+
+    def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -1,0 +1,25 @@
+"""Random draws that depend on a request's seed and the place of the draw, and on nothing else."""
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64Array = npt.NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def splitmix64(x: UInt64Array) -> UInt64Array:
+    """Scramble 64-bit words (Steele, Lea & Flood 2014, SplittableRandom's mixing function)."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def uniforms(
+    seeds: UInt64Array, sample_indices: UInt64Array, output_positions: UInt64Array
+) -> npt.NDArray[np.float32]:
+    """One draw in [0, 1) for each (seed, sample index, output position), all `[num_rows]`."""
+    words = splitmix64(splitmix64(splitmix64(seeds) ^ sample_indices) ^ output_positions)
+    # The top 24 bits are what a float32 holds exactly.
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)

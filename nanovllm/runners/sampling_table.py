@@ -1,0 +1,191 @@
+"""The sampling settings of the running sequences, by slot."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.batch import SlotStart, TextRequest
+from nanovllm.layers.sampler import BadWords, Penalties, SamplingBatch
+from nanovllm.runners.model_runner import IntArray
+from nanovllm.runners.random_draws import uniforms
+
+BoolArray = npt.NDArray[np.bool_]
+
+
+class SamplingTable:
+    """Settings in arrays indexed by slot, so that a step's are gathered without a loop over rows.
+
+    Args:
+        num_slots: Slots of the engine.
+        vocab_size: Width of the logits.
+        device: Where logits are.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size, self._device = vocab_size, device
+        self._numbers = np.zeros(
+            num_slots,
+            dtype=[
+                ("temperature", np.float32),
+                ("top_k", np.int64),
+                ("top_p", np.float32),
+                ("min_p", np.float32),
+                ("repetition", np.float32),
+                ("presence", np.float32),
+                ("frequency", np.float32),
+                ("seed", np.uint64),
+                ("sample_index", np.uint64),
+                ("num_prompt", np.int64),
+                ("min_tokens", np.int64),
+                ("num_scores", np.int64),
+            ],
+        )
+        self._stop_ids: dict[int, IntArray] = {}
+        self._biases: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}
+        self._allowed: dict[int, Tensor] = {}
+        self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
+
+    def start(self, start: SlotStart, request: TextRequest) -> None:
+        """Take over the settings of the sequence that starts in a slot."""
+        slot, params = start.slot, start.sampling_params
+        self.release(slot)
+        self._numbers[slot] = (
+            0.0 if params.greedy else params.temperature,
+            params.top_k if params.top_k > 0 else self._vocab_size,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+            start.seed,
+            start.sample_index,
+            start.num_prompt_keys,
+            params.min_tokens,
+            -1 if params.logprobs is None else params.logprobs,
+        )
+        if params.min_tokens:
+            stops = request.eos_token_ids | set(params.stop_token_ids or ())
+            self._stop_ids[slot] = np.array(sorted(stops), dtype=np.int64)
+        if params.logit_bias:
+            self._biases[slot] = (
+                np.array(list(params.logit_bias.keys()), dtype=np.int64),
+                np.array(list(params.logit_bias.values()), dtype=np.float32),
+            )
+        if params.allowed_token_ids is not None:
+            allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+            allowed[torch.tensor(params.allowed_token_ids, device=self._device)] = True
+            self._allowed[slot] = allowed
+        if request.bad_words:
+            self._bad_words[slot] = request.bad_words
+
+    def release(self, slot: int) -> None:
+        """Forget a slot's settings."""
+        for table in (self._stop_ids, self._biases, self._allowed, self._bad_words):
+            table.pop(slot, None)  # type: ignore[attr-defined]
+
+    def batch(self, slots: IntArray, ends: IntArray, token_ids: Tensor) -> SamplingBatch:
+        """Gather the settings of rows.
+
+        Args:
+            slots: Slot of each row, `[num_rows]`.
+            ends: Number of keys each row's sequence has before this sample, `[num_rows]`.
+            token_ids: Keys by slot and position, on the device.
+        """
+        numbers = self._numbers[slots]
+        generated = ends - numbers["num_prompt"]
+        sampled = numbers["temperature"] > 0
+        cut = sampled & ((numbers["top_k"] < self._vocab_size) | (numbers["top_p"] < 1))
+        num_scores = int(numbers["num_scores"].max())
+        draws = uniforms(numbers["seed"], numbers["sample_index"], generated.astype(np.uint64))
+        return SamplingBatch(
+            temperature=self._to_device(numbers["temperature"]),
+            uniforms=self._to_device(draws),
+            sampled_rows=self._to_device(sampled.nonzero()[0]) if sampled.any() else None,
+            top_k=self._to_device(numbers["top_k"]) if cut.any() else None,
+            top_p=self._to_device(numbers["top_p"]) if cut.any() else None,
+            min_p=self._to_device(numbers["min_p"]) if numbers["min_p"].any() else None,
+            penalties=self._penalties(numbers, slots, ends, token_ids),
+            bad_words=self._words(slots, ends, generated, token_ids),
+            allowed=self._allowed_rows(slots),
+            biases=self._bias_rows(slots, generated < numbers["min_tokens"]),
+            num_scores=num_scores if num_scores >= 0 else None,
+        )
+
+    def _penalties(
+        self, numbers: npt.NDArray[np.void], slots: IntArray, ends: IntArray, token_ids: Tensor
+    ) -> Penalties | None:
+        rows = (
+            (numbers["repetition"] != 1) | (numbers["presence"] != 0) | (numbers["frequency"] != 0)
+        ).nonzero()[0]
+        if not len(rows):
+            return None
+        return Penalties(
+            rows=self._to_device(rows),
+            history=token_ids[self._to_device(slots[rows]), : int(ends[rows].max())],
+            lengths=self._to_device(ends[rows]),
+            prompt_lengths=self._to_device(numbers["num_prompt"][rows]),
+            repetition=self._to_device(numbers["repetition"][rows]),
+            presence=self._to_device(numbers["presence"][rows]),
+            frequency=self._to_device(numbers["frequency"][rows]),
+        )
+
+    def _words(
+        self, slots: IntArray, ends: IntArray, generated: IntArray, token_ids: Tensor
+    ) -> BadWords | None:
+        words = [
+            (row, word)
+            for row in self._rows_in(self._bad_words, slots)
+            for word in self._bad_words[int(slots[row])]
+        ]
+        if not words:
+            return None
+        rows = np.array([row for row, _ in words])
+        width = max(1, max(len(word) for _, word in words) - 1)
+        prefixes = np.full((len(words), width), -1)
+        for index, (_, word) in enumerate(words):
+            prefixes[index, width - len(word) + 1 :] = word[:-1]
+        back = np.arange(width, 0, -1)  # the last id is 1 back
+        positions = self._to_device((ends[rows, None] - back).clip(0))
+        tails = token_ids[self._to_device(slots[rows])[:, None], positions]
+        in_output = self._to_device(back <= generated[rows, None])
+        return BadWords(
+            rows=self._to_device(rows),
+            last_ids=self._to_device(np.array([word[-1] for _, word in words])),
+            prefixes=self._to_device(prefixes),
+            tails=torch.where(in_output, tails, -2),
+        )
+
+    def _allowed_rows(self, slots: IntArray) -> tuple[Tensor, Tensor] | None:
+        rows = self._rows_in(self._allowed, slots)
+        if not rows:
+            return None
+        allowed = torch.stack([self._allowed[int(slots[row])] for row in rows])
+        return self._to_device(np.array(rows)), allowed
+
+    def _bias_rows(self, slots: IntArray, too_short: BoolArray) -> tuple[Tensor, ...] | None:
+        """Rows, ids and values of logit biases, and of the stops that min_tokens forbids."""
+        entries = [(row, *self._biases[int(slots[row])]) for row in self._rows_in(self._biases, slots)]
+        for row in self._rows_in(self._stop_ids, slots):
+            if too_short[row]:
+                ids = self._stop_ids[int(slots[row])]
+                entries.append((row, ids, np.full(len(ids), -np.inf, dtype=np.float32)))
+        if not entries:
+            return None
+        rows = np.repeat([row for row, _, _ in entries], [len(ids) for _, ids, _ in entries])
+        return (
+            self._to_device(rows),
+            self._to_device(np.concatenate([ids for _, ids, _ in entries])),
+            self._to_device(np.concatenate([values for _, _, values in entries])),
+        )
+
+    def _rows_in(self, table: Iterable[int], slots: IntArray) -> list[int]:
+        """The rows whose slot is in a table, most often none."""
+        if not table:
+            return []
+        return [row for row, slot in enumerate(slots.tolist()) if slot in table]
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

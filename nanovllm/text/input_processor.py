@@ -1,0 +1,111 @@
+"""A prompt and what was asked of it, checked and turned into what the engine takes."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from nanovllm.batch import Key, TextRequest
+from nanovllm.errors import InvalidRequestError
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.tokenizer import Tokenizer
+
+Prompt = str | list[int]
+"""Text, or token ids."""
+
+
+class TextInput(NamedTuple):
+    """A request ready for the engine; `prompt` is None when it came as token ids."""
+
+    prompt: str | None
+    token_ids: list[Key]
+    params: SamplingParams
+    payload: TextRequest
+
+
+class InputProcessor:
+    """Tokenises and validates requests for one model.
+
+    Args:
+        tokenizer: The model's; without one, prompts are token ids.
+        vocab_size: Rows of the model's embedding.
+        eos_token_ids: Ids that end a text.
+        max_model_len: Longest prompt plus output.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        max_model_len: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    def process(
+        self, prompt: Prompt, params: SamplingParams, add_special_tokens: bool = True
+    ) -> TextInput:
+        """Check a request and tokenise its prompt.
+
+        Args:
+            prompt: Text or token ids.
+            params: What to sample.
+            add_special_tokens: Whether the tokenizer adds its own, such as a begin-of-text id; a
+                rendered chat template has them already.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter cannot be used with this model.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = self._token_ids(prompt, add_special_tokens)
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
+        kept = params.truncate_prompt_tokens
+        if kept is not None:
+            room = self._max_model_len - (params.max_tokens or 1)
+            token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_ids(name, list(getattr(params, name) or ()))
+        params = replace(params, detokenize=params.detokenize and self._tokenizer is not None)
+        payload = TextRequest(
+            frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
+        )
+        return TextInput(text, list[Key](token_ids), params, payload)
+
+    def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self._require_tokenizer("a text prompt").encode(prompt, add_special_tokens)
+        if not all(isinstance(token_id, int) for token_id in prompt):
+            raise InvalidRequestError(
+                f"a prompt is a string or a list of token ids, got {prompt!r:.80}", "prompt"
+            )
+        self._check_ids("prompt", prompt)
+        return prompt
+
+    def _check_ids(self, name: str, token_ids: list[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            wrong = next(i for i in token_ids if not 0 <= i < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id {wrong} in {name} is out of range: the vocabulary has "
+                f"{self._vocab_size} ids, 0 to {self._vocab_size - 1}",
+                name,
+            )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each word's token ids, both at the start of a text and after a space."""
+        if not params.bad_words:
+            return ()
+        tokenizer = self._require_tokenizer("bad_words")
+        spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
+        encoded = [tuple(tokenizer.encode(spelling, False)) for spelling in spellings]
+        return tuple(dict.fromkeys(ids for ids in encoded if ids))
+
+    def _require_tokenizer(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                f"{what} needs a tokenizer, and the model's directory has none: give token ids, "
+                "or say where one is (tokenizer=)",
+                "prompt",
+            )
+        return self._tokenizer

@@ -1,0 +1,97 @@
+"""Tiny checkpoints that the suite shares, made with transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "dtype": "float32",
+}
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "llama-linear": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic": ("Llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-yarn": (
+        "Llama",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "llama3": ("Llama", {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0}),
+    "mistral": ("Mistral", {"sliding_window": 32}),
+}
+
+
+def spread_out(model: torch.nn.Module) -> None:
+    """Scale the weights so that logits have a standard deviation of 2 or more.
+
+    Greedy tokens of a freshly initialised model hang on the last bits of near-equal logits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.copy_((0.0 if name.endswith("bias") else 1.0) + 0.2 * noise)
+            elif "embed" in name or "lm_head" in name:
+                parameter.copy_(noise * 0.4)
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[1] ** -0.5)
+
+
+def make_checkpoint(directory: Path, family: str, **overrides: Any) -> Path:
+    """Write a tiny random checkpoint of a family as transformers writes it."""
+    config_class = getattr(transformers, f"{family}Config")
+    model_class = getattr(transformers, f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model = model_class(config_class(**TINY | overrides))
+    spread_out(model)
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function from a name in `CHECKPOINTS` to its directory, each written once."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            family, overrides = CHECKPOINTS[name]
+            made[name] = make_checkpoint(tmp_path_factory.mktemp(name), family, **overrides)
+        return made[name]
+
+    return get
