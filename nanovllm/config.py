@@ -1,4 +1,4 @@
-"""Options of an engine: their defaults, their aliases, and the only place that reads the environment."""
+"""Options of an engine: defaults, aliases, and the only place that reads the environment."""
 
 import os
 from collections.abc import Mapping
@@ -141,13 +141,13 @@ class EngineConfig:
                 "runs a model on one device",
                 "tensor_parallel_size",
             )
-        if (self.max_num_batched_tokens or 1) < (self.max_num_seqs or 1):
-            if self.max_num_batched_tokens is not None:
-                raise InvalidRequestError(
-                    f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
-                    f"max_num_seqs={self.max_num_seqs}, one position for each running sequence",
-                    "max_num_batched_tokens",
-                )
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and seqs is not None and tokens < seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens={tokens} must be at least max_num_seqs={seqs}, one "
+                "position for each running sequence",
+                "max_num_batched_tokens",
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":

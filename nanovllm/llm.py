@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from nanovllm.batch import Key
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
@@ -202,7 +203,7 @@ class LLM:
         params = sampling_params or self.default_sampling_params()
         inputs = self._inputs.process(prompt, params, add_special_tokens)
         seq_ids = self.engine.add(
-            inputs.token_ids,
+            list[Key](inputs.token_ids),
             inputs.params,
             priority=priority,
             cache_salt=cache_salt,
@@ -240,7 +241,7 @@ class LLM:
         return not self.has_unfinished()
 
     def default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
+        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         given = {name: self._generation_config.get(name) for name in names}
         if self._generation_config.get("do_sample") is False:

@@ -29,7 +29,7 @@ def progress_bar(
         A function to call with the number of finished requests.
     """
     if not visible:
-        yield lambda done: None
+        yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -1,6 +1,6 @@
 """What a user may ask of a generation. Fields, names and defaults are vLLM's."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from math import isfinite
 
 from nanovllm.errors import InvalidRequestError
@@ -88,11 +88,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
-
-    def with_defaults(self, defaults: dict[str, object]) -> "SamplingParams":
-        """Return a copy in which fields that stand at their default take these values."""
-        untouched = {f.name for f in fields(self) if f.init and getattr(self, f.name) == f.default}
-        return replace(self, **{k: v for k, v in defaults.items() if k in untouched})
 
     def _check_numbers(self) -> None:
         self._check("n", self.n >= 1, "at least 1")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -270,18 +270,31 @@ def bits_per_byte(model: DemoModel, tokenizer: Tokenizer, tales: list[str]) -> f
     return nats / math.log(2) / num_bytes
 
 
+def checkpoint_name(name: str) -> str:
+    """A parameter's name in Qwen3's checkpoints."""
+    *parents, module, kind = name.split(".")
+    if module in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"):
+        parents.append("self_attn")
+    elif module.endswith("_proj"):
+        parents.append("mlp")
+    return ".".join(("model", *parents, module, kind))
+
+
+@torch.no_grad()
+def load(model: DemoModel, directory: Path) -> None:
+    """Take the weights of a checkpoint that `save` wrote; the optimizers start afresh."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[checkpoint_name(name)])
+
+
 def save(model: DemoModel, config: DemoConfig, tokenizer: Tokenizer, output: Path) -> None:
     """Write the checkpoint in the layout of a hub repository."""
     output.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if parts[-2].endswith("_proj"):
-            attention = parts[-2][0] in "qkvo"
-            parts.insert(-2, "self_attn" if attention else "mlp")
-        elif parts[-2] in ("q_norm", "k_norm"):
-            parts.insert(-2, "self_attn")
-        tensors["model." + ".".join(parts)] = parameter.detach().to(torch.bfloat16)
+    tensors = {
+        checkpoint_name(name): parameter.detach().to(torch.bfloat16)
+        for name, parameter in model.named_parameters()
+    }
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
     end, im_end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, IM_END))
     tokenizer.save(str(output / "tokenizer.json"))
@@ -311,7 +324,10 @@ def save(model: DemoModel, config: DemoConfig, tokenizer: Tokenizer, output: Pat
 
 def sequence_length(progress: float) -> int:
     """Short while much is to be learnt, the whole context at the end."""
-    return 256 if progress < 0.5 else 512 if progress < 0.75 else 1024 if progress < 0.9 else 4096
+    for until, length in ((0.5, 256), (0.72, 512), (0.88, 1024), (0.94, 2048)):
+        if progress < until:
+            return length
+    return 4096
 
 
 def learning_rate(progress: float) -> float:
@@ -326,18 +342,20 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(train_tales, config.vocab_size)
     stream = TaleStream(train_tales, tokenizer, args.chat_share)
     model = DemoModel(config, args.dropout)
+    if args.resume is not None:
+        load(model, args.resume)
     hidden = [p for n, p in model.layers.named_parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is h for h in hidden)]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(hidden, lr=0.02, weight_decay=args.weight_decay),
-        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.2),
+        torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     num_params = sum(p.numel() for p in model.parameters())
     logger.info("%d training tales, %d held out", len(train_tales), len(held_out))
     logger.info("%d tokens, %.2fM parameters", sum(map(len, stream.tales)), num_params / 1e6)
     start = time.perf_counter()
-    for step in range(args.steps):
+    for step in range(args.first_step, args.steps):
         progress = (step + 1) / args.steps
         length = sequence_length(progress)
         ids, targets = stream.batch(args.tokens_per_step // length, length)
@@ -350,7 +368,8 @@ def train(args: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
-            rate = (step + 1) * args.tokens_per_step / (time.perf_counter() - start)
+            done = (step + 1 - args.first_step) * args.tokens_per_step
+            rate = done / (time.perf_counter() - start)
             logger.info("step %d loss %.4f, %.0f tokens/s", step, loss.item(), rate)
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
             score = bits_per_byte(model, tokenizer, held_out)
@@ -363,12 +382,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2700)
+    parser.add_argument("--resume", type=Path, help="go on from the weights in this directory")
+    parser.add_argument("--first-step", type=int, default=0, help="where to go on")
     parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--chat-share", type=float, default=0.1)
-    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--eval-every", type=int, default=300)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     train(parser.parse_args())
 

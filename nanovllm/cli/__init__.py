@@ -1,4 +1,7 @@
-"""The `nanovllm` command. Each subcommand is a file of its own, imported when it is called."""
+"""The `nanovllm` command; each subcommand is a file of its own.
+
+Nothing here imports torch before a command runs, so that `nanovllm --help` answers at once.
+"""
 
 import logging
 import os
@@ -11,6 +14,11 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict, Yaml
 
 from nanovllm import __version__
+from nanovllm.cli.bench import offline
+from nanovllm.cli.chat import chat
+from nanovllm.cli.doctor import doctor
+from nanovllm.cli.generate import generate
+from nanovllm.cli.options import environment
 from nanovllm.config import ALIASES
 from nanovllm.errors import InvalidRequestError
 
@@ -23,13 +31,14 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative_iterable=()),
 )
-app.command("nanovllm.cli.generate:generate", help="Write on from a prompt, as it comes.")
-app.command("nanovllm.cli.chat:chat", help="Talk with a model, turn by turn.")
-app.command("nanovllm.cli.doctor:doctor", help="Show what this machine has and what fits on it.")
+app.command(generate)
+app.command(chat)
+app.command(doctor)
 
-bench = App(name="bench", help="Measure the engine on this machine.")
-bench.command("nanovllm.cli.bench:offline", help="Tokens per second over 256 queued requests.")
-app.command(bench)
+benches = App(name="bench", help="Measure the engine on this machine.")
+benches.command(offline)
+app.command(benches)
+app.meta.end_of_options_delimiter = ""  # a `--` is for the command
 
 
 @app.meta.default
@@ -44,13 +53,11 @@ def launch(
         config: YAML file of options, named as the flags are. Flags win over it, and it wins over
             the `NANOVLLM_*` environment variables.
     """
-    from nanovllm.cli.options import environment
-
     sources = [Dict(environment(), source="the environment", use_commands_as_keys=False)]
     if config is not None:
         sources.insert(0, _read_options(config))
     app.config = sources
-    app(_canonical(tokens), result_action="return_value")
+    app(_canonical(tokens), result_action="return_value", end_of_options_delimiter="--")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,9 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         # The reader of our output is gone; the interpreter must not trip on it again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as e:
+    except OSError as e:
         _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-    except (CycloptsError, InvalidRequestError) as e:
+    except (CycloptsError, ImportError, InvalidRequestError) as e:
         _fail(str(e))
 
 
@@ -85,7 +92,10 @@ def _fail(message: str) -> NoReturn:
 
 def _read_options(path: Path) -> Dict:
     """Read a YAML file whose keys are options in our names or the family's."""
-    options = Yaml(path, must_exist=True).config
+    try:
+        options = Yaml(path, must_exist=True).config
+    except CycloptsError as e:
+        raise InvalidRequestError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(options, dict):
         raise InvalidRequestError(f"{path} must hold options as 'name: value', one a line")
     renamed = {_option_name(str(name)): value for name, value in options.items()}
@@ -93,9 +103,12 @@ def _read_options(path: Path) -> Dict:
 
 
 def _canonical(tokens: Iterable[str]) -> list[str]:
-    """Turn flags in the names of the family's engines into ours."""
-    canonical = []
-    for token in tokens:
+    """Turn flags in the names of the family's engines into ours, up to a `--`."""
+    canonical: list[str] = []
+    rest = iter(tokens)
+    for token in rest:
+        if token == "--":
+            return [*canonical, token, *rest]
         name, equals, value = token.partition("=")
         if name.startswith("--") and (option := _option_name(name[2:])) != name[2:]:
             token = f"--{option}{equals}{value}"

@@ -4,7 +4,9 @@ import json as json_format
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from nanovllm.cli.options import (
     DEFAULT_CONFIG,
@@ -27,7 +29,7 @@ def generate(
     *,
     file: Path | None = None,
     json: bool = False,
-    n: int = 1,
+    n: Annotated[int, Parameter(name=["--n", "-n"])] = 1,
     sampling: Sampling = DEFAULT_SAMPLING,
     engine: Engine = DEFAULT_CONFIG,
 ) -> None:

@@ -18,7 +18,7 @@ def hash_block(parent: bytes, keys: list[Key]) -> bytes:
     Token ids and patch digests are tagged, so that no token can stand for a patch.
     """
     try:
-        content = b"t" + array("q", keys).tobytes()  # type: ignore[arg-type]
+        content = b"t" + array("q", keys).tobytes()  # type: ignore[type-var]
     except TypeError:
         content = b"m" + b"".join(
             b"t" + key.to_bytes(8, "little")

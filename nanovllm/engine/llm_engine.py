@@ -185,10 +185,15 @@ class LLMEngine:
     def abort(self, seq_id: int) -> EngineOutput | None:
         """End a sequence at any moment and free what it holds.
 
+        Keys that a failed step left unreported are dropped: the outcome is the last news of it.
+
         Returns:
             Its outcome, or None if it had ended already.
         """
-        return self.scheduler.abort(seq_id)
+        output = self.scheduler.abort(seq_id)
+        if output is not None and self._unreported:
+            self._unreported = [news for news in self._unreported if news.seq_id != seq_id]
+        return output
 
     def step(self) -> list[EngineOutput]:
         """Launch the next step, and collect the oldest one once enough are in flight.
@@ -197,8 +202,9 @@ class LLMEngine:
             News of every sequence that got a key or ended; often none while a step is in flight.
 
         Raises:
-            Exception: Whatever the runner raised. The sequences of the failed step have ended with
-                an error that the next call reports; the engine goes on with the others.
+            BaseException: Whatever the runner raised, an interrupt included. The sequences of the
+                failed step have ended with an error that the next call reports; the engine goes
+                on with the others.
         """
         outputs, self._unreported = self._unreported, []
         batch = self.scheduler.schedule()
@@ -207,7 +213,7 @@ class LLMEngine:
                 self._launch(batch)
             if self._in_flight and (batch is None or len(self._in_flight) > self._max_in_flight):
                 outputs += self._collect()
-        except Exception:
+        except BaseException:
             self._unreported = outputs + self._unreported
             raise
         return outputs
@@ -229,7 +235,7 @@ class LLMEngine:
         launch_time = time.monotonic()
         try:
             handle = self._runner.launch(batch)
-        except Exception as e:
+        except BaseException as e:  # Ctrl-C too: the scheduler must not wait for this step
             while self._in_flight:
                 self._unreported += self._collect()
             self._fail(batch, e)
@@ -240,7 +246,7 @@ class LLMEngine:
         batch, handle, launch_time = self._in_flight.popleft()
         try:
             results = self._runner.collect(handle)
-        except Exception as e:
+        except BaseException as e:
             self._in_flight.clear()
             self._fail(batch, e)
             raise
@@ -250,7 +256,7 @@ class LLMEngine:
         self._last_collected = now
         return outputs
 
-    def _fail(self, batch: Batch, error: Exception) -> None:
+    def _fail(self, batch: Batch, error: BaseException) -> None:
         outputs = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
         logger.error("step %d failed and ended %d sequences", batch.step, len(outputs))
         self._stats.num_errors += len(outputs)

@@ -165,11 +165,11 @@ class Scheduler:
         Written out rather than composed of `_add_row`: at 256 rows a step this loop is what the
         scheduler costs.
         """
-        batch, running, sequences, emitting = step.batch, self.running, step.sequences, step.emitting
+        batch, sequences, emitting = step.batch, step.sequences, step.emitting
         slots, starts = batch.slots, batch.starts
         block_size = self.block_manager.block_size
         longer = []
-        for seq in running:
+        for seq in self.running:
             start = seq.num_computed
             num_left = seq.num_positions - start
             if num_left == 1:

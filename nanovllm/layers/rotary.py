@@ -75,7 +75,8 @@ class RotaryEmbedding:
         stretch = factor * seq_len / config.max_position - (factor - 1)
         theta = config.theta * stretch ** (dim / (dim - 2))
         exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
-        return (1.0 / theta[:, None] ** exponent).float()
+        inv_freq: Tensor = 1.0 / theta[:, None] ** exponent
+        return inv_freq.float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,7 +117,8 @@ def _llama3_frequencies(inv_freq: Tensor, scaling: dict[str, Any]) -> Tensor:
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return inv_freq * (blend + (1.0 - blend) / factor)
+    stretched: Tensor = inv_freq * (blend + (1.0 - blend) / factor)
+    return stretched
 
 
 def _yarn_frequencies(inv_freq: Tensor, config: RopeConfig) -> tuple[Tensor, float]:

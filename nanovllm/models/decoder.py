@@ -6,6 +6,7 @@ checkpoints, but for projections of one input, which are packed.
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,16 +73,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        ctx: ForwardContext,
+        self, x: Tensor, residual: Tensor, rotary: tuple[Tensor, Tensor], ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.input_layernorm.add(x, residual)
         x = self.self_attn(x, rotary, ctx)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
@@ -100,7 +94,8 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.rope)
 
     def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        x, residual = self.embed_tokens(token_ids), None
+        residual = self.embed_tokens(token_ids)
+        x = torch.zeros_like(residual)
         rotary = self.rotary(positions)
         for layer in self.layers:
             x, residual = layer(x, residual, rotary, ctx)
@@ -125,9 +120,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Decoder(config, type(self))
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else Embedding(config.vocab_size, config.hidden_size)
+            None if config.tie_word_embeddings else Embedding(config.vocab_size, config.hidden_size)
         )
 
     def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:

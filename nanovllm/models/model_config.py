@@ -172,7 +172,8 @@ def _refuse_quantized(raw: dict[str, Any]) -> None:
 
 def _windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
     """The attention window of each layer, from the ways the architectures say it."""
-    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    num_layers: int = raw["num_hidden_layers"]
+    window: int | None = raw.get("sliding_window")
     if raw.get("model_type") == "mistral":
         return (window,) * num_layers
     if not window or not raw.get("use_sliding_window", False):
@@ -181,7 +182,7 @@ def _windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
     kinds = raw.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
     ]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:

@@ -13,7 +13,8 @@ def splitmix64(x: UInt64Array) -> UInt64Array:
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: UInt64Array = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def uniforms(
@@ -22,4 +23,6 @@ def uniforms(
     """One draw in [0, 1) for each (seed, sample index, output position), all `[num_rows]`."""
     words = splitmix64(splitmix64(splitmix64(seeds) ^ sample_indices) ^ output_positions)
     # The top 24 bits are what a float32 holds exactly.
-    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    draws: npt.NDArray[np.float32] = (words >> np.uint64(40)).astype(np.float32)
+    draws *= np.float32(2**-24)
+    return draws

@@ -84,7 +84,7 @@ class SamplingTable:
     def release(self, slot: int) -> None:
         """Forget a slot's settings."""
         for table in (self._stop_ids, self._biases, self._allowed, self._bad_words):
-            table.pop(slot, None)  # type: ignore[attr-defined]
+            table.pop(slot, None)
 
     def batch(self, slots: IntArray, ends: IntArray, token_ids: Tensor) -> SamplingBatch:
         """Gather the settings of rows.
@@ -165,9 +165,13 @@ class SamplingTable:
         allowed = torch.stack([self._allowed[int(slots[row])] for row in rows])
         return self._to_device(np.array(rows)), allowed
 
-    def _bias_rows(self, slots: IntArray, too_short: BoolArray) -> tuple[Tensor, ...] | None:
+    def _bias_rows(
+        self, slots: IntArray, too_short: BoolArray
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rows, ids and values of logit biases, and of the stops that min_tokens forbids."""
-        entries = [(row, *self._biases[int(slots[row])]) for row in self._rows_in(self._biases, slots)]
+        entries = [
+            (row, *self._biases[int(slots[row])]) for row in self._rows_in(self._biases, slots)
+        ]
         for row in self._rows_in(self._stop_ids, slots):
             if too_short[row]:
                 ids = self._stop_ids[int(slots[row])]

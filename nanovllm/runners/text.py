@@ -184,4 +184,3 @@ def _prompt_scores(slices: list[Scores], num_top: int | None) -> list[TokenScore
     readers = [_ScoreReader(scores) for scores in slices]
     rows = [reader.row(row, num_top or 0) for reader in readers for row in range(len(reader))]
     return [None, *rows]
-

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from nanovllm.batch import Key, TextRequest
+from nanovllm.batch import TextRequest
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ class TextInput(NamedTuple):
     """A request ready for the engine; `prompt` is None when it came as token ids."""
 
     prompt: str | None
-    token_ids: list[Key]
+    token_ids: list[int]
     params: SamplingParams
     payload: TextRequest
 
@@ -71,7 +71,7 @@ class InputProcessor:
         payload = TextRequest(
             frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
         )
-        return TextInput(text, list[Key](token_ids), params, payload)
+        return TextInput(text, token_ids, params, payload)
 
     def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""From an engine's keys to a user's outputs: text as it arrives, stop strings, log probabilities."""
+"""From an engine's keys to a user's outputs: text, stop strings, log probabilities."""
 
 import time
 from collections.abc import Iterable
@@ -156,11 +156,15 @@ class _Sequence:
         self.request = request
         self.completion = completion
         self.unseen = True
-        self.detokenizer = request.tokenizer and Detokenizer(
-            request.tokenizer,
-            request.output.prompt_token_ids,
-            params.skip_special_tokens,
-            params.spaces_between_special_tokens,
+        self.detokenizer = (
+            None
+            if request.tokenizer is None
+            else Detokenizer(
+                request.tokenizer,
+                request.output.prompt_token_ids,
+                params.skip_special_tokens,
+                params.spaces_between_special_tokens,
+            )
         )
         self.stop = (
             StopStrings(params.stop_strings, params.include_stop_str_in_output)

@@ -114,13 +114,14 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        variables: Mapping[str, Any] | None = None,
+        **variables: Any,
     ) -> str:
         """Render a conversation to the text of a prompt, to be encoded without special tokens.
 
@@ -131,7 +132,7 @@ class Tokenizer:
             chat_template: Jinja text in place of the tokenizer's own.
             add_generation_prompt: Whether to open a message of the assistant at the end.
             continue_final_message: Whether to leave the last message open.
-            variables: Whatever else the template may refer to.
+            **variables: Whatever else the template may refer to, such as `enable_thinking`.
 
         Raises:
             InvalidRequestError: There is no template, or it does not take this conversation.
@@ -144,7 +145,7 @@ class Tokenizer:
             documents=documents,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
-            variables=self.special_tokens | dict(variables or {}),
+            variables=self.special_tokens | variables,
         )
 
     @cached_property
@@ -250,27 +251,40 @@ class Detokenizer:
                 text = self._decode(head)
                 if REPLACEMENT not in text and (text or size >= len(prompt_token_ids)):
                     self._start(head, tail[len(head) :])
+                    self._echo = self._decode_behind_anchor(self._pending)
                     return
         self._start(self._tokenizer.anchor, prompt_token_ids[-3:])
+        self._echo = self._decode_behind_anchor(self._pending)
 
-    def _start(self, head: Sequence[int], dangling: Sequence[int]) -> None:
+    def _start(self, head: Sequence[int], dangling: Sequence[int] = ()) -> None:
+        """Start behind the text of `head`, with ids that complete no character yet."""
         self._stream = DecodeStream(list(head), self._skip_special_tokens)
+        self._pending.clear()
         for token_id in dangling:
             self.push(token_id)
-        self._echo = self._decode_pending()
 
     def _hold(self, token_id: int) -> str:
         """Keep an id that completed nothing, unless there are too many of them already."""
-        self._pending.append(token_id)
-        if len(self._pending) <= self.MAX_PENDING:
+        pending = self._pending
+        pending.append(token_id)
+        if len(pending) <= self.MAX_PENDING:
             return ""
-        text = self._decode_pending()
-        self._stream = DecodeStream(self._tokenizer.anchor, self._skip_special_tokens)
-        return self._release(text)
+        # All of it is U+FFFD, real ones or wrong bytes. A cut inside a real one makes more of them.
+        heads = [pending[: len(pending) - num_kept] for num_kept in range(4)]
+        text, head = min(
+            ((self._decode_behind_anchor(head), head) for head in heads),
+            key=lambda candidate: len(candidate[0]),
+        )
+        self._start(self._tokenizer.anchor, pending[len(head) :])
+        return self._without_echo(text)
 
     def _release(self, text: str) -> str:
-        """Return text that ids held back have become, less what of it belongs to the prompt."""
+        """Return text that ids held back have become."""
         self._pending.clear()
+        return self._without_echo(text)
+
+    def _without_echo(self, text: str) -> str:
+        """Take off what belongs to the prompt; its half a character may have become another."""
         echo, self._echo = self._echo, ""
         shared = 0
         while shared < min(len(echo), len(text)) and echo[shared] == text[shared]:
@@ -283,9 +297,8 @@ class Detokenizer:
         A run of byte tokens decodes to characters or, if any byte of it is wrong, to as many
         U+FFFD, so it may change after the fact, and `DecodeStream` gives up.
         """
-        self._pending.clear()
         self._echo = ""
-        self._stream = DecodeStream(self._tokenizer.anchor, self._skip_special_tokens)
+        self._start(self._tokenizer.anchor)
         text: str | None = self._stream.step(self._backend, token_id)
         return text
 
@@ -295,9 +308,9 @@ class Detokenizer:
         follows, self._last_was_glued = self._last_was_glued, content is not None
         return content if content is not None and follows else text
 
-    def _decode_pending(self) -> str:
+    def _decode_behind_anchor(self, token_ids: Sequence[int]) -> str:
         anchor = self._tokenizer.anchor
-        return self._decode([*anchor, *self._pending])[len(self._decode(anchor)) :]
+        return self._decode([*anchor, *token_ids])[len(self._decode(anchor)) :]
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._skip_special_tokens)

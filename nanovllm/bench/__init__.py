@@ -1,0 +1,1 @@
+"""What `nanovllm bench` and `nanovllm doctor` measure and look up."""

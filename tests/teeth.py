@@ -1,0 +1,624 @@
+"""Proves that the suite bites: seeds faults into a copy of the package, and expects tests to fail.
+
+Run it as `python -m tests.teeth`; it prints which test caught each fault and exits with 1 if one
+went unnoticed. A fault is a textual patch that has to match exactly once, so that a change of the
+code it was written for cannot turn it into nothing.
+
+The module is also the pytest plugin of its own runs: it makes sure that the copy is what is tested,
+and keeps hypothesis from shrinking what is known to fail.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from rich.console import Console
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY_VARIABLE = "NANOVLLM_TEETH_COPY"
+NUM_EXAMPLES = 250
+TIME_LIMIT = 600.0
+
+SCHEDULING = (
+    "tests/unit/test_block_allocation.py",
+    "tests/unit/test_scheduler.py",
+    "tests/unit/test_llm_engine.py",
+    "tests/unit/test_engine_state_machine.py",
+)
+MODELS = ("tests/integration/test_nano_vllm.py",)
+SAMPLING = ("tests/unit/test_sampler.py",)
+
+BLOCKS = "nanovllm/engine/block_manager.py"
+SCHEDULER = "nanovllm/engine/scheduler.py"
+ENGINE = "nanovllm/engine/llm_engine.py"
+SEQUENCE = "nanovllm/engine/sequence.py"
+RUNNER = "nanovllm/runners/model_runner.py"
+TEXT_RUNNER = "nanovllm/runners/text.py"
+TABLE = "nanovllm/runners/sampling_table.py"
+SAMPLER = "nanovllm/layers/sampler.py"
+ROTARY = "nanovllm/layers/rotary.py"
+LINEAR = "nanovllm/layers/linear.py"
+SDPA = "nanovllm/kernels/sdpa.py"
+DECODER = "nanovllm/models/decoder.py"
+
+
+class Fault(NamedTuple):
+    """A mistake somebody could make.
+
+    Args:
+        name: What is wrong.
+        path: The file it is made in.
+        right: A piece of that file, found once.
+        wrong: What stands there instead.
+        tests: The tests that must notice.
+    """
+
+    name: str
+    path: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+FAULTS = [
+    # Blocks and hashes.
+    Fault(
+        "stale block: one handed out again keeps its hash",
+        BLOCKS,
+        "            self._forget(block_id)\n        else:\n",
+        "        else:\n",
+        SCHEDULING,
+    ),
+    Fault(
+        "a block that is hit stays in the free list",
+        BLOCKS,
+        "                del self._cached[block_id]\n            self._ref_counts",
+        "                pass\n            self._ref_counts",
+        SCHEDULING,
+    ),
+    Fault(
+        "reference count not incremented on a hit",
+        BLOCKS,
+        "self._ref_counts[block_id] += 1",
+        "self._ref_counts[block_id] = 1",
+        SCHEDULING,
+    ),
+    Fault(
+        "a block is freed while another sequence holds it",
+        BLOCKS,
+        "            if not self._ref_counts[block_id]:\n                if block_id in",
+        "            if True:\n                if block_id in",
+        SCHEDULING,
+    ),
+    Fault(
+        "hash without root (adapter, salt)",
+        BLOCKS,
+        "parent = hashes[-1] if hashes else seq.root_hash",
+        'parent = hashes[-1] if hashes else b""',
+        SCHEDULING,
+    ),
+    Fault(
+        "hash without parent",
+        BLOCKS,
+        "parent = hashes[-1] if hashes else seq.root_hash",
+        "parent = seq.root_hash",
+        SCHEDULING,
+    ),
+    Fault(
+        "hash without salt",
+        ENGINE,
+        "repr((self._model_id, adapter_id, cache_salt))",
+        "repr((self._model_id, adapter_id))",
+        SCHEDULING,
+    ),
+    Fault(
+        "hash without adapter",
+        ENGINE,
+        "repr((self._model_id, adapter_id, cache_salt))",
+        "repr((self._model_id, cache_salt))",
+        SCHEDULING,
+    ),
+    Fault(
+        "a patch is hashed like a token",
+        BLOCKS,
+        'b"p" + len(key).to_bytes(4, "little") + key',
+        'b"t" + key',
+        SCHEDULING,
+    ),
+    Fault(
+        "one hash published for two blocks",
+        BLOCKS,
+        "            if digest not in self._block_of_hash:\n",
+        "            if block_id not in self._hash_of_block:\n",
+        SCHEDULING,
+    ),
+    Fault(
+        "a block published before its keys are known",
+        BLOCKS,
+        "num_full = min(seq.num_computed, len(seq.keys)) // self.block_size",
+        "num_full = seq.num_computed // self.block_size",
+        SCHEDULING,
+    ),
+    Fault(
+        "a block published before it is computed",
+        BLOCKS,
+        "num_full = min(seq.num_computed, len(seq.keys)) // self.block_size",
+        "num_full = len(seq.keys) // self.block_size",
+        SCHEDULING,
+    ),
+    Fault(
+        "last position taken from the cache on a full hit",
+        BLOCKS,
+        "known = min(seq.num_positions - 1, len(seq.keys))",
+        "known = min(seq.num_positions, len(seq.keys))",
+        SCHEDULING,
+    ),
+    Fault(
+        "the beginning of a prefix evicted first",
+        BLOCKS,
+        "for block_id in reversed(seq.block_table):",
+        "for block_id in seq.block_table:",
+        SCHEDULING,
+    ),
+    Fault(
+        "max_cached_tokens ignored",
+        BLOCKS,
+        "while len(self._cached) > self._max_cached:",
+        "while len(self._cached) > self.num_blocks:",
+        SCHEDULING,
+    ),
+    Fault(
+        "a block too few at a boundary",
+        BLOCKS,
+        "return -(-num_positions // self.block_size)",
+        "return -(-(num_positions - 1) // self.block_size)",
+        SCHEDULING,
+    ),
+    # Scheduling.
+    Fault(
+        "num_decodes counts one row too few",
+        SCHEDULER,
+        "step.batch.num_decodes = len(step.sequences)",
+        "step.batch.num_decodes = max(0, len(step.sequences) - 1)",
+        SCHEDULING,
+    ),
+    Fault(
+        "a step exceeds its budget of positions",
+        SCHEDULER,
+        "length = min(seq.num_positions - start, budget)",
+        "length = seq.num_positions - start",
+        SCHEDULING,
+    ),
+    Fault(
+        "a chunk in the middle of a prompt emits",
+        SCHEDULER,
+        "emits = computed == seq.num_positions",
+        "emits = True",
+        SCHEDULING,
+    ),
+    Fault(
+        "priority ignored",
+        SEQUENCE,
+        "self.precedence = (priority, seq_id)",
+        "self.precedence = (0, seq_id)",
+        SCHEDULING,
+    ),
+    Fault(
+        "the oldest sequence is preempted",
+        SCHEDULER,
+        "victim = self.running[-1]",
+        "victim = self.running[0]",
+        SCHEDULING,
+    ),
+    Fault(
+        "preemption does not reset num_computed",
+        SCHEDULER,
+        "        seq.num_computed = 0\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "preemption keeps positions whose keys are lost",
+        SCHEDULER,
+        "        seq.num_positions = len(seq.keys)\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "newcomers leave running sequences no room to grow",
+        SCHEDULER,
+        "num_reserved=len(self.running)",
+        "num_reserved=0",
+        SCHEDULING,
+    ),
+    Fault(
+        "more adapters than there is room for",
+        SCHEDULER,
+        "len(self._adapters) < self.max_num_adapters",
+        "len(self._adapters) <= self.max_num_adapters",
+        SCHEDULING,
+    ),
+    Fault(
+        "a sequence starves for an adapter",
+        SCHEDULER,
+        "                adapters_blocked = True\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "a slot is never released",
+        SCHEDULER,
+        "        self._released.append(seq.slot)\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "new blocks land one entry early in the table",
+        SCHEDULER,
+        "index = len(seq.block_table)\n",
+        "index = len(seq.block_table) - 1\n",
+        SCHEDULING,
+    ),
+    Fault(
+        "one step too many scheduled ahead",
+        SCHEDULER,
+        "computed + 1 < seq.max_keys:\n                    seq.num_positions = computed + 1\n"
+        "                if",
+        "computed < seq.max_keys:\n                    seq.num_positions = computed + 1\n"
+        "                if",
+        SCHEDULING,
+    ),
+    # Commit, failures, abort.
+    Fault(
+        "commit does not check start_step",
+        SCHEDULER,
+        "if seq.slot != result.slot or seq.start_step > batch.step:",
+        "if seq.slot != result.slot:",
+        SCHEDULING,
+    ),
+    Fault(
+        "commit does not check the slot",
+        SCHEDULER,
+        "if seq.slot != result.slot or seq.start_step > batch.step:",
+        "if seq.start_step > batch.step:",
+        SCHEDULING,
+    ),
+    Fault(
+        "output one key too long",
+        SCHEDULER,
+        "elif num_keys >= seq.max_keys:",
+        "elif num_keys > seq.max_keys:",
+        SCHEDULING,
+    ),
+    Fault(
+        "a failed step keeps its hashes",
+        SCHEDULER,
+        "            self.block_manager.unpublish(step.published)\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "a failed step spares the ones after it",
+        SCHEDULER,
+        "failed = [self._pop(batch), *self._in_flight]",
+        "failed = [self._pop(batch)]",
+        SCHEDULING,
+    ),
+    Fault(
+        "Ctrl-C leaves a step in flight",
+        ENGINE,
+        "except BaseException as e:  # Ctrl-C",
+        "except Exception as e:  # Ctrl-C",
+        SCHEDULING,
+    ),
+    Fault(
+        "news of a sequence after its abort",
+        ENGINE,
+        "if output is not None and self._unreported:",
+        "if False:",
+        SCHEDULING,
+    ),
+    # Positions and attention.
+    Fault(
+        "position off by one in the rows of a step",
+        RUNNER,
+        "shifts = np.repeat(starts - (token_ends - lengths), lengths)",
+        "shifts = np.repeat(starts - (token_ends - lengths) - (starts > 0), lengths)",
+        MODELS,
+    ),
+    Fault(
+        "position off by one in the cache",
+        RUNNER,
+        "cache_slots=blocks * size + rows.positions % size",
+        "cache_slots=blocks * size + (rows.positions + 1) % size",
+        MODELS,
+    ),
+    Fault(
+        "position off by one in the rotation",
+        DECODER,
+        "rotary = self.rotary(positions)",
+        "rotary = self.rotary(positions + (positions > 4).to(positions.dtype))",
+        MODELS,
+    ),
+    Fault(
+        "wrong KV head",
+        SDPA,
+        "q = q.view(num_rows, num_queries, num_kv_heads, group_size, head_dim)",
+        "q = q.view(num_rows, num_queries, group_size, num_kv_heads, head_dim).transpose(2, 3)",
+        MODELS,
+    ),
+    Fault(
+        "rope halves swapped",
+        ROTARY,
+        "first * cos - second * sin, second * cos + first * sin",
+        "first * cos + second * sin, second * cos - first * sin",
+        MODELS,
+    ),
+    Fault(
+        "window off by one",
+        SDPA,
+        "key > query - window",
+        "key >= query - window",
+        MODELS,
+    ),
+    Fault(
+        "a query sees the position after it",
+        SDPA,
+        "visible = key <= query\n",
+        "visible = key <= query + 1\n",
+        MODELS,
+    ),
+    Fault(
+        "keys written as values",
+        SDPA,
+        "values[slots] = v.to(cache.dtype)",
+        "values[slots] = k.to(cache.dtype)",
+        MODELS,
+    ),
+    Fault(
+        "stretched frequencies not blended (llama3)",
+        ROTARY,
+        "return inv_freq * (blend + (1.0 - blend) / factor)",
+        "return inv_freq * torch.where(blend > 0, 1.0, 1.0 / factor)",
+        MODELS,
+    ),
+    # The networks.
+    Fault(
+        "biases of the projections left out",
+        LINEAR,
+        "return F.linear(x, self.weight, self.bias)",
+        "return F.linear(x, self.weight)",
+        MODELS,
+    ),
+    Fault(
+        "no bias on queries, keys and values",
+        DECODER,
+        "bias=traits.qkv_bias or config.attention_bias",
+        "bias=config.attention_bias",
+        MODELS,
+    ),
+    Fault(
+        "tied head ignored",
+        DECODER,
+        "None if config.tie_word_embeddings else Embedding(",
+        "Embedding(",
+        MODELS,
+    ),
+    Fault(
+        "norms of queries and keys swapped",
+        DECODER,
+        "q, k = self.q_norm(q), self.k_norm(k)",
+        "q, k = self.k_norm(q), self.q_norm(k)",
+        MODELS,
+    ),
+    # The text runner.
+    Fault(
+        "sampled id written one position late",
+        TEXT_RUNNER,
+        "self._token_ids[self._to_device(slots), self._to_device(ends)] = written",
+        "self._token_ids[self._to_device(slots), self._to_device(ends + 1)] = written",
+        MODELS,
+    ),
+    Fault(
+        "prompt scores off by one",
+        TEXT_RUNNER,
+        "targets = self._token_ids[slot, low + 1 : high + 1].long()",
+        "targets = self._token_ids[slot, low:high].long()",
+        MODELS + SAMPLING,
+    ),
+    Fault(
+        "min_tokens ignored",
+        TABLE,
+        'generated < numbers["min_tokens"]',
+        "generated < 0",
+        MODELS + SAMPLING,
+    ),
+    Fault(
+        "min_tokens off by one",
+        TABLE,
+        'generated < numbers["min_tokens"]',
+        'generated + 1 < numbers["min_tokens"]',
+        MODELS + SAMPLING,
+    ),
+    # Sampling.
+    Fault(
+        "top-p off by one",
+        SAMPLER,
+        "before = probs.cumsum(-1) - probs",
+        "before = probs.cumsum(-1)",
+        SAMPLING,
+    ),
+    Fault(
+        "top-k off by one",
+        SAMPLER,
+        "ordered.masked_fill(rank >= top_k[:, None], -torch.inf)",
+        "ordered.masked_fill(rank > top_k[:, None], -torch.inf)",
+        SAMPLING,
+    ),
+    Fault(
+        "repetition penalty divides negative logits",
+        SAMPLER,
+        "torch.where(rows > 0, rows / factor, rows * factor)",
+        "rows / factor",
+        SAMPLING,
+    ),
+    Fault(
+        "presence penalty counts the prompt",
+        SAMPLER,
+        "generated = known & (position >= penalties.prompt_lengths[:, None])",
+        "generated = known",
+        SAMPLING,
+    ),
+    Fault(
+        "a bad word forbidden after half its prefix",
+        SAMPLER,
+        "(words.prefixes == words.tails)).all(1)",
+        "(words.prefixes == words.tails)).any(1)",
+        SAMPLING,
+    ),
+    Fault(
+        "NaN logits pass",
+        SAMPLER,
+        "valid = best.isfinite()",
+        "valid = torch.ones_like(best, dtype=torch.bool)",
+        SAMPLING + MODELS,
+    ),
+]
+
+
+def pytest_configure() -> None:
+    """Make sure that the copy is tested."""
+    import nanovllm
+
+    if str(Path(nanovllm.__file__).parents[1]) != os.environ.get(COPY_VARIABLE):
+        raise pytest.UsageError(f"{nanovllm.__file__} is not the copy with the fault")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let hypothesis find failures and leave it at that."""
+    from hypothesis import Phase, settings
+
+    for module in {item.getparent(pytest.Module) for item in items}:
+        given = getattr(module.obj if module else None, "MACHINE_SETTINGS", None)
+        if module and given:
+            quick = settings(given, max_examples=NUM_EXAMPLES, phases=[Phase.generate])
+            module.obj.MACHINE_SETTINGS = quick
+
+
+class Verdict(NamedTuple):
+    """What became of a fault: the tests that failed, or why none were run."""
+
+    failed: list[str]
+    problem: str | None = None
+
+
+def seed_fault(fault: Fault, root: Path) -> str | None:
+    """Apply a fault to the package below `root`; returns what is wrong with the patch, if so."""
+    path = root / fault.path
+    if not path.is_file():
+        return f"there is no {fault.path}"
+    text = path.read_text(encoding="utf-8")
+    if text.count(fault.right) != 1:
+        return f"the patch matches {text.count(fault.right)} times in {fault.path}, not once"
+    path.write_text(text.replace(fault.right, fault.wrong), encoding="utf-8")
+    return None
+
+
+def run_tests(tests: Sequence[str], root: Path) -> Verdict:
+    """Run tests on the package below `root`."""
+    missing = [test for test in tests if not (root / test.partition("::")[0]).is_file()]
+    if missing:
+        return Verdict([], f"there is no {', '.join(missing)}")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.teeth", "-p", "no:cacheprovider"]
+    command += ["-q", "--no-header", "--tb=no", "-rfE", *tests]
+    # The checkpoints of the conftest need torch and transformers, which take seconds to import.
+    command += ["--noconftest"] if tests == SCHEDULING else ["-x"]
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        # A patch may keep both size and second of a file, which is all that a .pyc remembers.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        COPY_VARIABLE: str(root),
+    }
+    try:
+        process = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+        )
+    except subprocess.TimeoutExpired:
+        return Verdict([f"(hangs for {TIME_LIMIT:.0f} s)"])
+    if process.returncode == 0:
+        return Verdict([])
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", process.stdout, re.MULTILINE)
+    if process.returncode != 1 and not failed:
+        return Verdict([], f"pytest exits with {process.returncode}:\n{process.stderr[-2000:]}")
+    return Verdict(failed)
+
+
+def copy_project(root: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in ("nanovllm", "tests"):
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", root)
+
+
+def try_fault(fault: Fault, root: Path) -> Verdict:
+    """Seed a fault, run its tests, and put the file back."""
+    problem = seed_fault(fault, root)
+    if problem is not None:
+        return Verdict([], problem)
+    try:
+        return run_tests(fault.tests, root)
+    finally:
+        shutil.copy(ROOT / fault.path, root / fault.path)
+
+
+def describe(verdict: Verdict) -> str:
+    if verdict.problem is not None:
+        return f"NOT TRIED: {verdict.problem}"
+    if not verdict.failed:
+        return "SURVIVED"
+    names = [test.partition("::")[2] or test for test in verdict.failed]
+    machines = sum("state_machine" in name for name in names)
+    first = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return first + (f" (state machines: {machines} of 4)" if machines else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try all faults; returns the number of those that no test caught, 1 at most."""
+    parser = argparse.ArgumentParser(prog="python -m tests.teeth", description=__doc__)
+    parser.add_argument("--only", default="", help="only faults whose name or file contains this")
+    only = parser.parse_args(arguments).only
+    faults = [fault for fault in FAULTS if only in fault.name or only in fault.path]
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    caught = 0
+    with tempfile.TemporaryDirectory(prefix="teeth-") as directory:
+        root = Path(directory).resolve()
+        copy_project(root)
+        for tests in dict.fromkeys(fault.tests for fault in faults):
+            start = time.monotonic()
+            verdict = run_tests(tests, root)
+            seconds = time.monotonic() - start
+            if verdict.failed or verdict.problem:
+                console.print(f"without a fault: {' '.join(tests)}: {describe(verdict)}")
+                return 1
+            console.print(f"{seconds:6.1f} s  without a fault: {' '.join(tests)}: passed")
+        for fault in faults:
+            start = time.monotonic()
+            verdict = try_fault(fault, root)
+            seconds = time.monotonic() - start
+            console.print(f"{seconds:6.1f} s  {fault.name:50s}  {describe(verdict)}")
+            caught += bool(verdict.failed)
+    console.print(f"{caught} of {len(faults)} faults caught")
+    return int(caught < len(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

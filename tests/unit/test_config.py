@@ -1,0 +1,186 @@
+"""Engine options: defaults, aliases, the environment, and what is refused."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from nanovllm.config import ALIASES, ENVIRONMENT_ALIASES, EngineConfig
+from nanovllm.errors import InvalidRequestError
+
+DEFAULTS: dict[str, Any] = {
+    "model": None,
+    "tokenizer": None,
+    "chat_template": None,
+    "model_source": "huggingface",
+    "revision": None,
+    "download_dir": None,
+    "hf_token": None,
+    "endpoint": None,
+    "local_files_only": False,
+    "dummy_weights": False,
+    "device": "auto",
+    "dtype": "auto",
+    "max_model_len": None,
+    "max_num_seqs": None,
+    "max_num_batched_tokens": None,
+    "block_size": None,
+    "num_kv_blocks": None,
+    "kv_cache_memory_bytes": None,
+    "gpu_memory_utilization": 0.9,
+    "enable_prefix_caching": True,
+    "max_cached_tokens": None,
+    "async_scheduling": None,
+    "tensor_parallel_size": 1,
+    "enforce_eager": False,
+    "seed": 0,
+}
+VALUES: dict[str, tuple[str, Any]] = {
+    "model": ("some/model", "some/model"),
+    "tokenizer": ("/a/path", "/a/path"),
+    "chat_template": ("{{ x }}", "{{ x }}"),
+    "model_source": ("modelscope", "modelscope"),
+    "revision": ("main", "main"),
+    "download_dir": ("/downloads", "/downloads"),
+    "hf_token": ("secret", "secret"),
+    "endpoint": ("http://127.0.0.1:1", "http://127.0.0.1:1"),
+    "local_files_only": ("true", True),
+    "dummy_weights": ("1", True),
+    "device": ("cpu", "cpu"),
+    "dtype": ("float32", "float32"),
+    "max_model_len": ("2048", 2048),
+    "max_num_seqs": ("8", 8),
+    "max_num_batched_tokens": ("512", 512),
+    "block_size": ("32", 32),
+    "num_kv_blocks": ("99", 99),
+    "kv_cache_memory_bytes": ("1048576", 1048576),
+    "gpu_memory_utilization": ("0.5", 0.5),
+    "enable_prefix_caching": ("No", False),
+    "max_cached_tokens": ("0", 0),
+    "async_scheduling": ("yes", True),
+    "tensor_parallel_size": ("1", 1),
+    "enforce_eager": ("TRUE", True),
+    "seed": (" 7 ", 7),
+}
+"""A value of each option as the environment writes it, and as it is read."""
+
+
+def test_every_default() -> None:
+    config = EngineConfig()
+    assert {f.name: getattr(config, f.name) for f in fields(config)} == DEFAULTS
+
+
+@pytest.mark.parametrize("option", DEFAULTS)
+def test_every_option_is_read_from_the_environment(option: str) -> None:
+    text, value = VALUES[option]
+    for variable in (f"NANOVLLM_{option.upper()}", f"NANOVLLM_SERVERPOOL_{option.upper()}"):
+        config = EngineConfig.from_env({variable: text})
+        assert config == EngineConfig(**{option: value})
+
+
+@pytest.mark.parametrize(("variable", "option"), ENVIRONMENT_ALIASES.items())
+def test_every_variable_of_the_family(variable: str, option: str) -> None:
+    text, value = VALUES[option]
+    assert getattr(EngineConfig.from_env({variable: text}), option) == value
+
+
+def test_our_own_variable_wins_over_the_family_s() -> None:
+    environ = {"MODEL_NAME": "theirs", "NANOVLLM_MODEL": "ours", "NANO_VLLM_MODEL_PATH": "theirs"}
+    assert EngineConfig.from_env(environ).model == "ours"
+
+
+def test_empty_variables_count_as_unset() -> None:
+    assert EngineConfig.from_env({"NANOVLLM_MAX_NUM_SEQS": "", "MODEL_NAME": "  "}) == (
+        EngineConfig()
+    )
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "kind"),
+    [
+        ("NANOVLLM_MAX_NUM_SEQS", "many", "int"),
+        ("NANOVLLM_GPU_MEMORY_UTILIZATION", "half", "float"),
+        ("NANOVLLM_ENFORCE_EAGER", "maybe", "bool"),
+    ],
+)
+def test_unreadable_variables_are_named(variable: str, text: str, kind: str) -> None:
+    message = f"environment variable {variable}={text!r} is not a valid {kind}"
+    with pytest.raises(InvalidRequestError) as caught:
+        EngineConfig.from_env({variable: text})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("alias", "option"), ALIASES.items())
+def test_every_alias(alias: str, option: str) -> None:
+    value = VALUES[option][1]
+    assert EngineConfig.from_options(**{alias: value}) == EngineConfig(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("max_num_sequences", "unknown option 'max_num_sequences'; did you mean 'max_num_seqs'?"),
+        ("num_kvcache_block", "unknown option 'num_kvcache_block'; did you mean "),
+        ("gpu_memory_utilisation", "did you mean 'gpu_memory_utilization'?"),
+        ("zzz", "unknown option 'zzz'"),
+    ],
+)
+def test_unknown_options_are_told_the_nearest_name(given: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        EngineConfig.from_options(**{given: 1})
+    assert message in str(caught.value)
+    assert caught.value.param == given
+
+
+def test_an_option_under_two_names_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="option 'block_size' is given twice"):
+        EngineConfig.from_options(block_size=16, kvcache_block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        (
+            {"model_source": "disk"},
+            "model_source must be one of huggingface, modelscope, got 'disk'",
+        ),
+        ({"max_model_len": 0}, "max_model_len must be at least 1, got 0"),
+        ({"max_num_seqs": 0}, "max_num_seqs must be at least 1, got 0"),
+        ({"max_num_batched_tokens": -1}, "max_num_batched_tokens must be at least 1, got -1"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"num_kv_blocks": 0}, "num_kv_blocks must be at least 1, got 0"),
+        ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be at least 1, got 0"),
+        ({"max_cached_tokens": -1}, "max_cached_tokens must be at least 0, got -1"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization must be in (0, 1], got 0.0"),
+        ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be in (0, 1], got 1.1"),
+        (
+            {"tensor_parallel_size": 2},
+            "tensor_parallel_size must be 1, got 2: this version runs a model on one device",
+        ),
+        (
+            {"max_num_batched_tokens": 4, "max_num_seqs": 8},
+            "max_num_batched_tokens=4 must be at least max_num_seqs=8, one position for each "
+            "running sequence",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        EngineConfig(**options)
+    assert str(caught.value) == message
+
+
+def test_device_defaults() -> None:
+    cpu, cuda = (EngineConfig().resolved_for(device) for device in ("cpu", "cuda"))
+    assert (cpu.max_num_seqs, cpu.max_num_batched_tokens) == (64, 1024)
+    assert (cuda.max_num_seqs, cuda.max_num_batched_tokens) == (256, 8192)
+    assert (cpu.block_size, cpu.async_scheduling, cuda.async_scheduling) == (16, False, True)
+
+
+def test_one_budget_follows_the_other() -> None:
+    many = EngineConfig(max_num_seqs=5000).resolved_for("cpu")
+    assert (many.max_num_seqs, many.max_num_batched_tokens) == (5000, 5000)
+    few = EngineConfig(max_num_batched_tokens=32).resolved_for("cuda")
+    assert (few.max_num_seqs, few.max_num_batched_tokens) == (32, 32)

@@ -1,0 +1,56 @@
+"""The documentation keeps up with the code."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from nanovllm.config import ALIASES, ENVIRONMENT_ALIASES, EngineConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def option_rows() -> dict[str, list[str]]:
+    """Cells of every table row in docs/configuration.md that begins with an option's name."""
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    return {row[0].strip("`"): row[1:] for row in rows if row and re.fullmatch(r"`\w+`", row[0])}
+
+
+def test_every_option_has_its_row_and_no_other() -> None:
+    assert list(option_rows()) == [option.name for option in fields(EngineConfig)]
+
+
+@pytest.mark.parametrize("option", fields(EngineConfig), ids=lambda option: option.name)
+def test_default_variables_and_aliases_of_each_option(option: object) -> None:
+    name, default = option.name, option.default  # type: ignore[attr-defined]
+    shown_default, environment, aliases, meaning = option_rows()[name]
+    assert shown_default == f"`{default!r}`"
+    variables = [v for v, target in ENVIRONMENT_ALIASES.items() if target == name]
+    assert environment == ", ".join(f"`{v}`" for v in (f"NANOVLLM_{name.upper()}", *variables))
+    assert aliases == ", ".join(f"`{a}`" for a, target in sorted(ALIASES.items()) if target == name)
+    assert meaning
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text[text.index("```") :].split("```")[1]
+    assert block.strip().splitlines() == [
+        'pip install uv && uv run nanovllm generate "Once upon a time"',
+        "pip install uv && uv run pytest",
+    ]
+
+
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(text.split("```python")[1].split("```")[0], {})
+    assert capsys.readouterr().out.count("Once upon a time") == 1
