@@ -228,6 +228,8 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; without effect if it has ended."""
+        if self._closed:
+            return
         self._news.pop(request_id, None)
         for seq_id in self._outputs.abort(request_id):
             self.engine.abort(seq_id)

@@ -5,7 +5,7 @@ tales: every twentieth is held out and never seen by the tokenizer or the networ
 directory in the layout of a hub checkpoint: `config.json`, `generation_config.json`,
 `model.safetensors` (bf16), `tokenizer.json`, `tokenizer_config.json`.
 
-    python scripts/train_demo.py --output nanovllm/demo
+    python scripts/train_demo.py --output nanovllm/demo_model
 
 Hidden matrices are trained with Muon (Jordan et al. 2024), everything else with AdamW. The corpus
 is small (1.1 M tokens), so dropout and weight decay are what lets the network gain from dozens of
@@ -64,7 +64,8 @@ class DemoConfig:
 
 def read_tales(path: Path) -> tuple[list[str], list[str]]:
     """Return (training tales, held-out tales)."""
-    data = lzma.open(path, "rt", encoding="utf-8").read()
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        data = file.read()
     tales = [tale.strip() for tale in data.split(END_OF_TEXT)]
     held_out = tales[HELD_OUT_EVERY // 2 :: HELD_OUT_EVERY]
     return [tale for tale in tales if tale not in set(held_out)], held_out

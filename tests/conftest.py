@@ -8,6 +8,9 @@ import pytest
 import torch
 import transformers
 
+# The checkpoints are so small that threads cost more than they give.
+torch.set_num_threads(1)
+
 TINY = {
     "vocab_size": 320,
     "hidden_size": 64,

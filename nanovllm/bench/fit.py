@@ -8,13 +8,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.registry import model_class
-from nanovllm.runners.memory import (
-    CPU_KV_CACHE_BYTES,
-    available_cpu_memory,
-    fit_kv_cache,
-    kv_cache_bytes,
-    select_device,
-)
+from nanovllm.runners.memory import fit_kv_cache, kv_cache_bytes, select_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +57,7 @@ def work_out_fit(config: EngineConfig) -> Fit:
         num_parameters = sum(p.numel() for p in model_class(model.architecture)(model).parameters())
     dtype_size = getattr(torch, dtype).itemsize
     weight_bytes = num_parameters * dtype_size
-    cache_bytes = _kv_cache_bytes(config, model, device, weight_bytes)
+    cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
     token_bytes = model.kv_bytes_per_position(dtype_size)
     block_size = config.block_size or 1
     num_blocks, max_model_len = fit_kv_cache(config, model, token_bytes * block_size, cache_bytes)
@@ -79,14 +73,3 @@ def work_out_fit(config: EngineConfig) -> Fit:
         num_kv_tokens=num_blocks * block_size,
         max_model_len=max_model_len,
     )
-
-
-def _kv_cache_bytes(
-    config: EngineConfig, model: ModelConfig, device: torch.device, weight_bytes: int
-) -> int:
-    """What `kv_cache_bytes` will say once the weights are in memory, which now are not."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    if device.type == "cuda":
-        return kv_cache_bytes(config, model, device) - weight_bytes
-    return min(CPU_KV_CACHE_BYTES, max(available_cpu_memory() - weight_bytes, 0) // 2)

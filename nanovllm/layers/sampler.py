@@ -178,7 +178,7 @@ def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
     if batch.top_k is not None and batch.top_p is not None:
         logits = keep_top(logits, batch.top_k[rows], batch.top_p[rows])
     cumulative = logits.softmax(-1).nan_to_num_(0.0).cumsum(-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     drawn = torch.searchsorted(cumulative, batch.uniforms[rows, None] * total, right=True)
     # Rounding may take the draw up to the total: then it is the last token with any probability.
     last = torch.searchsorted(cumulative, total)

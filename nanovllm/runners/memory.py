@@ -49,15 +49,17 @@ def available_cpu_memory() -> int:
     return max(free, 0)
 
 
-def kv_cache_bytes(config: EngineConfig, model: ModelConfig, device: torch.device) -> int:
-    """Bytes the KV cache may take, with the weights already in memory."""
+def kv_cache_bytes(
+    config: EngineConfig, model: ModelConfig, device: torch.device, still_to_load: int = 0
+) -> int:
+    """Bytes the KV cache may take, once so many bytes of weights have been loaded."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * config.gpu_memory_utilization) - (total - free)
-        return budget - activation_bytes(config, model)
-    return min(CPU_KV_CACHE_BYTES, available_cpu_memory() // 2)
+        return budget - activation_bytes(config, model) - still_to_load
+    return min(CPU_KV_CACHE_BYTES, max(available_cpu_memory() - still_to_load, 0) // 2)
 
 
 def activation_bytes(config: EngineConfig, model: ModelConfig) -> int:

@@ -54,15 +54,21 @@ class Expected:
 
     Args:
         seq: The engine's own record, to compare with.
+        priority: What it was added with.
         root: Number of its adapter and salt: what its positions are cached below.
         generated: What it generates if nothing interferes, computed alone.
         finish_reason: How it ends then.
     """
 
     def __init__(
-        self, seq: Sequence, root: int, generated: list[Generated], finish_reason: str
+        self,
+        seq: Sequence,
+        priority: int,
+        root: int,
+        generated: list[Generated],
+        finish_reason: str,
     ) -> None:
-        self.seq, self.root = seq, root
+        self.seq, self.priority, self.root = seq, priority, root
         self.prompt = list(seq.keys)
         self.generated, self.finish_reason = generated, finish_reason
         self.keys: list[Key] = []
@@ -178,7 +184,7 @@ class EngineMachine(RuleBasedStateMachine):
                 sample_index=index,
                 max_keys=min(len(keys) + (max_tokens or self.max_model_len), self.max_model_len),
             )
-            expected = Expected(seq, root_number, generated, finish_reason)
+            expected = Expected(seq, priority, root_number, generated, finish_reason)
             self.expected[seq_id] = self.live[seq_id] = expected
 
     @precondition(lambda self: self.live)
@@ -333,6 +339,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert order == sorted(order)
         assert {seq.seq_id for seq in waiting + running} == set(scheduler._sequences)
         assert len(waiting) + len(running) == len(scheduler._sequences)
+        for seq in waiting + running:
+            assert seq.precedence == (self.expected[seq.seq_id].priority, seq.seq_id)
         slots = [seq.slot for seq in running]
         assert sorted(slots + scheduler._free_slots) == list(range(scheduler.max_num_seqs))
         assert all(seq.slot < 0 and not seq.block_table for seq in waiting)
@@ -356,7 +364,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert seq.keys == expected.prompt + expected.keys + unreported.get(seq_id, [])
             if seq_id in ended:
                 continue
-            assert len(seq.keys) < seq.max_keys
+            # The last position of a sequence is never computed: nothing comes after it.
+            assert seq.num_positions < seq.max_keys
             assert len(seq.keys) <= seq.num_positions <= len(seq.keys) + num_in_flight
             assert seq.num_computed <= seq.num_positions
             if seq.running:

@@ -175,15 +175,16 @@ def test_waiting_sequences_start_by_priority_then_arrival() -> None:
 
 
 def test_a_newcomer_leaves_a_block_for_each_running_sequence() -> None:
-    harness = Harness(num_blocks=4)
+    harness = Harness(num_blocks=5)
     running = harness.add(BLOCK_SIZE)
     harness.step()
     newcomer = harness.add(3 * BLOCK_SIZE)
 
-    batch = harness.schedule()
-
-    assert lengths(batch, [running, newcomer]) == [1, 0]
-    assert not newcomer.running
+    # The running sequence takes its second block, and the three that are left would do.
+    assert lengths(harness.step(), [running, newcomer]) == [1, 0]
+    assert harness.blocks.num_free == 3
+    harness.scheduler.abort(running.seq_id)
+    assert lengths(harness.step(), [newcomer]) == [3 * BLOCK_SIZE]
     assert harness.scheduler.num_preemptions == 0
 
 
