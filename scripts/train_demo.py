@@ -228,9 +228,7 @@ class TaleStream:
         self.tales = [encoding.ids for encoding in tokenizer.encode_batch(tales)]
         self.end = [tokenizer.token_to_id(END_OF_TEXT)]
         self.requests = [
-            tokenizer.encode(
-                f"{IM_START}user\n{request}{IM_END}\n{IM_START}assistant\n"
-            ).ids
+            tokenizer.encode(f"{IM_START}user\n{request}{IM_END}\n{IM_START}assistant\n").ids
             for request in CHAT_REQUESTS
         ]
         self.close = tokenizer.encode(f"{IM_END}\n").ids
@@ -310,7 +308,11 @@ def save(model: DemoModel, config: DemoConfig, tokenizer: Tokenizer, output: Pat
             "torch_dtype": "bfloat16",
             "eos_token_id": end,
         },
-        "generation_config.json": {"eos_token_id": [end, im_end], "temperature": 0.7, "top_p": 0.95},
+        "generation_config.json": {
+            "eos_token_id": [end, im_end],
+            "temperature": 0.7,
+            "top_p": 0.95,
+        },
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": END_OF_TEXT,

@@ -433,21 +433,21 @@ FAULTS = [
         TEXT_RUNNER,
         "targets = self._token_ids[slot, low + 1 : high + 1].long()",
         "targets = self._token_ids[slot, low:high].long()",
-        MODELS + SAMPLING,
+        MODELS,
     ),
     Fault(
         "min_tokens ignored",
         TABLE,
         'generated < numbers["min_tokens"]',
         "generated < 0",
-        MODELS + SAMPLING,
+        SAMPLING,
     ),
     Fault(
         "min_tokens off by one",
         TABLE,
         'generated < numbers["min_tokens"]',
         'generated + 1 < numbers["min_tokens"]',
-        MODELS + SAMPLING,
+        SAMPLING,
     ),
     # Sampling.
     Fault(
@@ -490,7 +490,7 @@ FAULTS = [
         SAMPLER,
         "valid = best.isfinite()",
         "valid = torch.ones_like(best, dtype=torch.bool)",
-        SAMPLING + MODELS,
+        SAMPLING,
     ),
 ]
 

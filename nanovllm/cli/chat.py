@@ -4,6 +4,7 @@ import sys
 
 from nanovllm.cli.generate import write_stream
 from nanovllm.cli.options import DEFAULT_CONFIG, DEFAULT_SAMPLING, Engine, Sampling, open_llm
+from nanovllm.errors import InvalidRequestError
 
 Messages = list[dict[str, str]]
 
@@ -30,8 +31,13 @@ def chat(
                 messages = list(opening)
             elif line:
                 messages.append({"role": "user", "content": line})
-                answer = write_stream(llm.stream_chat(messages, params))
-                messages.append({"role": "assistant", "content": answer})
+                try:
+                    answer = write_stream(llm.stream_chat(messages, params))
+                except InvalidRequestError as e:
+                    sys.stderr.write(f"{e}; /reset starts afresh\n")
+                    messages.pop()
+                else:
+                    messages.append({"role": "assistant", "content": answer})
 
 
 def _read_line() -> str | None:

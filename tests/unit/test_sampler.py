@@ -20,21 +20,23 @@ OUTPUT = [7, 7, 8]
 EOS = 1
 
 
-def processed_logits(logits: Tensor, rows: list[SamplingParams], **request: object) -> Tensor:
+def processed_logits(
+    logits: Tensor, rows: list[SamplingParams], bad_words: tuple[tuple[int, ...], ...] = ()
+) -> Tensor:
     """Run the sampler over rows with these settings and return the logits it chose from."""
-    batch, logits = batch_for(rows, **request), logits.clone()
+    batch, logits = batch_for(rows, bad_words), logits.clone()
     sample(logits, batch)
     return logits
 
 
 def batch_for(
-    rows: list[SamplingParams], output: list[int] = OUTPUT, **request: object
+    rows: list[SamplingParams], bad_words: tuple[tuple[int, ...], ...] = ()
 ) -> SamplingBatch:
     table = SamplingTable(len(rows), VOCAB, torch.device("cpu"))
-    keys = PROMPT + output
+    keys = PROMPT + OUTPUT
     for slot, params in enumerate(rows):
         start = SlotStart(slot, list(keys), len(PROMPT), params, 0, params.seed or 0)
-        table.start(start, TextRequest(frozenset([EOS]), **request))  # type: ignore[arg-type]
+        table.start(start, TextRequest(frozenset([EOS]), bad_words))
     token_ids = torch.zeros(len(rows), 32, dtype=torch.int32)
     token_ids[:, : len(keys)] = torch.tensor(keys)
     slots = np.arange(len(rows))

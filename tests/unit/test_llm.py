@@ -1,0 +1,306 @@
+"""`LLM` as a user meets it: results, streams, aborts, and what their mistakes are told."""
+
+import gc
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm.batch import Batch
+from nanovllm.config import DEMO_MODEL
+from nanovllm.text.input_processor import Prompt
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(dtype="float32", max_num_seqs=8, max_num_batched_tokens=64)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Any:
+    yield
+    if "llm" in request.fixturenames:
+        llm: LLM = request.getfixturevalue("llm")
+        assert not llm.has_unfinished()
+        assert llm.engine.scheduler.num_free_slots == 8
+        assert llm.engine.stats().num_used_blocks == 0
+
+
+def test_one_prompt_or_many_as_text_or_ids(llm: LLM) -> None:
+    ids = llm.encode("Once upon a time")
+    single = llm.generate("Once upon a time", GREEDY, use_tqdm=False)
+    prompts: list[Prompt] = ["Once upon a time", ids, "The king"]
+    many = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert len(single) == 1
+    assert [out["token_ids"] for out in many[:2]] == [single[0]["token_ids"]] * 2
+    assert many[1].prompt is None
+    assert many[2].prompt == "The king"
+    assert llm.generate(ids, GREEDY, use_tqdm=False)[0]["text"] == single[0]["text"]
+    assert single[0]["text"] == llm.decode(single[0].outputs[0].token_ids)
+
+
+def test_a_list_of_parameters_goes_with_the_prompts(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n) for n in (1, 5)]
+    outputs = llm.generate(["A", "B"], params, use_tqdm=False)
+    assert [len(out.outputs[0].token_ids) for out in outputs] == [1, 5]
+    assert {out.finish_reason for out in outputs} == {"length"}
+
+
+def test_an_empty_batch_is_an_empty_result(llm: LLM) -> None:
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_a_stream_grows_to_the_result(llm: LLM) -> None:
+    expected = llm.generate("The wolf", GREEDY, use_tqdm=False)[0]
+    seen = list(llm.stream("The wolf", GREEDY))
+    texts = [out.outputs[0].text for out in seen]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert texts[-1] == expected["text"]
+    assert [out.finished for out in seen] == [False] * (len(seen) - 1) + [True]
+
+
+def test_interleaved_streams_do_not_lose_each_others_news(llm: LLM) -> None:
+    prompts = ["The wolf", "The king", "Once"]
+    expected = [out["text"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts]
+    last: list[RequestOutput | None] = [None] * 3
+    while any(out is None or not out.finished for out in last):
+        for i, stream in enumerate(streams):
+            last[i] = next(stream, last[i])
+    assert [out["text"] for out in last if out is not None] == expected
+
+
+def test_closing_a_stream_frees_its_request(llm: LLM) -> None:
+    stream = llm.stream("Once upon a time", SamplingParams(max_tokens=1000, ignore_eos=True))
+    next(stream)
+    assert llm.has_unfinished()
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_frees_every_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    launch = llm.engine._runner.launch
+
+    def interrupted(batch: Batch) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            raise KeyboardInterrupt
+        return launch(batch)
+
+    monkeypatch.setattr(llm.engine._runner, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b", "c"] * 5, SamplingParams(max_tokens=50), use_tqdm=False)
+    monkeypatch.undo()
+    llm.step()  # reports what the interrupted step ended; nobody waits for it
+
+
+def test_add_step_and_abort(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    kept, dropped = llm.add_request("The fox", params), llm.add_request("The hen", params)
+    llm.step()
+    llm.abort(dropped)
+    llm.abort(dropped)
+    final: dict[str, RequestOutput] = {}
+    while not llm.is_finished():
+        final |= {out.request_id: out for out in llm.step()}
+    assert final[kept].finish_reason == "length"
+    assert dropped not in final
+
+
+def test_n_completions_share_the_prompt_and_differ(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=20)
+    output = llm.generate("Once upon a time", params, use_tqdm=False)[0]
+    assert [completion.index for completion in output.outputs] == [0, 1, 2]
+    assert len({completion.text for completion in output.outputs}) == 3
+
+
+def test_a_seed_fixes_the_text_whatever_runs_beside_it(llm: LLM) -> None:
+    params = SamplingParams(seed=11, max_tokens=20, temperature=1.2)
+    alone = llm.generate("Far away", params, use_tqdm=False)[0]["text"]
+    among = llm.generate(["x", "Far away", "y z"], params, use_tqdm=False)[1]["text"]
+    assert alone == among
+
+
+def test_stop_strings_and_ids(llm: LLM) -> None:
+    free = llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0]
+    text, ids = free.outputs[0].text, free.outputs[0].token_ids
+    word = text.split()[3]
+    cut = llm.generate(
+        "Once upon a time", SamplingParams(temperature=0, max_tokens=12, stop=word), use_tqdm=False
+    )[0]
+    assert cut["text"] == text[: text.index(word)]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", word)
+    at_id = SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[ids[4]])
+    stopped = llm.generate("Once upon a time", at_id, use_tqdm=False)[0]
+    assert stopped["token_ids"] == ids[: ids.index(ids[4]) + 1]
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", ids[4])
+
+
+def test_the_context_clips_the_output(checkpoint: Callable[[str], Path]) -> None:
+    with LLM(str(checkpoint("qwen3")), max_model_len=32) as llm:
+        output = llm.generate([1] * 20, SamplingParams(max_tokens=None), use_tqdm=False)[0]
+    assert len(output.outputs[0].token_ids) == 12
+    assert output.finish_reason == "length"
+
+
+def test_cached_tokens_and_timings_are_reported(llm: LLM) -> None:
+    prompt = llm.encode("There was once a miller who had three sons, and the youngest of them") * 3
+    llm.generate(prompt, GREEDY, use_tqdm=False)
+    output = llm.generate(prompt, GREEDY, use_tqdm=False)[0]
+    assert output.num_cached_tokens == (len(prompt) - 1) // 16 * 16
+    times = output.metrics
+    assert times.first_scheduled_time is not None
+    assert times.first_token_time is not None
+    assert times.finished_time is not None
+    assert times.arrival_time <= times.first_scheduled_time <= times.first_token_time
+    assert times.first_token_time <= times.finished_time
+
+
+def test_a_salt_keeps_requests_apart(llm: LLM) -> None:
+    prompt = llm.encode("A secret that nobody else may learn from the cache") * 3
+    cached = []
+    for salt in ("a", "a", "b", None):
+        llm.add_request(prompt, GREEDY, cache_salt=salt)
+        while llm.has_unfinished():
+            finished = llm.step()
+        cached.append(finished[0].num_cached_tokens > 0)
+    assert cached == [False, True, False, False]
+
+
+def test_nan_logits_end_that_request_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
+    compute = llm._runner.model.compute_logits
+
+    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
+        logits = compute(hidden)
+        if len(logits) == 2:
+            logits[1] = torch.nan
+        return logits
+
+    errors = llm.engine.stats().num_errors
+    monkeypatch.setattr(llm._runner.model, "compute_logits", poisoned)
+    healthy, sick = llm.generate(["The fox", "The hen"], GREEDY, use_tqdm=False)
+    assert healthy["text"] == expected
+    assert sick.finish_reason == "error"
+    assert "NaN" in str(sick.stop_reason)
+    assert llm.engine.stats().num_errors == errors + 1
+
+
+def test_a_failed_step_raises_and_the_engine_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(llm._runner.model, "compute_logits", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    llm.step()
+    assert llm.generate("The fox", GREEDY, use_tqdm=False)[0].finish_reason is not None
+
+
+def test_a_model_without_a_tokenizer_takes_ids(checkpoint: Callable[[str], Path]) -> None:
+    with LLM(str(checkpoint("llama"))) as llm:
+        output = llm.generate([1, 2, 3], SamplingParams(max_tokens=4), use_tqdm=False)[0]
+        assert len(output["token_ids"]) == 4
+        assert output["text"] == ""
+        with pytest.raises(ValueError, match=r"needs a tokenizer.*give token ids"):
+            llm.generate("text", use_tqdm=False)
+
+
+def test_defaults_come_from_the_generation_config(llm: LLM) -> None:
+    written = json.loads((DEMO_MODEL / "generation_config.json").read_text())
+    params = llm.default_sampling_params()
+    assert (params.temperature, params.top_p) == (written["temperature"], written["top_p"])
+    assert params.max_tokens == 16
+
+
+def test_a_closed_llm_says_so_and_its_streams_end_quietly(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    llm = LLM(str(checkpoint("qwen3")))
+    stream = llm.stream([1, 2], SamplingParams(max_tokens=50))
+    next(stream)
+    llm.close()
+    llm.close()
+    del stream
+    gc.collect()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate([1], use_tqdm=False)
+
+
+def test_max_model_len_is_fitted_to_the_blocks(
+    checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with LLM(str(checkpoint("qwen3")), num_kv_blocks=4, block_size=8) as llm:
+        assert llm.engine.max_model_len == 32
+    assert "lowered from 512 to 32" in caplog.text
+
+
+MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "empty prompt": ("", {}, "the prompt is empty: give at least one token"),
+    "empty ids": ([[]], {}, "the prompt is empty: give at least one token"),
+    "id out of range": ([1, 4096], {}, "token id 4096 in prompt is out of range.*0 to 4095"),
+    "negative id": ([-1], {}, "token id -1 in prompt is out of range.*0 to 4095"),
+    "too long": ([1] * 5000, {}, "maximum context length is 4096 tokens.*prompt alone has 5000"),
+    "not a prompt": ([3.5], {}, "a prompt is a string or a list of token ids"),
+    "max_tokens": ("a", {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+    "temperature": ("a", {"temperature": -1}, "temperature must be non-negative.*got -1"),
+    "top_p zero": ("a", {"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+    "top_p above one": ("a", {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
+    "top_k": ("a", {"top_k": -2}, r"top_k must be 0 or -1 \(all\), or at least 1, got -2"),
+    "n": ("a", {"n": 0}, "n must be at least 1, got 0"),
+    "bias out of range": ("a", {"logit_bias": {9999: 1.0}}, "token id 9999 in logit_bias"),
+    "allowed out of range": ("a", {"allowed_token_ids": [-3]}, "token id -3 in allowed_token_ids"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_request_is_told_and_loses_nothing(llm: LLM, mistake: str) -> None:
+    prompt, fields, message = MISTAKES[mistake]
+    other = llm.add_request("The fox", GREEDY)
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt, SamplingParams(**fields), use_tqdm=False)
+    while llm.has_unfinished():
+        news = llm.step()
+    assert news[0].request_id == other
+    assert news[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"model": "/no/such/place"}, FileNotFoundError, "/no/such/place"),
+        (
+            {"max_num_sqs": 4},
+            ValueError,
+            "unknown option 'max_num_sqs'; did you mean 'max_num_seqs'",
+        ),
+        (
+            {"max_model_len": 5000},
+            ValueError,
+            "max_model_len=5000 exceeds the model's context of 4096",
+        ),
+        ({"dtype": "int3"}, ValueError, "dtype must be one of auto, float32"),
+        ({"num_kv_blocks": 0}, ValueError, "num_kv_blocks must be at least 1, got 0"),
+        ({"device": "cuda"}, ValueError, "device 'cuda' is not available here; available: cpu"),
+        ({"kv_cache_memory_bytes": 10}, RuntimeError, "one block needs .* MiB: free memory"),
+    ],
+)
+def test_a_mistake_in_the_options_is_told(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(error, match=message):
+        LLM(**options)

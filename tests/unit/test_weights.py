@@ -1,0 +1,199 @@
+"""Checkpoints that are read, and those that are refused with a reason."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.registry import ARCHITECTURES, model_class
+from nanovllm.models.weights import checkpoint_targets, load_model, weight_files
+
+CPU = torch.device("cpu")
+
+
+def load(directory: Path) -> torch.nn.Module:
+    config = ModelConfig.from_directory(directory)
+    return load_model(directory, config, dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture
+def directory(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of a tiny Qwen3 that a test may damage."""
+    return Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "model"))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_packed_parameters_hold_the_checkpoint_tensors(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    targets = checkpoint_targets(load(directory))
+    assert targets.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(targets[name], tensor), name
+
+
+def test_shards_are_read_by_their_index(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: tensors[name] for name in members}, directory / file)
+    weight_map = {name: file for file, members in shards.items() for name in members}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    targets = checkpoint_targets(load(directory))
+    assert all(torch.equal(targets[name], tensor) for name, tensor in tensors.items())
+    (directory / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names files that are missing: \['b.safet"):
+        load(directory)
+
+
+def test_missing_and_unexpected_tensors_are_named(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"Unexpected parameters: \['extra'\]"):
+        load(directory)
+    gone = "model.layers.1.self_attn.k_proj.weight"
+    edit_tensors(directory, lambda tensors: tensors.pop(gone))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"Missing parameters: \['{gone}'\]"):
+        load(directory)
+
+
+def test_a_wrong_shape_names_the_tensor_and_both_shapes(directory: Path) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}))
+    with pytest.raises(ValueError, match=r"model.norm.weight has shape \[3\].*makes it \[64\]"):
+        load(directory)
+
+
+def test_a_corrupt_file_is_named(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a readable safetensors file"):
+        load(directory)
+
+
+def test_a_tied_head_and_old_buffers_may_stand_in_the_file(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(checkpoint("qwen3-tied"), tmp_path / "model"))
+    edit_tensors(
+        directory,
+        lambda tensors: tensors.update(
+            {
+                "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+            }
+        ),
+    )
+    load(directory)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "pytorch_model.bin", "model.onnx"])
+def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=rf"{Path(name).suffix} weights.*supported: \*.safetensors"
+    ):
+        weight_files(tmp_path)
+
+
+def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="dummy_weights"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no architectures"),
+        ({"architectures": []}, "names no architectures"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            "Unsupported model architecture: MambaForCausalLM; supported: Llama.*Qwen3ForCausalLM",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "quantized with 'fp8'.*supported: float32",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with 'gptq'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'.*yarn, llama3"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of"),
+        ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_a_config_we_do_not_read_is_refused(
+    directory: Path, changes: dict[str, Any], message: str
+) -> None:
+    edit_config(directory, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(directory)
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*\*.safetensors"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+        ModelConfig.from_directory(tmp_path)
+
+
+def test_dummy_weights_are_seeded(directory: Path) -> None:
+    config = ModelConfig.from_directory(directory)
+
+    def weights(seed: int) -> torch.Tensor:
+        model = load_model(directory, config, dtype=torch.float32, device=CPU, dummy_seed=seed)
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+    assert weights(1).isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_registered_class_has_the_name_of_its_architecture(architecture: str) -> None:
+    assert model_class(architecture).__name__ == architecture
+
+
+def test_old_and_new_spellings_of_rope_mean_the_same() -> None:
+    base = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = base | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    assert ModelConfig.from_dict(old) == ModelConfig.from_dict(new)
+    assert ModelConfig.from_dict(old).max_model_len == 128
+
+
+def test_end_of_text_ids_come_from_the_generation_config(directory: Path) -> None:
+    edit_config(directory, eos_token_id=5)
+    assert ModelConfig.from_directory(directory).eos_token_ids == (5,)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
+    assert ModelConfig.from_directory(directory).eos_token_ids == (6, 7)
