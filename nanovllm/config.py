@@ -167,7 +167,8 @@ class EngineConfig:
                 raise InvalidRequestError(f"unknown option {given!r}{hint}", given)
             if name in values:
                 raise InvalidRequestError(f"option {name!r} is given twice", name)
-            values[name] = value
+            automatic = name == "num_kv_blocks" and value == -1  # nano-vllm's "as many as fit"
+            values[name] = None if automatic else value
         return cls(**values)
 
     @classmethod

@@ -71,12 +71,12 @@ class RotaryEmbedding:
         """Frequencies of each position, `[num_tokens, head_dim / 2]`."""
         config = self._config
         dim, factor = config.head_dim, float(config.scaling["factor"])
-        seq_len = (positions + 1).clamp(min=config.max_position).double()
+        seq_len = (positions + 1).clamp(min=config.max_position).float()
         stretch = factor * seq_len / config.max_position - (factor - 1)
         theta = config.theta * stretch ** (dim / (dim - 2))
-        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+        exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
         inv_freq: Tensor = 1.0 / theta[:, None] ** exponent
-        return inv_freq.float()
+        return inv_freq
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ def resolve_model(config: EngineConfig) -> Path:
         ImportError: The hub's package is not installed.
     """
     if config.model is None:
-        logger.info("no model given: using the bundled demo model")
+        # A warning, so that it is seen where nobody has set logging up.
+        logger.warning("no model given: using the bundled demo model")
         return DEMO_MODEL
     path = Path(config.model).expanduser()
     if path.is_dir():

@@ -51,7 +51,7 @@ class TextStep(NamedTuple):
 
     slots: list[int]
     states: list[TextSlot]
-    prompt_scores: list[list[Scores]]
+    prompt_scores: list[list[Scores] | None]
     sampled: Sampled | None
 
 
@@ -101,10 +101,9 @@ class TextRunner(ModelRunner):
         self._score_prompts(hidden, rows)
         slots, ends = rows.slots[rows.emits], rows.ends[rows.emits]
         states = [self._slots[slot] for slot in slots.tolist()]
-        prompt_scores = []
+        prompt_scores = [state.prompt_scores if state.scores_prompt else None for state in states]
         for state in states:
-            prompt_scores.append(state.prompt_scores)
-            state.prompt_scores, state.scores_prompt = [], False
+            state.scores_prompt = False
         sampled = None
         if len(slots):
             last = hidden[self._to_device(rows.last_tokens[rows.emits])]
@@ -128,7 +127,7 @@ class TextRunner(ModelRunner):
                 results.append(StepResult(slot, -1, Stop("error", UNUSABLE_LOGITS)))
                 continue
             token_id, params, payload = token_ids[row], state.params, None
-            if params.logprobs is not None or handle.prompt_scores[row]:
+            if params.logprobs is not None or handle.prompt_scores[row] is not None:
                 payload = TextPayload(
                     None if params.logprobs is None else scores.row(row, params.logprobs),
                     _prompt_scores(handle.prompt_scores[row], params.prompt_logprobs),
@@ -177,9 +176,11 @@ class _ScoreReader:
         return len(self._ranks)
 
 
-def _prompt_scores(slices: list[Scores], num_top: int | None) -> list[TokenScores | None] | None:
-    """The scores of a whole prompt; its first token has none."""
-    if not slices:
+def _prompt_scores(
+    slices: list[Scores] | None, num_top: int | None
+) -> list[TokenScores | None] | None:
+    """The scores of a whole prompt, if they were asked for; its first token has none."""
+    if slices is None:
         return None
     readers = [_ScoreReader(scores) for scores in slices]
     rows = [reader.row(row, num_top or 0) for reader in readers for row in range(len(reader))]
