@@ -27,7 +27,7 @@ def bits_per_byte(llm: LLM, tales: list[str]) -> float:
     A tale longer than the context is read in windows that each start afresh.
     """
     end = llm.encode(END_OF_TEXT)
-    size = llm.engine.max_model_len - 1
+    size = llm.engine.max_model_len - 2  # a token to begin after, and one that is generated
     windows = []
     for tale in tales:
         token_ids = end + llm.encode(tale) + end

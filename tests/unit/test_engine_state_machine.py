@@ -140,7 +140,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from([None, None, 1, 4, 9]),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         root=st.sampled_from([(None, None)] * 4 + [(None, "a"), (1, None), (2, None), (3, "a")]),
-        flags=st.integers(0, 7),
+        flags=st.integers(0, 9),
     )
     def add(
         self,
@@ -162,7 +162,12 @@ class EngineMachine(RuleBasedStateMachine):
                 keys[index] = STREAMS[stream][index].to_bytes(8, "little")
         elif tail:
             keys[-1] = tail
-        params = SamplingParams(n=n, max_tokens=max_tokens, seed=tail if flags & 1 else None)
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            seed=tail if flags & 1 else None,
+            prompt_logprobs=0 if flags > 7 else None,
+        )
         root_number = 1 + self.roots.setdefault((adapter_id, cache_salt), len(self.roots))
         seq_ids = self.engine.add(
             keys,
