@@ -3,7 +3,8 @@
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -365,11 +366,11 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list, where a single one may be text or token ids."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [list(prompts)]  # type: ignore[arg-type]
+    """Prompts as a list, where a single one may be text, token ids or a mapping."""
+    if isinstance(prompts, str | Mapping) or (
+        len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
+    ):
+        return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
 

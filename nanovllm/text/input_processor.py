@@ -1,15 +1,17 @@
 """A prompt and what was asked of it, checked and turned into what the engine takes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 from nanovllm.batch import TextRequest
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
 
-Prompt = str | list[int]
-"""Text, or token ids."""
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
 
 
 class TextInput(NamedTuple):
@@ -57,6 +59,8 @@ class InputProcessor:
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
         """
+        if isinstance(prompt, Mapping):
+            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._token_ids(prompt, add_special_tokens)
         if not token_ids:
@@ -73,15 +77,20 @@ class InputProcessor:
         )
         return TextInput(text, token_ids, params, payload)
 
-    def _token_ids(self, prompt: Prompt, add_special_tokens: bool) -> list[int]:
+    def _token_ids(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             return self._require_tokenizer("a text prompt").encode(prompt, add_special_tokens)
-        if not all(isinstance(token_id, int) for token_id in prompt):
+        try:
+            token_ids = list(prompt)
+        except TypeError:
+            token_ids = [prompt]  # type: ignore[list-item]
+        if not all(isinstance(token_id, Integral) for token_id in token_ids):
             raise InvalidRequestError(
                 f"a prompt is a string or a list of token ids, got {prompt!r:.80}", "prompt"
             )
-        self._check_ids("prompt", prompt)
-        return prompt
+        token_ids = [int(token_id) for token_id in token_ids]
+        self._check_ids("prompt", token_ids)
+        return token_ids
 
     def _check_ids(self, name: str, token_ids: list[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:

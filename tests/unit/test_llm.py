@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,15 @@ def test_a_list_of_parameters_goes_with_the_prompts(llm: LLM) -> None:
     outputs = llm.generate(["A", "B"], params, use_tqdm=False)
     assert [len(out.outputs[0].token_ids) for out in outputs] == [1, 5]
     assert {out.finish_reason for out in outputs} == {"length"}
+
+
+def test_prompts_come_as_vllm_and_numpy_give_them_too(llm: LLM) -> None:
+    ids = llm.encode("Once upon a time")
+    expected = llm.generate("Once upon a time", GREEDY, use_tqdm=False)[0]["text"]
+    prompts: list[Any] = [{"prompt": "Once upon a time"}, {"prompt_token_ids": ids}, np.array(ids)]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [out["text"] for out in outputs] == [expected] * 3
+    assert llm.generate({"prompt_token_ids": ids}, GREEDY, use_tqdm=False)[0]["text"] == expected
 
 
 def test_an_empty_batch_is_an_empty_result(llm: LLM) -> None:
