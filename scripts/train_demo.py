@@ -310,7 +310,7 @@ def save(model: DemoModel, config: DemoConfig, tokenizer: Tokenizer, output: Pat
         },
         "generation_config.json": {
             "eos_token_id": [end, im_end],
-            "temperature": 0.7,
+            "temperature": 0.8,
             "top_p": 0.95,
         },
         "tokenizer_config.json": {
