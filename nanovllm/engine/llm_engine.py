@@ -258,7 +258,8 @@ class LLMEngine:
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
         outputs = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")
-        logger.error("step %d failed and ended %d sequences", batch.step, len(outputs))
+        if isinstance(error, Exception):  # an interrupt is no failure to report
+            logger.error("step %d failed and ended %d sequences", batch.step, len(outputs))
         self._stats.num_errors += len(outputs)
         self._unreported += outputs
 
