@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.validation import conform
 
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEFAULT_BLOCK_SIZE = 16
@@ -85,7 +86,7 @@ class EngineConfig:
     model_source: Literal["huggingface", "modelscope"] = "huggingface"
     revision: str | None = None
     download_dir: str | None = None
-    hf_token: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
     endpoint: str | None = None
     local_files_only: bool = False
     dummy_weights: bool = False
@@ -106,6 +107,9 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        conform(self)
+        if self.num_kv_blocks == -1:  # nano-vllm's "as many as fit"
+            object.__setattr__(self, "num_kv_blocks", None)
         hints = get_type_hints(type(self))
         for option in fields(self):
             value = getattr(self, option.name)
@@ -167,8 +171,7 @@ class EngineConfig:
                 raise InvalidRequestError(f"unknown option {given!r}{hint}", given)
             if name in values:
                 raise InvalidRequestError(f"option {name!r} is given twice", name)
-            automatic = name == "num_kv_blocks" and value == -1  # nano-vllm's "as many as fit"
-            values[name] = None if automatic else value
+            values[name] = value
         return cls(**values)
 
     @classmethod
@@ -198,6 +201,7 @@ class EngineConfig:
         tokens = tokens or max(1024 if on_cpu else 8192, seqs or 1)
         return replace(
             self,
+            device=cast(Any, device_type),
             max_num_batched_tokens=tokens,
             max_num_seqs=seqs or min(64 if on_cpu else 256, tokens),
             block_size=self.block_size or DEFAULT_BLOCK_SIZE,

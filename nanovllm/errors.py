@@ -29,5 +29,9 @@ class UnsupportedModelError(InvalidRequestError):
     code = "unsupported_model"
 
 
+class NotEnoughMemoryError(RuntimeError):
+    """The machine cannot hold the model, or its KV cache not a single block."""
+
+
 class OutOfBlocksError(RuntimeError):
     """No KV block is free; the caller preempts a sequence and asks again."""

@@ -4,10 +4,11 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +37,7 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A text model, its engine and its tokenizer in this process.
+    """A text model, its engine and its tokenizer in this process, for one thread.
 
     Args:
         model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
@@ -62,12 +63,14 @@ class LLM:
         device = select_device(config.device)
         self.config = config.resolved_for(device.type)
         self.model_config = ModelConfig.from_directory(directory)
-        dtype = self.model_config.dtype if config.dtype == "auto" else config.dtype
+        self.tokenizer = _load_tokenizer(config, directory)
+        if config.dtype == "auto":
+            self.config = replace(self.config, dtype=cast(Any, self.model_config.dtype))
         self._runner = TextRunner(
             load_model(
                 directory,
                 self.model_config,
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, self.config.dtype),
                 device=device,
                 dummy_seed=config.seed if config.dummy_weights else None,
             ),
@@ -91,7 +94,6 @@ class LLM:
             async_scheduling=bool(self.config.async_scheduling),
             seed=config.seed,
         )
-        self.tokenizer = _load_tokenizer(config, directory)
         self._generation_config = read_generation_config(directory)
         self._inputs = InputProcessor(
             self.tokenizer,
@@ -139,7 +141,7 @@ class LLM:
             messages: A list of messages, or a list of such lists.
             sampling_params: See `generate`.
             use_tqdm: Whether to show progress.
-            **template_options: Passed to the chat template, such as `tools` or `enable_thinking`.
+            **template_options: See `render`.
 
         Returns:
             One output a conversation, in order.
@@ -147,33 +149,29 @@ class LLM:
         Raises:
             InvalidRequestError: The model has no chat template, or it refuses the messages.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        prompts: list[Prompt] = [
-            self.render(list(conversation), **template_options)  # type: ignore[arg-type]
-            for conversation in conversations
-        ]
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: Any = [messages] if single else messages
+        prompts: list[Prompt] = [self.render(c, **template_options) for c in conversations]
         return self._run(prompts, self._params_for(prompts, sampling_params), use_tqdm, False)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[RequestOutput]:
-        """Complete one prompt and yield the output so far after each step that changed it.
+    ) -> "RequestStream":
+        """Complete one prompt; the iterator yields the output so far after each step with news.
 
-        Closing the iterator aborts the request.
+        Closing or dropping the iterator aborts the request.
         """
-        params = sampling_params or self.default_sampling_params()
-        return self._stream(self.add_request(prompt, params))
+        return RequestStream(self, *self._add(prompt, sampling_params))
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         **template_options: Any,
-    ) -> Iterator[RequestOutput]:
+    ) -> "RequestStream":
         """Answer one conversation and yield like `stream`."""
-        params = sampling_params or self.default_sampling_params()
-        prompt = self.render(list(messages), **template_options)
-        return self._stream(self.add_request(prompt, params, add_special_tokens=False))
+        prompt = self.render(messages, **template_options)
+        return RequestStream(self, *self._add(prompt, sampling_params, add_special_tokens=False))
 
     def add_request(
         self,
@@ -199,20 +197,12 @@ class LLM:
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used.
         """
-        self._check_open()
-        arrival_time = time.monotonic()
-        params = sampling_params or self.default_sampling_params()
-        inputs = self._inputs.process(prompt, params, add_special_tokens)
-        seq_ids = self.engine.add(
-            list[Key](inputs.token_ids),
-            inputs.params,
+        request_id, _ = self._add(
+            prompt,
+            sampling_params,
             priority=priority,
             cache_salt=cache_salt,
-            payload=inputs.payload,
-        )
-        request_id = str(next(self._request_ids))
-        self._outputs.add(
-            request_id, seq_ids, inputs.prompt, inputs.token_ids, inputs.params, arrival_time
+            add_special_tokens=add_special_tokens,
         )
         return request_id
 
@@ -237,7 +227,7 @@ class LLM:
 
     def has_unfinished(self) -> bool:
         """Whether any request still runs or waits, or has news to report."""
-        return self.engine.has_unfinished or bool(self._news)
+        return not self._closed and (self.engine.has_unfinished or bool(self._news))
 
     def is_finished(self) -> bool:
         """The opposite of `has_unfinished`, under nano-vllm's name."""
@@ -245,17 +235,58 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: self._generation_config.get(name) for name in names}
+        names = {
+            "temperature": "temperature",
+            "top_p": "top_p",
+            "top_k": "top_k",
+            "min_p": "min_p",
+            "repetition_penalty": "repetition_penalty",
+            "max_new_tokens": "max_tokens",
+        }
+        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
         if self._generation_config.get("do_sample") is False:
             given["temperature"] = 0.0
-        return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+        try:
+            return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+        except InvalidRequestError as e:
+            raise InvalidRequestError(f"the model's generation_config.json: {e}", e.param) from e
 
-    def render(self, messages: list[Message], **template_options: Any) -> str:
-        """The prompt a conversation becomes by the model's chat template."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt a conversation becomes by the model's chat template.
+
+        Args:
+            messages: The conversation.
+            tools: JSON schemas of functions the model may call.
+            documents: Texts for retrieval.
+            chat_template: Jinja text in place of the model's own.
+            add_generation_prompt: Whether to open a message of the assistant at the end.
+            continue_final_message: Whether to leave the last message open.
+            chat_template_kwargs: Whatever else the template reads, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequestError: There is no template, or it refuses the conversation.
+        """
         if self.tokenizer is None:
             raise InvalidRequestError("the model's directory has no tokenizer, so no chat template")
-        return self.tokenizer.apply_chat_template(messages, **template_options)
+        return self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **(chat_template_kwargs or {}),
+        )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -289,6 +320,38 @@ class LLM:
     ) -> None:
         self.close()
 
+    def _add(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> tuple[str, RequestOutput]:
+        """Register a request whole or not at all; returns its id and its live output."""
+        self._check_open()
+        arrival_time = time.monotonic()
+        params = self._params_for([prompt], sampling_params)[0]
+        inputs = self._inputs.process(prompt, params, add_special_tokens)
+        seq_ids = self.engine.add(
+            list[Key](inputs.token_ids),
+            inputs.params,
+            priority=priority,
+            cache_salt=cache_salt,
+            payload=inputs.payload,
+        )
+        request_id = str(next(self._request_ids))
+        try:
+            output = self._outputs.add(
+                request_id, seq_ids, inputs.prompt, inputs.token_ids, inputs.params, arrival_time
+            )
+        except BaseException:
+            for seq_id in seq_ids:
+                self.engine.abort(seq_id)
+            raise
+        return request_id, output
+
     def _run(
         self,
         prompts: list[Prompt],
@@ -297,42 +360,27 @@ class LLM:
         add_special_tokens: bool,
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
-        request_ids: list[str] = []
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, param in zip(prompts, params, strict=True):
-                request_ids.append(
-                    self.add_request(prompt, param, add_special_tokens=add_special_tokens)
-                )
-            mine = set(request_ids)
-            with progress_bar(len(mine), self.engine.stats, show_progress) as advance_to:
-                while len(outputs) < len(mine):
+                request_id, output = self._add(prompt, param, add_special_tokens=add_special_tokens)
+                outputs[request_id] = output
+            unfinished = set(outputs)
+            with progress_bar(len(outputs), self.engine.stats, show_progress) as advance_to:
+                while unfinished:
                     self._advance()
-                    for request_id in mine & self._news.keys():
-                        output = self._news.pop(request_id)
-                        if output.finished:
-                            outputs[request_id] = output
-                    advance_to(len(outputs))
+                    for request_id in unfinished & self._news.keys():
+                        if self._news.pop(request_id).finished:
+                            unfinished.remove(request_id)
+                    advance_to(len(outputs) - len(unfinished))
         finally:
-            for request_id in request_ids:
+            for request_id in outputs:
                 self.abort(request_id)
-        return [outputs[request_id] for request_id in request_ids]
-
-    def _stream(self, request_id: str) -> Iterator[RequestOutput]:
-        try:
-            finished = False
-            while not finished:
-                if request_id not in self._news:
-                    self._advance()
-                output = self._news.pop(request_id, None)
-                if output is not None:
-                    finished = output.finished
-                    yield output.snapshot()
-        finally:
-            self.abort(request_id)
+        return list(outputs.values())
 
     def _advance(self) -> None:
         """Run one step and keep its news until whoever asked for them takes them."""
+        self._check_open()
         outputs, stopped = self._outputs.process(self.engine.step())
         for seq_id in stopped:
             self.engine.abort(seq_id)
@@ -351,6 +399,11 @@ class LLM:
         """One set of parameters for each prompt."""
         if given is None or isinstance(given, SamplingParams):
             return [given or self.default_sampling_params()] * len(prompts)
+        if not isinstance(given, Sequence) or not all(isinstance(p, SamplingParams) for p in given):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams or a list of them, got {given!r:.80}",
+                "sampling_params",
+            )
         if len(given) != len(prompts):
             raise InvalidRequestError(
                 f"{len(prompts)} prompts need as many sampling_params, or one for all; got "
@@ -360,18 +413,53 @@ class LLM:
         return list(given)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        """The checkpoint's end-of-text ids and the tokenizer's."""
+        """The checkpoint's end-of-text ids and the tokenizer's, as far as the model has them."""
         own = self.tokenizer.eos_token_id if self.tokenizer else None
-        return (*self.model_config.eos_token_ids, *(() if own is None else (own,)))
+        given = (*self.model_config.eos_token_ids, *(() if own is None else (own,)))
+        return tuple(i for i in given if 0 <= i < self.model_config.vocab_size)
+
+
+class RequestStream(Iterator[RequestOutput]):
+    """The outputs of one request as they grow; ends with the finished one.
+
+    It waits on the request itself, so that aborting it elsewhere, or stepping the engine, ends the
+    stream too.
+    """
+
+    def __init__(self, llm: LLM, request_id: str, output: RequestOutput) -> None:
+        self._llm, self._request_id, self._output = llm, request_id, output
+        self._ended = False
+
+    def __next__(self) -> RequestOutput:
+        if self._ended:
+            raise StopIteration
+        while not self._output.finished and self._request_id not in self._llm._news:
+            self._llm._advance()
+        self._llm._news.pop(self._request_id, None)
+        self._ended = self._output.finished
+        return self._output.snapshot()
+
+    def close(self) -> None:
+        """Abort the request, unless it has ended."""
+        self._ended = True
+        self._llm.abort(self._request_id)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Prompts as a list, where a single one may be text, token ids or a mapping."""
-    if isinstance(prompts, str | Mapping) or (
-        len(prompts) > 0 and all(isinstance(item, Integral) for item in prompts)
-    ):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str | bytes | Mapping):
+        return [prompts]
+    try:
+        batch: list[Any] = list(prompts)
+    except TypeError as e:
+        raise InvalidRequestError(
+            f"prompts must be a prompt or a list of them, got {prompts!r:.80}", "prompt"
+        ) from e
+    single = len(batch) > 0 and all(isinstance(item, Integral) for item in batch)
+    return [batch] if single else batch
 
 
 def _load_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
@@ -381,7 +469,7 @@ def _load_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_directory(directory, config.chat_template)
     except FileNotFoundError as e:
-        if config.tokenizer is not None:
+        if config.tokenizer is not None or config.chat_template is not None:
             raise
         logger.warning("prompts must be token ids: %s", e)
         return None

@@ -82,7 +82,14 @@ class RequestOutput:
 
     def snapshot(self) -> "RequestOutput":
         """A copy that later steps leave alone."""
-        outputs = [replace(out, token_ids=list(out.token_ids)) for out in self.outputs]
+        outputs = [
+            replace(
+                out,
+                token_ids=list(out.token_ids),
+                logprobs=None if out.logprobs is None else list(out.logprobs),
+            )
+            for out in self.outputs
+        ]
         return replace(self, outputs=outputs, metrics=replace(self.metrics))
 
     def __getitem__(self, name: str) -> str | list[int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.validation import conform
 
 GREEDY_EPSILON = 1e-5
 MAX_LOGPROBS = 20
@@ -68,12 +69,15 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
-    bad_words: list[str] | None = None
+    bad_words: str | list[str] | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     stop_strings: list[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        conform(self)
+        if isinstance(self.bad_words, str):
+            self.bad_words = [self.bad_words]
         self.stop_strings = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self._check_numbers()
         self._check_lists()

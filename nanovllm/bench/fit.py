@@ -7,7 +7,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.models.registry import model_class
+from nanovllm.models.registry import CLASSES
 from nanovllm.runners.memory import fit_kv_cache, kv_cache_bytes, select_device
 
 
@@ -46,7 +46,7 @@ def work_out_fit(config: EngineConfig) -> Fit:
     Raises:
         InvalidRequestError: The model or an option cannot be used.
         FileNotFoundError: There is no such model.
-        RuntimeError: The KV cache has no room for a single block.
+        NotEnoughMemoryError: The KV cache has no room for a single block.
     """
     directory = resolve_model(config)
     device = select_device(config.device)
@@ -54,7 +54,7 @@ def work_out_fit(config: EngineConfig) -> Fit:
     model = ModelConfig.from_directory(directory)
     dtype = model.dtype if config.dtype == "auto" else config.dtype
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in model_class(model.architecture)(model).parameters())
+        num_parameters = sum(p.numel() for p in CLASSES[model.architecture](model).parameters())
     dtype_size = getattr(torch, dtype).itemsize
     weight_bytes = num_parameters * dtype_size
     cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)

@@ -189,7 +189,7 @@ def _settings(llm: "LLM") -> dict[str, Any]:
     return {
         "model": config.model or "bundled demo model",
         "architecture": llm.model_config.architecture,
-        "dtype": llm.model_config.dtype if config.dtype == "auto" else config.dtype,
+        "dtype": config.dtype,
         "device": config.device,
         "max_model_len": llm.engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,

@@ -20,7 +20,7 @@ from nanovllm.cli.doctor import doctor
 from nanovllm.cli.generate import generate
 from nanovllm.cli.options import environment
 from nanovllm.config import ALIASES
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as e:
         _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-    except (CycloptsError, ImportError, InvalidRequestError) as e:
+    except (CycloptsError, ImportError, InvalidRequestError, NotEnoughMemoryError) as e:
         _fail(str(e))
 
 

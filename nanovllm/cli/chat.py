@@ -1,6 +1,7 @@
 """`nanovllm chat`: a conversation in the terminal, or from a pipe."""
 
 import sys
+from contextlib import suppress
 
 from nanovllm.cli.generate import write_stream
 from nanovllm.cli.options import DEFAULT_CONFIG, DEFAULT_SAMPLING, Engine, Sampling, open_llm
@@ -42,6 +43,8 @@ def chat(
 
 def _read_line() -> str | None:
     """Return the next line, or None at the end of the input."""
+    with suppress(ImportError):  # gives `input` a history, where the platform has it
+        import readline  # noqa: F401
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -78,6 +78,9 @@ def write_stream(outputs: "Iterator[RequestOutput]") -> str:
     """Write a text to standard output while it grows; return it."""
     text = ""
     for output in outputs:
+        if output.finish_reason == "error":
+            sys.stderr.write(f"nanovllm: error: {output.stop_reason}\n")
+            sys.exit(1)
         grown = output.outputs[0].text
         sys.stdout.write(grown[len(text) :])
         sys.stdout.flush()

@@ -14,6 +14,9 @@ from nanovllm.kernels.attention_backend import AttentionBatch, CacheConfig, Cach
 MAX_GATHERED_POSITIONS = 1 << 16
 """Padded positions gathered at a time: bounds the copy of the cache to some 100 MB a layer."""
 
+MAX_SCORES = 1 << 27
+"""Attention scores computed at a time, over all heads: bounds the mask to some 250 MB."""
+
 
 @dataclass(slots=True)
 class RowGroup:
@@ -71,7 +74,11 @@ class SdpaBackend:
         for group in metadata:
             k = keys[group.cache_slots].to(q.dtype)  # [num_rows, max_len, num_kv_heads, head_dim]
             v = values[group.cache_slots].to(q.dtype)
-            out[group.tokens] = attend(q[group.tokens], k, v, group.mask(window))
+            step = max(1, MAX_SCORES // (k.shape[0] * k.shape[1] * q.shape[1]))
+            mask = group.mask(window)
+            for first in range(0, group.tokens.shape[1], step):
+                tokens = group.tokens[:, first : first + step]
+                out[tokens] = attend(q[tokens], k, v, mask[:, first : first + step])
         return out
 
     def _group_rows(self, batch: AttentionBatch) -> list[list[int]]:

@@ -38,7 +38,7 @@ class BadWords:
         rows: The row each word is forbidden in, `[num_words]`.
         last_ids: The last token of each word, `[num_words]`.
         prefixes: The tokens before it, right-aligned, -1 where there is none, `[num_words, width]`.
-        tails: The last tokens of each row's output, -1 before its start, `[num_words, width]`.
+        tails: The last tokens of each row's output, -2 before its start, `[num_words, width]`.
     """
 
     rows: Tensor
@@ -133,7 +133,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
 def score_tokens(log_probs: Tensor, token_ids: Tensor, num_top: int) -> Scores:
     """Look up the given token `[num_rows]` and the `num_top` most likely ones of each row."""
     actual = log_probs.gather(1, token_ids[:, None])
-    top, top_ids = log_probs.topk(num_top, dim=-1)
+    top, top_ids = log_probs.topk(min(num_top, log_probs.shape[-1]), dim=-1)
     return Scores(
         torch.cat((token_ids[:, None], top_ids), dim=1),
         torch.cat((actual, top), dim=1),

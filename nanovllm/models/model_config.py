@@ -8,6 +8,28 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rotary import RopeConfig
 
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+"""What we read; `registry.py` has the classes."""
+
+ROPE_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+"""What each kind of rope scaling cannot do without."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -91,6 +113,12 @@ class ModelConfig:
                 '["Qwen3ForCausalLM"]',
                 "architectures",
             )
+        if architectures[0] not in ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"Unsupported model architecture: {architectures[0]}; supported: "
+                f"{', '.join(ARCHITECTURES)}",
+                "architectures",
+            )
         _refuse_quantized(raw)
         try:
             return cls._parse(str(architectures[0]), raw)
@@ -128,7 +156,7 @@ class ModelConfig:
             mlp_bias=raw.get("mlp_bias", False),
             windows=_windows(raw),
             rope=_rope(raw, head_dim),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+            dtype=_dtype(raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
         )
 
@@ -185,6 +213,15 @@ def _windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _dtype(raw: dict[str, Any]) -> str:
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
+        )
+    return dtype
+
+
 def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     """Rotary parameters, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
@@ -201,4 +238,6 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
         scaling.setdefault(
             "original_max_position_embeddings", raw["original_max_position_embeddings"]
         )
+    for name in ROPE_FIELDS.get(scaling["rope_type"], ()):
+        float(scaling[name])
     return RopeConfig(head_dim, float(theta), max_position, scaling)

@@ -13,7 +13,7 @@ from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.linear import PackedLinear
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.model_config import ModelConfig, read_json
-from nanovllm.models.registry import model_class
+from nanovllm.models.registry import CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def load_model(
         ValueError: Tensors are missing, unexpected, of the wrong shape, or a file is corrupt.
     """
     with torch.device("meta"):
-        model = model_class(config.architecture)(config)
+        model = CLASSES[config.architecture](config)
     model = model.to(dtype).to_empty(device=device).eval()
     if dummy_seed is None:
         fill(model, read_tensors(weight_files(directory)))
@@ -120,10 +120,13 @@ def fill(model: CausalLM, tensors: Iterator[tuple[str, Tensor]]) -> None:
             )
         target.copy_(tensor)
         missing.discard(name)
+    complaints = []
     if missing:
-        raise InvalidRequestError(f"Missing parameters: {sorted(missing)}")
+        complaints.append(f"Missing parameters: {sorted(missing)}")
     if unexpected:
-        raise InvalidRequestError(f"Unexpected parameters: {sorted(unexpected)}")
+        complaints.append(f"Unexpected parameters: {sorted(unexpected)}")
+    if complaints:
+        raise InvalidRequestError("; ".join(complaints))
 
 
 def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:

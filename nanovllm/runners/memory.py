@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 from nanovllm.models.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -35,17 +35,19 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def available_cpu_memory() -> int:
+def available_cpu_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes this process may still take, by the kernel's estimate and its cgroup's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) << 10
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+        # What was read from files counts as used, but is given back when memory is asked for.
+        stat = (cgroup / "memory.stat").read_text().splitlines()
+        reclaimable = int(dict(line.split() for line in stat).get("inactive_file", 0))
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + reclaimable)
     return max(free, 0)
 
 
@@ -86,7 +88,7 @@ def fit_kv_cache(
 
     Raises:
         InvalidRequestError: `max_model_len` exceeds the model's context.
-        RuntimeError: Not even one block fits.
+        NotEnoughMemoryError: Not even one block fits.
     """
     block_size = config.block_size or 1
     wanted = config.max_model_len or model.max_model_len
@@ -98,9 +100,9 @@ def fit_kv_cache(
     useful = -(-wanted // block_size) * (config.max_num_seqs or 1)
     num_blocks = config.num_kv_blocks or min(cache_bytes // block_bytes, useful)
     if num_blocks < 1:
-        raise RuntimeError(
-            f"the KV cache may take {cache_bytes / 2**20:.0f} MiB and one block needs "
-            f"{block_bytes / 2**20:.1f} MiB: free memory, raise gpu_memory_utilization or "
+        raise NotEnoughMemoryError(
+            f"the KV cache may take {max(cache_bytes, 0) >> 10} KiB and one block needs "
+            f"{block_bytes >> 10} KiB: free memory, raise gpu_memory_utilization or "
             "kv_cache_memory_bytes, or set num_kv_blocks"
         )
     fits = num_blocks * block_size

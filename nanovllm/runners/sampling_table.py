@@ -12,6 +12,9 @@ from nanovllm.layers.sampler import BadWords, Penalties, SamplingBatch
 from nanovllm.runners.model_runner import IntArray
 from nanovllm.runners.random_draws import uniforms
 
+MAX_POSITION = 2**62
+"""Stands for every number of tokens that no context reaches."""
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -54,7 +57,7 @@ class SamplingTable:
         self.release(slot)
         self._numbers[slot] = (
             0.0 if params.greedy else params.temperature,
-            params.top_k if params.top_k > 0 else self._vocab_size,
+            min(params.top_k, self._vocab_size) if params.top_k > 0 else self._vocab_size,
             params.top_p,
             params.min_p,
             params.repetition_penalty,
@@ -63,7 +66,7 @@ class SamplingTable:
             start.seed,
             start.sample_index,
             start.num_prompt_keys,
-            params.min_tokens,
+            min(params.min_tokens, MAX_POSITION),
             -1 if params.logprobs is None else params.logprobs,
         )
         if params.min_tokens:

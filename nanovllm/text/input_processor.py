@@ -60,7 +60,7 @@ class InputProcessor:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
         """
         if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+            prompt = _content(prompt)
         text = prompt if isinstance(prompt, str) else None
         token_ids = self._token_ids(prompt, add_special_tokens)
         if not token_ids:
@@ -71,6 +71,8 @@ class InputProcessor:
             token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_ids(name, list(getattr(params, name) or ()))
+        if params.stop_strings:
+            self._require_tokenizer("stop")
         params = replace(params, detokenize=params.detokenize and self._tokenizer is not None)
         payload = TextRequest(
             frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
@@ -79,12 +81,17 @@ class InputProcessor:
 
     def _token_ids(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
-            return self._require_tokenizer("a text prompt").encode(prompt, add_special_tokens)
+            tokenizer = self._require_tokenizer("a text prompt")
+            try:
+                return tokenizer.encode(prompt, add_special_tokens)
+            except TypeError as e:  # what the library makes of lone surrogates
+                raise InvalidRequestError("the prompt is not valid Unicode text", "prompt") from e
         try:
-            token_ids = list(prompt)
+            token_ids = [] if isinstance(prompt, bytes) else list(prompt)
+            valid = not isinstance(prompt, bytes)
         except TypeError:
-            token_ids = [prompt]  # type: ignore[list-item]
-        if not all(isinstance(token_id, Integral) for token_id in token_ids):
+            valid = False
+        if not valid or not all(_is_id(token_id) for token_id in token_ids):
             raise InvalidRequestError(
                 f"a prompt is a string or a list of token ids, got {prompt!r:.80}", "prompt"
             )
@@ -118,3 +125,24 @@ class InputProcessor:
                 "prompt",
             )
         return self._tokenizer
+
+
+def _content(prompt: Mapping[str, Any]) -> str | Sequence[int]:
+    """What a prompt in vLLM's form holds.
+
+    Raises:
+        InvalidRequestError: It has keys we do not know, or neither text nor token ids.
+    """
+    unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+    if unknown or not prompt:
+        raise InvalidRequestError(
+            f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {sorted(prompt)}", "prompt"
+        )
+    content: str | Sequence[int] = (
+        prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+    )
+    return content
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_closing_a_stream_frees_its_request(llm: LLM) -> None:
     stream = llm.stream("Once upon a time", SamplingParams(max_tokens=1000, ignore_eos=True))
     next(stream)
     assert llm.has_unfinished()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 def test_an_interrupt_frees_every_request(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +258,65 @@ def test_max_model_len_is_fitted_to_the_blocks(
     assert "lowered from 512 to 32" in caplog.text
 
 
+def test_a_stream_ends_when_its_request_is_aborted_or_stepped_elsewhere(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    seen = []
+    for output in llm.stream("The fox", params):
+        seen.append(output.finish_reason)
+        llm.abort(output.request_id)
+    assert seen == [None, "abort"]
+    stream = llm.stream("The fox", params)
+    while llm.has_unfinished():
+        llm.step()
+    assert [out.finish_reason for out in stream] == ["length"]
+
+
+def test_a_stream_that_is_never_read_leaves_nothing(llm: LLM) -> None:
+    llm.stream("The fox", SamplingParams(max_tokens=30)).close()
+    llm.stream("The fox", SamplingParams(max_tokens=30))
+    gc.collect()
+    assert not llm.has_unfinished()
+
+
+def test_snapshots_of_a_stream_stand_still(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1)
+    outputs = [out.outputs[0] for out in llm.stream("The fox", params)]
+    assert [len(out.logprobs or []) for out in outputs] == [1, 2, 3, 4, 5]
+    assert [len(out.token_ids) for out in outputs] == [1, 2, 3, 4, 5]
+
+
+def test_huge_values_harm_nobody() -> None:
+    """They come to the same as what they mean, and batch mates do not notice."""
+    params = SamplingParams(top_k=2**63, max_tokens=3, logprobs=20)
+    huge = SamplingParams(min_tokens=2**63, max_tokens=2**64, ignore_eos=True, stop=["a", "e"])
+    with LLM(max_model_len=64) as llm:
+        outputs = llm.generate(["The fox", "The hen"], [params, huge], use_tqdm=False)
+    assert [out.finish_reason for out in outputs] == ["length", "length"]
+
+
+def test_an_end_of_text_id_beyond_the_vocabulary_is_no_harm(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(checkpoint("qwen3"), tmp_path / "model"))
+    (directory / "generation_config.json").write_text('{"eos_token_id": [5, 32000, -1]}')
+    with LLM(str(directory)) as llm:
+        params = SamplingParams(min_tokens=3, max_tokens=3)
+        assert len(llm.generate([1], params, use_tqdm=False)[0]["token_ids"]) == 3
+
+
+def test_a_mistyped_template_is_no_missing_tokenizer() -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing\.jinja"):
+        LLM(chat_template="./missing.jinja")
+
+
+def test_unknown_options_of_a_chat_are_refused(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(TypeError, match="temperature"):
+        llm.chat(messages, GREEDY, use_tqdm=False, temperature=0)
+    rendered = llm.render(messages, chat_template="{{ mood }}", chat_template_kwargs={"mood": "x"})
+    assert rendered == "x"
+
+
 MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty prompt": ("", {}, "the prompt is empty: give at least one token"),
     "empty ids": ([[]], {}, "the prompt is empty: give at least one token"),
@@ -270,6 +330,17 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "top_p above one": ("a", {"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
     "top_k": ("a", {"top_k": -2}, r"top_k must be 0 or -1 \(all\), or at least 1, got -2"),
     "n": ("a", {"n": 0}, "n must be at least 1, got 0"),
+    "nothing": (None, {}, "prompts must be a prompt or a list of them, got None"),
+    "bytes": (b"abc", {}, "a prompt is a string or a list of token ids, got b'abc'"),
+    "truth values": ([[True]], {}, "a prompt is a string or a list of token ids"),
+    "unknown mapping": ({"promt": "x"}, {}, "a prompt mapping has 'prompt' or"),
+    "surrogates": ("a\udcff", {}, "the prompt is not valid Unicode text"),
+    "temperature as text": ("a", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+    "fractional tokens": ("a", {"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
+    "truth as text": ("a", {"ignore_eos": "false"}, "ignore_eos must be True or False, got 'fal"),
+    "stop": ("a", {"stop": 5}, "stop must be a string or a list of strings, got 5"),
+    "stop ids": ("a", {"stop_token_ids": 2}, "stop_token_ids must be a list of integers, got 2"),
+    "empty stop": ("a", {"stop": [""]}, "stop must be non-empty strings"),
     "bias out of range": ("a", {"logit_bias": {9999: 1.0}}, "token id 9999 in logit_bias"),
     "allowed out of range": ("a", {"allowed_token_ids": [-3]}, "token id -3 in allowed_token_ids"),
 }
@@ -302,9 +373,11 @@ def test_a_mistake_in_a_request_is_told_and_loses_nothing(llm: LLM, mistake: str
             "max_model_len=5000 exceeds the model's context of 4096",
         ),
         ({"dtype": "int3"}, ValueError, "dtype must be one of auto, float32"),
+        ({"max_num_seqs": "32"}, ValueError, "max_num_seqs must be an integer, got '32'"),
+        ({"enable_prefix_caching": "no"}, ValueError, "must be True or False, got 'no'"),
         ({"num_kv_blocks": 0}, ValueError, "num_kv_blocks must be at least 1, got 0"),
         ({"device": "cuda"}, ValueError, "device 'cuda' is not available here; available: cpu"),
-        ({"kv_cache_memory_bytes": 10}, RuntimeError, "one block needs .* MiB: free memory"),
+        ({"kv_cache_memory_bytes": 10}, RuntimeError, "one block needs 48 KiB: free memory"),
     ],
 )
 def test_a_mistake_in_the_options_is_told(

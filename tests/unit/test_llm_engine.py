@@ -246,7 +246,8 @@ def test_a_failed_step_ends_its_sequences_and_no_others(
     with pytest.raises(error), caplog.at_level(logging.ERROR):
         harness.step()
 
-    assert "step 2 failed and ended 2 sequences" in caplog.text
+    reported = "step 2 failed and ended 2 sequences" in caplog.text
+    assert reported is issubclass(error, Exception)
     assert harness.engine.has_unfinished
     first = harness.step()
     assert {output.seq_id for output in first if output.finish_reason} == set(failing)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm.models.model_config import ModelConfig
-from nanovllm.models.registry import ARCHITECTURES, model_class
+from nanovllm.models.model_config import ARCHITECTURES, ModelConfig
+from nanovllm.models.registry import CLASSES
 from nanovllm.models.weights import checkpoint_targets, load_model, weight_files
 
 CPU = torch.device("cpu")
@@ -137,6 +137,8 @@ def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'.*yarn, llama3"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of"),
         ({"hidden_size": None}, "config.json lacks 'hidden_size'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "config.json lacks 'factor'"),
+        ({"dtype": "float64"}, "dtype 'float64' is not supported; supported: bfloat16"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -171,9 +173,23 @@ def test_dummy_weights_are_seeded(directory: Path) -> None:
     assert weights(1).isfinite().all()
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_a_registered_class_has_the_name_of_its_architecture(architecture: str) -> None:
-    assert model_class(architecture).__name__ == architecture
+def test_every_architecture_we_promise_has_its_class() -> None:
+    assert tuple(CLASSES) == ARCHITECTURES
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12},
+        {"architectures": ["Gemma2ForCausalLM"], "hidden_act": "gelu_pytorch_tanh"},
+        {"architectures": ["Qwen3NextForCausalLM"], "partial_rotary_factor": 0.25},
+    ],
+)
+def test_an_unknown_architecture_is_refused_before_its_fields_are_read(
+    raw: dict[str, Any],
+) -> None:
+    with pytest.raises(ValueError, match=f"architecture: {raw['architectures'][0]}; supported: L"):
+        ModelConfig.from_dict(raw)
 
 
 def test_old_and_new_spellings_of_rope_mean_the_same() -> None:

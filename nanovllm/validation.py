@@ -1,0 +1,87 @@
+"""Values that come from outside, held to the types that a dataclass declares."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from os import PathLike, fspath
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from nanovllm.errors import InvalidRequestError
+
+
+def conform(instance: Any) -> None:
+    """Bring every field of a dataclass instance to its declared type.
+
+    Numbers of other libraries become Python's, tuples lists, paths strings; nothing else is
+    converted, so that "false" is not true and 2.5 not 2.
+
+    Raises:
+        InvalidRequestError: A value is of another type; the message names field and type.
+    """
+    for name, hint in _hints(type(instance)).items():  # type: ignore[arg-type]
+        value = getattr(instance, name)
+        if value is not None or not _admits(hint, None):
+            object.__setattr__(instance, name, _conformed(name, value, hint))
+
+
+@cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls) if field.init}
+
+
+def _conformed(name: str, value: Any, hint: Any) -> Any:
+    for kind in _members(hint):
+        try:
+            return _as_kind(value, kind)
+        except (TypeError, ValueError):
+            continue
+    described = " or ".join(_describe(kind) for kind in _members(hint) if kind is not type(None))
+    raise InvalidRequestError(f"{name} must be {described}, got {value!r:.80}", name)
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    """The value as one plain type.
+
+    Raises:
+        TypeError: It is of another.
+        ValueError: A mapping's key is no number.
+    """
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin is Literal:
+        return value
+    if origin is list and isinstance(value, list | tuple | set | frozenset):
+        return [_as_kind(item, arguments[0]) for item in value]
+    if origin is dict and isinstance(value, Mapping):
+        return {int(k): _as_kind(v, arguments[1]) for k, v in value.items()}  # JSON keys are text
+    if origin is bool and type(value).__name__ in ("bool", "bool_"):
+        return bool(value)
+    if type(value) is bool:
+        raise TypeError
+    if origin is int and isinstance(value, Integral):
+        return int(value)
+    if origin is float and isinstance(value, Real):
+        return float(value)
+    if origin is str and isinstance(value, str | PathLike):
+        return fspath(value)
+    raise TypeError
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if isinstance(hint, UnionType) else (hint,)
+
+
+def _admits(hint: Any, value: None) -> bool:
+    return type(value) in _members(hint)
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+    plural = {int: "integers", str: "strings"}
+    if get_origin(kind) is list:
+        return f"a list of {plural[get_args(kind)[0]]}"
+    if get_origin(kind) is dict:
+        return "a mapping of integers to numbers"
+    return names.get(kind, str(kind))
