@@ -153,4 +153,9 @@ class ModelRunner(ABC):
         )
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy a host array to the device, without waiting for it where the device allows."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nanovllm.batch import SlotStart, TextRequest
 from nanovllm.layers.sampler import BadWords, Penalties, SamplingBatch
-from nanovllm.runners.model_runner import IntArray
+from nanovllm.runners.model_runner import IntArray, to_device
 from nanovllm.runners.random_draws import uniforms
 
 MAX_POSITION = 2**62
@@ -195,4 +195,4 @@ class SamplingTable:
         return [row for row, slot in enumerate(slots.tolist()) if slot in table]
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        return to_device(array, self._device)
