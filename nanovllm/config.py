@@ -14,6 +14,11 @@ from nanovllm.validation import conform
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 DEFAULT_BLOCK_SIZE = 16
 
+QUANTIZED_METHODS = ("gptq", "awq", "compressed-tensors")
+"""Quantized checkpoints that we read."""
+QUANTIZATIONS = ("int8", "int4", "int4-g32", "int4-g64", "int4-g128", *QUANTIZED_METHODS)
+"""What `quantization` may be: what is done when weights are loaded, or what they come in."""
+
 ALIASES = {
     "num_kvcache_blocks": "num_kv_blocks",
     "kvcache_block_size": "block_size",
@@ -74,6 +79,17 @@ class EngineConfig:
             yes, on a CPU no.
         tensor_parallel_size: Devices that share one model; only 1 for now.
         enforce_eager: Whether to run without captured graphs; there are none yet.
+        kv_cache_dtype: "auto" keeps keys and values in `dtype`; "int8" takes half the memory of
+            bfloat16, on a CPU.
+        quantization: "int8", "int4" or "int4-gN" (N 32, 64 or 128) quantizes the weights when
+            they are loaded, on a CPU; None leaves them as the checkpoint has them. "gptq", "awq"
+            and "compressed-tensors" say that the checkpoint must be quantized so.
+        deterministic: Whether a row's result may not depend on the rows beside it, bit by bit; on
+            a CPU only.
+        disable_cascade_attn: Whether rows that share KV blocks read them each for itself.
+        cpu_threads: Threads that compute on a CPU; None is one a core this process may use.
+        cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
+            "torch" for torch's operators; "auto" takes the best there is.
         seed: Seeds the weights of `dummy_weights` and the requests that bring no seed.
 
     Raises:
@@ -104,6 +120,12 @@ class EngineConfig:
     async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    quantization: str | None = None
+    deterministic: bool = False
+    disable_cascade_attn: bool = False
+    cpu_threads: int | None = None
+    cpu_isa: Literal["auto", "amx", "avx512", "avx2", "portable", "amx-emulated", "torch"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,6 +147,7 @@ class EngineConfig:
             "block_size",
             "num_kv_blocks",
             "kv_cache_memory_bytes",
+            "cpu_threads",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -133,6 +156,12 @@ class EngineConfig:
             raise InvalidRequestError(
                 f"max_cached_tokens must be at least 0, got {self.max_cached_tokens}",
                 "max_cached_tokens",
+            )
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise InvalidRequestError(
+                f"quantization must be one of {', '.join(QUANTIZATIONS)}, got "
+                f"{self.quantization!r}",
+                "quantization",
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise InvalidRequestError(

@@ -18,12 +18,13 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.select import select_kernels
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig, read_generation_config
-from nanovllm.models.weights import load_model
+from nanovllm.models.weights import load_model, weight_source
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import progress_bar
-from nanovllm.runners.memory import select_device
+from nanovllm.runners.memory import select_device, select_dtype
 from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.input_processor import InputProcessor, Prompt
@@ -64,18 +65,13 @@ class LLM:
         self.config = config.resolved_for(device.type)
         self.model_config = ModelConfig.from_directory(directory)
         self.tokenizer = _load_tokenizer(config, directory)
-        if config.dtype == "auto":
-            self.config = replace(self.config, dtype=cast(Any, self.model_config.dtype))
-        self._runner = TextRunner(
-            load_model(
-                directory,
-                self.model_config,
-                dtype=getattr(torch, self.config.dtype),
-                device=device,
-                dummy_seed=config.seed if config.dummy_weights else None,
-            ),
-            self.config,
-        )
+        dtype = select_dtype(self.config, self.model_config, device)
+        self.config = replace(self.config, dtype=cast(Any, str(dtype).removeprefix("torch.")))
+        kernels = select_kernels(self.config, device, dtype)
+        with kernels.running():
+            source = weight_source(self.config, directory, dtype)
+            model = load_model(self.model_config, source, kernels, dtype=dtype, device=device)
+        self._runner = TextRunner(model, kernels, self.config)
         scheduler = Scheduler(
             BlockManager(
                 self._runner.num_kv_blocks,

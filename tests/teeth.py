@@ -46,7 +46,13 @@ TEXT_RUNNER = "nanovllm/runners/text.py"
 TABLE = "nanovllm/runners/sampling_table.py"
 SAMPLER = "nanovllm/layers/sampler.py"
 ROTARY = "nanovllm/layers/rotary.py"
-LINEAR = "nanovllm/layers/linear.py"
+TORCH_KERNELS = "nanovllm/kernels/torch_kernels.py"
+ROTATION = "nanovllm/kernels/rotation.py"
+DECODER_NORMS = "nanovllm/layers/norm.py"
+KV = "nanovllm/kernels/cpu/csrc/attention.cpp"
+PLAN = "nanovllm/kernels/cpu/csrc/attention_plan.cpp"
+CPU_LINEAR = "nanovllm/kernels/cpu/csrc/linear.cpp"
+CPU_SAMPLER = "nanovllm/kernels/cpu/csrc/sampler.cpp"
 SDPA = "nanovllm/kernels/sdpa.py"
 DECODER = "nanovllm/models/decoder.py"
 
@@ -358,7 +364,7 @@ FAULTS = [
     ),
     Fault(
         "rope halves swapped",
-        ROTARY,
+        ROTATION,
         "first * cos - second * sin, second * cos + first * sin",
         "first * cos + second * sin, second * cos - first * sin",
         MODELS,
@@ -380,8 +386,8 @@ FAULTS = [
     Fault(
         "keys written as values",
         SDPA,
-        "values[slots] = v.to(cache.dtype)",
-        "values[slots] = k.to(cache.dtype)",
+        "values[slots] = v\n",
+        "values[slots] = k\n",
         MODELS,
     ),
     Fault(
@@ -391,12 +397,62 @@ FAULTS = [
         "inv_freq * torch.where(blend > 0, 1.0, 1.0 / factor)",
         MODELS,
     ),
+    # The CPU kernels; the cache of compiled ones is by their source.
+    Fault(
+        "C++: a query sees the position after it",
+        KV,
+        "const long high = std::min(task_.end, position + 1);",
+        "const long high = std::min(task_.end, position + 2);",
+        MODELS,
+    ),
+    Fault(
+        "C++: a window off by one",
+        KV,
+        "const long low = window_ ? std::max(task_.begin, position - window_ + 1)",
+        "const long low = window_ ? std::max(task_.begin, position - window_)",
+        MODELS,
+    ),
+    Fault(
+        "C++: rope halves swapped",
+        KV,
+        "store(head + d, a * c - b * s, count);",
+        "store(head + d, a * c + b * s, count);",
+        MODELS,
+    ),
+    Fault(
+        "C++: a wrong KV head",
+        KV,
+        "const long kv_head = item % items / parts,",
+        "const long kv_head = (item + 1) % items / parts,",
+        MODELS,
+    ),
+    Fault(
+        "C++: partial softmaxes merged without their maxima",
+        KV,
+        "const float weight = std::exp2(partial[0] - top);",
+        "const float weight = 1.0f;",
+        MODELS,
+    ),
+    Fault(
+        "C++: rows share a block that one of them still computes",
+        PLAN,
+        "long(starts[i] / shape->block_size)});",
+        "long((starts[i] + lengths[i]) / shape->block_size)});",
+        MODELS,
+    ),
+    Fault(
+        "C++: biases left out",
+        CPU_LINEAR,
+        "return w.bias ? v + load(w.bias + packed + part * kTile) : v;",
+        "return v;",
+        MODELS,
+    ),
     # The networks.
     Fault(
         "biases of the projections left out",
-        LINEAR,
-        "return F.linear(x, self.weight, self.bias)",
-        "return F.linear(x, self.weight)",
+        TORCH_KERNELS,
+        "y = F.linear(x, weight.weight, weight.bias)",
+        "y = F.linear(x, weight.weight)",
         MODELS,
     ),
     Fault(
@@ -415,9 +471,9 @@ FAULTS = [
     ),
     Fault(
         "norms of queries and keys swapped",
-        DECODER,
-        "q, k = self.q_norm(q), self.k_norm(k)",
-        "q, k = self.k_norm(q), self.q_norm(k)",
+        DECODER_NORMS,
+        "HeadNorms(q_norm.weight, k_norm.weight,",
+        "HeadNorms(k_norm.weight, q_norm.weight,",
         MODELS,
     ),
     # The text runner.
@@ -452,14 +508,14 @@ FAULTS = [
     # Sampling.
     Fault(
         "top-p off by one",
-        SAMPLER,
+        TORCH_KERNELS,
         "before = probs.cumsum(-1) - probs",
         "before = probs.cumsum(-1)",
         SAMPLING,
     ),
     Fault(
         "top-k off by one",
-        SAMPLER,
+        TORCH_KERNELS,
         "ordered.masked_fill(rank >= top_k[:, None], -torch.inf)",
         "ordered.masked_fill(rank > top_k[:, None], -torch.inf)",
         SAMPLING,
@@ -487,9 +543,9 @@ FAULTS = [
     ),
     Fault(
         "NaN logits pass",
-        SAMPLER,
-        "valid = best.isfinite()",
-        "valid = torch.ones_like(best, dtype=torch.bool)",
+        TORCH_KERNELS,
+        "Choice(token_ids, best.isfinite())",
+        "Choice(token_ids, torch.ones_like(best, dtype=torch.bool))",
         SAMPLING,
     ),
 ]

@@ -1,14 +1,24 @@
 """What of a model fits this machine, worked out without loading its weights."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.select import select_kernels
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.quantization import weight_bits
 from nanovllm.models.registry import CLASSES
-from nanovllm.runners.memory import fit_kv_cache, kv_cache_bytes, select_device
+from nanovllm.models.weights import expected_tensors
+from nanovllm.runners.memory import (
+    attention_config,
+    fit_kv_cache,
+    kv_cache_bytes,
+    select_device,
+    select_dtype,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +62,26 @@ def work_out_fit(config: EngineConfig) -> Fit:
     device = select_device(config.device)
     config = config.resolved_for(device.type)
     model = ModelConfig.from_directory(directory)
-    dtype = model.dtype if config.dtype == "auto" else config.dtype
+    dtype = select_dtype(config, model, device)
     with torch.device("meta"):
-        num_parameters = sum(p.numel() for p in CLASSES[model.architecture](model).parameters())
-    dtype_size = getattr(torch, dtype).itemsize
-    weight_bytes = num_parameters * dtype_size
+        shapes = expected_tensors(CLASSES[model.architecture](model))
+    num_parameters = sum(math.prod(shape) for shape in shapes.values())
+    bits = weight_bits(config) or 8 * dtype.itemsize
+    weight_bytes = int(num_parameters * bits / 8)
     cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
-    token_bytes = model.kv_bytes_per_position(dtype_size)
+    kernels = select_kernels(config, device, dtype)
+    backend = kernels.attention(attention_config(config, model, dtype))
+    block_bytes = backend.cache_spec(1).num_bytes * model.num_layers
     block_size = config.block_size or 1
-    num_blocks, max_model_len = fit_kv_cache(config, model, token_bytes * block_size, cache_bytes)
+    num_blocks, max_model_len = fit_kv_cache(config, model, block_bytes, cache_bytes)
     return Fit(
         model=str(directory),
         architecture=model.architecture,
         device=str(device),
-        dtype=dtype,
+        dtype=str(dtype).removeprefix("torch."),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=token_bytes,
+        kv_bytes_per_token=block_bytes // block_size,
         kv_cache_bytes=cache_bytes,
         num_kv_tokens=num_blocks * block_size,
         max_model_len=max_model_len,

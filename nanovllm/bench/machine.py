@@ -1,6 +1,5 @@
 """What this machine has, as figures are published with and as `nanovllm doctor` shows it."""
 
-import math
 import os
 import platform
 import shutil
@@ -83,6 +82,7 @@ def inspect_machine() -> Machine:
     """Look at this machine. Imports torch, for its devices, threads and OpenMP runtime."""
     import torch
 
+    from nanovllm.kernels.cpu.threads import num_usable_cores
     from nanovllm.runners.memory import available_cpu_memory
 
     return Machine(
@@ -109,18 +109,6 @@ def cpu_model() -> str:
     if platform.system() == "Darwin":
         return _first_line(["sysctl", "-n", "machdep.cpu.brand_string"])
     return platform.processor() or platform.machine()
-
-
-def num_usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Logical cores by affinity, or fewer by the CPU quota of the cgroup, rounded up."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    quota_file = cgroup / "cpu.max"
-    if quota_file.is_file():
-        quota, period = quota_file.read_text().split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    return cores
 
 
 def total_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -14,7 +14,7 @@ from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Dict, Yaml
 
 from nanovllm import __version__
-from nanovllm.cli.bench import offline
+from nanovllm.cli.bench import offline, quality
 from nanovllm.cli.chat import chat
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.generate import generate
@@ -37,6 +37,7 @@ app.command(doctor)
 
 benches = App(name="bench", help="Measure the engine on this machine.")
 benches.command(offline)
+benches.command(quality)
 app.command(benches)
 app.meta.end_of_options_delimiter = ""  # a `--` is for the command
 

@@ -3,13 +3,21 @@
 Slow, and right on every device and dtype: the others are held to it.
 """
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanovllm.kernels.attention_backend import AttentionBatch, CacheConfig, CacheSpec
+from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.attention_backend import (
+    AttentionBatch,
+    AttentionConfig,
+    CacheSpec,
+    HeadNorms,
+)
+from nanovllm.kernels.rotation import rotate
 
 MAX_GATHERED_POSITIONS = 1 << 16
 """Padded positions gathered at a time: bounds the copy of the cache to some 100 MB a layer."""
@@ -47,25 +55,54 @@ class RowGroup:
 class SdpaBackend:
     """See `AttentionBackend`. A layer's cache is `[2, num_blocks, block_size, kv_heads, dim]`."""
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self, config: AttentionConfig) -> None:
+        if config.quantize_cache:
+            raise InvalidRequestError(
+                "kv_cache_dtype='int8' needs our CPU kernels; without them it must be 'auto'",
+                "kv_cache_dtype",
+            )
+        self._config = config
 
-    def cache_spec(self, config: CacheConfig) -> CacheSpec:
-        shape = (2, config.num_blocks, config.block_size, config.num_kv_heads, config.head_dim)
+    def cache_spec(self, num_blocks: int) -> CacheSpec:
+        config = self._config
+        shape = (2, num_blocks, config.block_size, config.num_kv_heads, config.head_dim)
         return CacheSpec(shape, config.dtype)
 
-    def write(self, k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
+    def write(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        config = self._config
+        heads = qkv.view(len(qkv), -1, config.head_dim)
+        widths = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        # [num_tokens, num_heads or num_kv_heads, head_dim]
+        q, k, v = torch.split(heads, widths, dim=1)
+        if norms is not None:
+            q = F.rms_norm(q, norms.q.shape, norms.q, norms.eps)
+            k = F.rms_norm(k, norms.k.shape, norms.k, norms.eps)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         keys, values = cache.flatten(1, 2)
-        keys[slots] = k.to(cache.dtype)
-        values[slots] = v.to(cache.dtype)
+        keys[slots] = k
+        values[slots] = v
+        return q
 
     def plan(self, batch: AttentionBatch) -> list[RowGroup]:
         groups = []
-        offsets = [0]
-        for length in batch.lengths:
-            offsets.append(offsets[-1] + length)
-        for rows in self._group_rows(batch):
-            groups.append(self._plan_group(batch, rows, offsets))
+        starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
+        offsets = [0, *itertools.accumulate(lengths)]
+        for rows in self._group_rows(starts, lengths):
+            group = self._plan_group(
+                [starts[row] for row in rows],
+                lengths[rows[0]],
+                [offsets[row] for row in rows],
+                batch.block_tables[torch.tensor(rows, device=batch.block_tables.device)],
+            )
+            groups.append(group)
         return groups
 
     def run(self, q: Tensor, cache: Tensor, metadata: list[RowGroup], window: int | None) -> Tensor:
@@ -81,13 +118,13 @@ class SdpaBackend:
                 out[tokens] = attend(q[tokens], k, v, mask[:, first : first + step])
         return out
 
-    def _group_rows(self, batch: AttentionBatch) -> list[list[int]]:
+    def _group_rows(self, starts: list[int], lengths: list[int]) -> list[list[int]]:
         """Rows of one position by length, as many as the gather may hold; the others alone."""
-        ends = [start + length for start, length in zip(batch.starts, batch.lengths, strict=True)]
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
         groups: list[list[int]] = []
         width = 0
-        for row in sorted(range(len(ends)), key=lambda row: (batch.lengths[row], ends[row])):
-            if batch.lengths[row] == 1 and (len(groups) and batch.lengths[groups[-1][0]] == 1):
+        for row in sorted(range(len(ends)), key=lambda row: (lengths[row], ends[row])):
+            if lengths[row] == 1 and (len(groups) and lengths[groups[-1][0]] == 1):
                 width = max(width, ends[row])
                 if width * (len(groups[-1]) + 1) <= MAX_GATHERED_POSITIONS:
                     groups[-1].append(row)
@@ -96,21 +133,19 @@ class SdpaBackend:
             width = ends[row]
         return groups
 
-    def _plan_group(self, batch: AttentionBatch, rows: list[int], offsets: list[int]) -> RowGroup:
-        device = batch.block_tables.device
-        length = batch.lengths[rows[0]]
-        starts = torch.tensor([batch.starts[row] for row in rows], device=device)
-        first_tokens = torch.tensor([offsets[row] for row in rows], device=device)
+    def _plan_group(
+        self, starts: list[int], length: int, first_tokens: list[int], tables: Tensor
+    ) -> RowGroup:
+        device, block_size = tables.device, self._config.block_size
+        first = torch.tensor(starts, device=device)[:, None]  # [num_rows, 1]
         step = torch.arange(length, device=device)
-        last = starts[:, None] + length - 1  # [num_rows, 1]
-        max_len = max(batch.starts[row] for row in rows) + length
-        position = torch.minimum(torch.arange(max_len, device=device), last)  # [num_rows, max_len]
-        tables = batch.block_tables[torch.tensor(rows, device=device)]
-        blocks = tables.gather(1, position // self._block_size)
+        positions = torch.arange(max(starts) + length, device=device)
+        position = torch.minimum(positions, first + length - 1)  # [num_rows, max_len]
+        blocks = tables.gather(1, position // block_size)
         return RowGroup(
-            tokens=first_tokens[:, None] + step,
-            cache_slots=blocks * self._block_size + position % self._block_size,
-            query_positions=starts[:, None] + step,
+            tokens=torch.tensor(first_tokens, device=device)[:, None] + step,
+            cache_slots=blocks * block_size + position % block_size,
+            query_positions=first + step,
         )
 
 

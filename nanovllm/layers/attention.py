@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from nanovllm.kernels.attention_backend import HeadNorms
 from nanovllm.layers.context import ForwardContext
 
 
@@ -18,18 +19,24 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.window = window
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms | None,
+        rotary: tuple[Tensor, Tensor],
+        ctx: ForwardContext,
+    ) -> Tensor:
         """Attend.
 
         Args:
-            q: `[num_tokens, num_heads, head_dim]`.
-            k: `[num_tokens, num_kv_heads, head_dim]`.
-            v: Like `k`.
+            qkv: Projections `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`.
+            norms: Norms of queries and keys by head, if the model has them.
+            rotary: Cosines and sines of the tokens' positions.
             ctx: The step.
 
         Returns:
-            `[num_tokens, num_heads, head_dim]`.
+            `[num_tokens, num_heads * head_dim]`.
         """
         cache = ctx.kv_caches[self.layer_index]
-        ctx.backend.write(k, v, cache, ctx.cache_slots)
-        return ctx.backend.run(q, cache, ctx.attention, self.window)
+        q = ctx.backend.write(qkv, norms, rotary, cache, ctx.cache_slots)
+        return ctx.backend.run(q, cache, ctx.attention, self.window).view(len(q), -1)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from nanovllm.kernels.attention_backend import AttentionBackend
+from nanovllm.kernels.kernels import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,12 +14,14 @@ class ForwardContext:
     """Passed as an argument through a model, so that no layer reads global state.
 
     Args:
+        kernels: Computes everything but attention.
         backend: Computes attention.
         kv_caches: Each attention layer's cache, by layer index.
         cache_slots: Where the step's keys and values go, `[num_tokens]`.
         attention: What the backend planned for the step.
     """
 
+    kernels: Kernels
     backend: AttentionBackend
     kv_caches: list[Tensor]
     cache_slots: Tensor

@@ -1,8 +1,10 @@
 """Root-mean-square normalisation."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanovllm.kernels.attention_backend import HeadNorms
+from nanovllm.layers.context import ForwardContext
 
 
 class RMSNorm(nn.Module):
@@ -13,15 +15,21 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Normalise `[num_tokens, size]`."""
+        return ctx.kernels.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, x: Tensor, residual: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Add to the residual stream and normalise it.
 
         Returns:
-            The normalised sum and the sum.
+            The normalised sum, and the sum, which may take the place of `residual`.
         """
-        total = x + residual
-        return self(total), total
+        return ctx.kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def head_norms(q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> HeadNorms | None:
+    """The norms of queries and keys by head, as attention backends take them."""
+    if q_norm is None or k_norm is None:
+        return None
+    return HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)

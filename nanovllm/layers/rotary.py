@@ -79,13 +79,6 @@ class RotaryEmbedding:
         return inv_freq
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[num_tokens, num_heads, head_dim]`, the halves of a head being the pairs."""
-    first, second = x.float().chunk(2, dim=-1)  # [num_tokens, num_heads, head_dim / 2]
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
-
-
 def inverse_frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     """Frequencies `[head_dim / 2]` in radians per position, and the factor on cos and sin.
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.kernels import Draws, Kernels
+
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
@@ -52,12 +54,7 @@ class SamplingBatch:
     """The settings of a step's rows; None where no row uses one.
 
     Args:
-        temperature: `[num_rows]`, 0 for greedy rows.
-        uniforms: One draw in [0, 1) for each row, `[num_rows]`.
-        sampled_rows: Rows that are not greedy, `[num_sampled]`.
-        top_k: `[num_rows]`, the vocabulary size for all.
-        top_p: `[num_rows]`.
-        min_p: `[num_rows]`.
+        draws: How to choose from the logits, in the end.
         penalties: Rows with penalties.
         bad_words: Forbidden sequences.
         allowed: Rows `[n]` and True for the ids each may generate, `[n, vocab_size]`.
@@ -65,12 +62,7 @@ class SamplingBatch:
         num_scores: Most likely tokens to score beside the sampled one; None is no scores at all.
     """
 
-    temperature: Tensor
-    uniforms: Tensor
-    sampled_rows: Tensor | None = None
-    top_k: Tensor | None = None
-    top_p: Tensor | None = None
-    min_p: Tensor | None = None
+    draws: Draws
     penalties: Penalties | None = None
     bad_words: BadWords | None = None
     allowed: tuple[Tensor, Tensor] | None = None
@@ -98,17 +90,17 @@ class Sampled(NamedTuple):
     scores: Scores | None
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
     """Sample one token per row.
 
     The order is vLLM's: scores come from the raw logits; then what is forbidden or biased, the
     penalties, the temperature, min-p, and top-k and top-p.
 
     Args:
-        logits: `[num_rows, vocab_size]`; changed in place if they are float32.
+        logits: float32 `[num_rows, vocab_size]`; changed in place.
         batch: Settings of the rows.
+        kernels: Choose in the end.
     """
-    logits = logits.float()
     log_probs = logits.log_softmax(-1) if batch.num_scores is not None else None
     if batch.allowed is not None:
         rows, allowed = batch.allowed
@@ -120,10 +112,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
         logits.index_put_((rows, ids), values, accumulate=True)
     if batch.penalties is not None:
         apply_penalties(logits, batch.penalties)
-    best, token_ids = logits.max(-1)
-    if batch.sampled_rows is not None:
-        token_ids[batch.sampled_rows] = _draw(logits, batch, batch.sampled_rows)
-    valid = best.isfinite()
+    token_ids, valid = kernels.choose(logits, batch.draws)
     scores = None
     if log_probs is not None:
         scores = score_tokens(log_probs, token_ids, batch.num_scores or 0)
@@ -166,31 +155,3 @@ def forbid_bad_words(logits: Tensor, words: BadWords) -> None:
     complete = ((words.prefixes < 0) | (words.prefixes == words.tails)).all(1)
     ban = torch.zeros_like(words.last_ids, dtype=logits.dtype).masked_fill(complete, -torch.inf)
     logits.index_put_((words.rows, words.last_ids), ban, accumulate=True)
-
-
-def _draw(logits: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
-    """Draw an id for each of `rows` by inverting the cumulative distribution."""
-    logits = logits[rows] / batch.temperature[rows, None]
-    if batch.min_p is not None:
-        probs = logits.softmax(-1)
-        floor = batch.min_p[rows, None] * probs.max(-1, keepdim=True).values
-        logits = logits.masked_fill(probs < floor, -torch.inf)
-    if batch.top_k is not None and batch.top_p is not None:
-        logits = keep_top(logits, batch.top_k[rows], batch.top_p[rows])
-    cumulative = logits.softmax(-1).nan_to_num_(0.0).cumsum(-1)
-    total = cumulative[:, -1:].contiguous()
-    drawn = torch.searchsorted(cumulative, batch.uniforms[rows, None] * total, right=True)
-    # Rounding may take the draw up to the total: then it is the last token with any probability.
-    last = torch.searchsorted(cumulative, total)
-    return torch.minimum(drawn, last)[:, 0]
-
-
-def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Keep each row's `top_k` best tokens, and of these the fewest that reach `top_p`."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # mass of the better tokens
-    dropped = (before >= top_p[:, None]) & (rank > 0) & (top_p[:, None] < 1)
-    return logits.scatter(1, order, ordered.masked_fill(dropped, -torch.inf))

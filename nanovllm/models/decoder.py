@@ -7,15 +7,14 @@ checkpoints, but for projections of one input, which are packed.
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.context import ForwardContext
-from nanovllm.layers.embedding import Embedding
-from nanovllm.layers.linear import Linear, PackedLinear
-from nanovllm.layers.norm import RMSNorm
-from nanovllm.layers.rotary import RotaryEmbedding, rotate
+from nanovllm.layers.linear import Embedding, Linear, PackedLinear
+from nanovllm.layers.norm import RMSNorm, head_norms
+from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -24,26 +23,22 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_index: int, traits: type["CausalLM"]) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        q_width, kv_width = (n * self.head_dim for n in (config.num_heads, config.num_kv_heads))
+        head_dim = config.head_dim
+        q_width, kv_width = (n * head_dim for n in (config.num_heads, config.num_kv_heads))
         self.qkv_proj = PackedLinear(
             config.hidden_size,
             {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width},
             bias=traits.qkv_bias or config.attention_bias,
         )
         self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if traits.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if traits.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
         self.attention = Attention(layer_index, config.windows[layer_index])
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
-        num_tokens = x.shape[0]
-        # [num_tokens, num_heads or num_kv_heads, head_dim]
-        q, k, v = (t.view(num_tokens, -1, self.head_dim) for t in self.qkv_proj.split(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = self.attention(rotate(q, *rotary), rotate(k, *rotary), v, ctx)
-        return self.o_proj(out.reshape(num_tokens, -1))  # type: ignore[no-any-return]
+        qkv = self.qkv_proj(x, ctx)
+        norms = head_norms(self.q_norm, self.k_norm)
+        return self.o_proj(self.attention(qkv, norms, rotary, ctx), ctx)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -53,13 +48,15 @@ class MLP(nn.Module):
         super().__init__()
         width = config.intermediate_size
         self.gate_up_proj = PackedLinear(
-            config.hidden_size, {"gate_proj": width, "up_proj": width}, bias=config.mlp_bias
+            config.hidden_size,
+            {"gate_proj": width, "up_proj": width},
+            bias=config.mlp_bias,
+            gated=True,
         )
         self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj.split(x)
-        return self.down_proj(F.silu(gate) * up)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.down_proj(self.gate_up_proj(x, ctx), ctx)  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -75,10 +72,10 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor, rotary: tuple[Tensor, Tensor], ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm.add(x, residual)
+        x, residual = self.input_layernorm.add(x, residual, ctx)
         x = self.self_attn(x, rotary, ctx)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        x, residual = self.post_attention_layernorm.add(x, residual, ctx)
+        return self.mlp(x, ctx), residual
 
 
 class Decoder(nn.Module):
@@ -94,12 +91,12 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding(config.rope)
 
     def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        residual = self.embed_tokens(token_ids)
+        residual = self.embed_tokens(token_ids, ctx)
         x = torch.zeros_like(residual)
         rotary = self.rotary(positions)
         for layer in self.layers:
             x, residual = layer(x, residual, rotary, ctx)
-        return self.norm.add(x, residual)[0]
+        return self.norm.add(x, residual, ctx)[0]
 
 
 class CausalLM(nn.Module):
@@ -136,6 +133,6 @@ class CausalLM(nn.Module):
         """
         return self.model(token_ids, positions, ctx)  # type: ignore[no-any-return]
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Score the vocabulary for `hidden` `[num_rows, hidden_size]`: `[num_rows, vocab_size]`."""
-        return (self.lm_head or self.model.embed_tokens).logits(hidden)
+    def compute_logits(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+        """Score the vocabulary: `[num_rows, hidden_size]` to float32 `[num_rows, vocab_size]`."""
+        return (self.lm_head or self.model.embed_tokens).logits(hidden, kernels)

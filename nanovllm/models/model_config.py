@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rotary import RopeConfig
 
@@ -77,9 +78,6 @@ class ModelConfig:
         """Positions the model can use, rope scaling included."""
         return self.rope.context_length
 
-    def kv_bytes_per_position(self, dtype_size: int) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype_size
-
     @classmethod
     def from_directory(cls, directory: Path) -> "ModelConfig":
         """Read `config.json` and the end-of-text ids of `generation_config.json`.
@@ -119,7 +117,7 @@ class ModelConfig:
                 f"{', '.join(ARCHITECTURES)}",
                 "architectures",
             )
-        _refuse_quantized(raw)
+        stored_quantization(raw)
         try:
             return cls._parse(str(architectures[0]), raw)
         except KeyError as e:
@@ -187,15 +185,30 @@ def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
     return () if value is None else (value,) if isinstance(value, int) else tuple(value)
 
 
-def _refuse_quantized(raw: dict[str, Any]) -> None:
-    quantization = raw.get("quantization_config") or raw.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") or quantization.get("format") or "unknown"
+def stored_quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """How a `config.json` says that the weights are quantized; None if they are not.
+
+    Returns:
+        The settings of the tool that did it, with its name of `QUANTIZED_METHODS` as
+        `quant_method`.
+
+    Raises:
+        UnsupportedModelError: It is a method that we do not read.
+    """
+    settings: dict[str, Any] | None = raw.get("quantization_config") or raw.get(
+        "compression_config"
+    )
+    if not settings:
+        return None
+    method = str(settings.get("quant_method") or settings.get("format") or "unknown")
+    if method.replace("_", "-") not in QUANTIZED_METHODS:
         raise UnsupportedModelError(
             f"the checkpoint is quantized with {method!r}, which is not supported; supported: "
-            "float32, float16 and bfloat16 safetensors",
+            f"float32, float16 and bfloat16 safetensors, and {', '.join(QUANTIZED_METHODS)} in 4 "
+            "or 8 bits",
             "quantization_config",
         )
+    return settings | {"quant_method": method.replace("_", "-")}
 
 
 def _windows(raw: dict[str, Any]) -> tuple[int | None, ...]:

@@ -1,156 +1,174 @@
 """Checkpoint tensors into a model's parameters."""
 
-import logging
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nanovllm.errors import InvalidRequestError, UnsupportedModelError
-from nanovllm.layers.linear import PackedLinear
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.kernels import Kernels, QuantizedWeight
+from nanovllm.layers.linear import Linear
+from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.decoder import CausalLM
-from nanovllm.models.model_config import ModelConfig, read_json
+from nanovllm.models.model_config import ModelConfig, read_json, stored_quantization
+from nanovllm.models.quantization import SCHEMES, QuantizingSource
+from nanovllm.models.quantized_cache import CachedSource
+from nanovllm.models.quantized_checkpoint import open_quantized
 from nanovllm.models.registry import CLASSES
 
-logger = logging.getLogger(__name__)
-
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Buffers that old checkpoints store and everyone recomputes."""
+__all__ = [
+    "Checkpoint",
+    "RandomWeights",
+    "WeightSource",
+    "expected_tensors",
+    "load_model",
+    "weight_files",
+    "weight_source",
+]
 
 
 def load_model(
-    directory: Path,
     config: ModelConfig,
+    source: WeightSource,
+    kernels: Kernels,
     *,
     dtype: torch.dtype,
     device: torch.device,
-    dummy_seed: int | None = None,
 ) -> CausalLM:
-    """Build the model of a config and fill it from the checkpoint in a directory.
+    """Build the model of a config and fill it, one tensor in memory at a time beside the weights.
 
     Args:
-        directory: Holds the safetensors files.
         config: The checkpoint's hyper-parameters.
-        dtype: Dtype of the parameters; tensors are converted.
-        device: Where they live.
-        dummy_seed: Fill with random values from this seed instead of reading files.
+        source: Holds its tensors.
+        kernels: Take the matrices over in their own form.
+        dtype: Dtype of the other parameters.
+        device: Where these live.
 
     Raises:
-        FileNotFoundError: There are no weights, or a shard is missing.
-        UnsupportedModelError: The architecture or the format is not one we read.
-        ValueError: Tensors are missing, unexpected, of the wrong shape, or a file is corrupt.
+        InvalidRequestError: See `WeightSource.check`, or a file is corrupt.
     """
     with torch.device("meta"):
-        model = CLASSES[config.architecture](config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    if dummy_seed is None:
-        fill(model, read_tensors(weight_files(directory)))
-    else:
-        fill_randomly(model, dummy_seed)
+        model = CLASSES[config.architecture](config).eval()
+    source.check(expected_tensors(model))
+    with torch.inference_mode():
+        for path, module in model.named_modules():
+            if isinstance(module, Linear):
+                parts = module.parts(path)
+                biases = [source.tensor(f"{part}.bias") for part in parts if module.has_bias]
+                module.weight = kernels.pack(
+                    module.spec,
+                    _alike((f"{part}.weight" for part in parts), source),
+                    torch.cat(biases) if biases else None,
+                )
+                continue
+            for name, _ in module.named_parameters(recurse=False):
+                tensor = source.tensor(f"{path}.{name}").to(device, dtype, copy=True)
+                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
     return model
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, by its index if it has one.
+def weight_source(config: EngineConfig, directory: Path, dtype: torch.dtype) -> WeightSource:
+    """Where an engine's weights come from, and whether they are quantized on the way.
 
     Raises:
-        FileNotFoundError: There are none, or the index names one that is missing.
-        UnsupportedModelError: There are weights of another format only.
+        FileNotFoundError: There are no weights, or a shard is missing.
+        InvalidRequestError: A file is corrupt or of a format we do not read, or `quantization`
+            does not fit the checkpoint.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names files that are missing: {missing}")
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    for suffix in (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5"):
-        if any(directory.glob(f"*{suffix}")):
-            raise UnsupportedModelError(
-                f"{directory} holds {suffix} weights, which are not supported; supported: "
-                "*.safetensors"
-            )
-    raise FileNotFoundError(
-        f"no *.safetensors in {directory}; for random weights say dummy_weights (--dummy-weights)"
-    )
+    wanted = config.quantization
+    settings = stored_quantization(read_json(directory / "config.json"))
+    stored = None if settings is None or config.dummy_weights else settings["quant_method"]
+    if stored and wanted not in (None, stored):
+        raise InvalidRequestError(
+            f"the checkpoint is quantized with {stored!r} already: leave quantization={wanted!r} "
+            "out, or take one that is not quantized",
+            "quantization",
+        )
+    if settings and stored:
+        return open_quantized(directory, settings)
+    if wanted is None:
+        return RandomWeights(config.seed, dtype) if config.dummy_weights else Checkpoint(directory)
+    if wanted not in SCHEMES:
+        raise InvalidRequestError(
+            f"quantization={wanted!r} needs a checkpoint that is quantized so, and this one is "
+            f"not; any can be quantized with {', '.join(SCHEMES)}",
+            "quantization",
+        )
+    if config.dummy_weights:
+        return QuantizingSource(RandomWeights(config.seed, dtype), wanted)
+    return CachedSource(QuantizingSource(Checkpoint(directory), wanted), weight_files(directory))
 
 
-def read_tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the files, one at a time.
+def _alike(names: Iterable[str], source: WeightSource) -> Iterator[Tensor | QuantizedWeight]:
+    """Read the parts of one packed matrix, which must all be stored in the same way.
 
     Raises:
-        InvalidRequestError: A file is corrupt.
+        InvalidRequestError: They are not.
     """
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except SafetensorError as e:
-            raise InvalidRequestError(f"{path} is not a readable safetensors file: {e}") from e
-
-
-@torch.inference_mode()
-def fill(model: CausalLM, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Copy checkpoint tensors into the parameters, packing those that are packed.
-
-    Raises:
-        ValueError: `Missing parameters: [...]`, `Unexpected parameters: [...]`, or a wrong shape.
-    """
-    targets = checkpoint_targets(model)
-    missing, unexpected = set(targets), []
-    for name, tensor in tensors:
-        if name.endswith(IGNORED_SUFFIXES) or (model.lm_head is None and name == "lm_head.weight"):
-            continue
-        if name not in targets:
-            unexpected.append(name)
-            continue
-        target = targets[name]
-        if target.shape != tensor.shape:
+    first = None
+    for name in names:
+        matrix = source.matrix(name)
+        form = _form(matrix)
+        if first is None:
+            first = name, form
+        elif form != first[1]:
             raise InvalidRequestError(
-                f"parameter {name} has shape {list(tensor.shape)} in the checkpoint; config.json "
-                f"makes it {list(target.shape)}"
+                f"{first[0]} is {first[1]}, and {name} is {form}: matrices that read the same "
+                "input are packed into one, and must be quantized in the same way"
             )
-        target.copy_(tensor)
-        missing.discard(name)
-    complaints = []
-    if missing:
-        complaints.append(f"Missing parameters: {sorted(missing)}")
-    if unexpected:
-        complaints.append(f"Unexpected parameters: {sorted(unexpected)}")
-    if complaints:
-        raise InvalidRequestError("; ".join(complaints))
+        yield matrix
 
 
-def checkpoint_targets(model: nn.Module) -> dict[str, Tensor]:
-    """Where each tensor goes, by its name in the checkpoint."""
-    targets: dict[str, Tensor] = {}
+def _form(matrix: Tensor | QuantizedWeight) -> str:
+    """How a matrix is stored, in words."""
+    if not isinstance(matrix, QuantizedWeight):
+        return "not quantized"
+    if matrix.bits == 8:
+        return "in 8 bits"
+    zeros = "without" if matrix.zeros is None else "with"
+    return f"in {matrix.bits} bits by groups of {matrix.group_size} {zeros} zero points"
+
+
+def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a model's checkpoint has."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
+        if isinstance(module, Linear):
+            for part, rows in module.parts(path).items():
+                shapes[f"{part}.weight"] = (rows, module.spec.depth)
+                if module.has_bias:
+                    shapes[f"{part}.bias"] = (rows,)
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, PackedLinear):
-                parent = path.rpartition(".")[0]
-                for part in module.parts:
-                    targets[f"{parent}.{part}.{name}"] = parameter[module.rows_of(part)]
-            else:
-                targets[f"{path}.{name}"] = parameter
-    return targets
+            shapes[f"{path}.{name}"] = tuple(parameter.shape)
+    return shapes
 
 
-@torch.inference_mode()
-def fill_randomly(model: nn.Module, seed: int) -> None:
-    """Fill with seeded values of the usual scales: norms 1, biases 0, matrices Xavier-normal."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            std = 0.02 if name.endswith("embed_tokens.weight") else parameter.shape[1] ** -0.5
-            # Uniform values of that standard deviation: three times as fast to draw as normal.
-            parameter.uniform_(-std * math.sqrt(3), std * math.sqrt(3), generator=generator)
+class RandomWeights:
+    """Seeded values of the usual scales: norms 1, biases 0, matrices Xavier-uniform.
+
+    Each tensor has a generator of its own, so that it does not depend on the others.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self._seed, self._dtype = seed, dtype
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = expected
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        std = 0.02 if name.endswith("embed_tokens.weight") else shape[1] ** -0.5
+        generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
+        # Uniform values of that standard deviation: three times as fast to draw as normal.
+        limit = std * math.sqrt(3)
+        return torch.empty(shape, dtype=self._dtype).uniform_(-limit, limit, generator=generator)
+
+    def matrix(self, name: str) -> Tensor | QuantizedWeight:
+        return self.tensor(name)

@@ -3,11 +3,15 @@
 import logging
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
+from nanovllm.kernels.attention_backend import AttentionConfig, CacheSpec
+from nanovllm.kernels.cpu.packing import zeroed
 from nanovllm.models.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,15 @@ def select_device(name: str) -> torch.device:
         present = ", ".join(kind for kind, here in available.items() if here)
         raise InvalidRequestError(f"device {name!r} is not available here; available: {present}")
     return torch.device(name)
+
+
+def select_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype a model runs in: the checkpoint's own unless an option says otherwise."""
+    name = model.dtype if config.dtype == "auto" else config.dtype
+    if name == "float16" and config.dtype == "auto" and device.type == "cpu":
+        logger.warning("float16 weights run as bfloat16: the CPU kernels have no float16")
+        name = "bfloat16"
+    return cast(torch.dtype, getattr(torch, name))
 
 
 def available_cpu_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -62,6 +75,27 @@ def kv_cache_bytes(
         budget = int(total * config.gpu_memory_utilization) - (total - free)
         return budget - activation_bytes(config, model) - still_to_load
     return min(CPU_KV_CACHE_BYTES, max(available_cpu_memory() - still_to_load, 0) // 2)
+
+
+def attention_config(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype
+) -> AttentionConfig:
+    """What attention needs to know of a model under some options."""
+    return AttentionConfig(
+        config.block_size or 1,
+        model.num_heads,
+        model.num_kv_heads,
+        model.head_dim,
+        dtype,
+        config.kv_cache_dtype == "int8",
+    )
+
+
+def allocate_kv_cache(spec: CacheSpec, device: torch.device) -> Tensor:
+    """A layer's cache, zeroed; on a CPU its pages are not touched before they are used."""
+    if device.type == "cpu":
+        return zeroed(spec.num_bytes).view(spec.dtype).view(spec.shape)
+    return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
 
 
 def activation_bytes(config: EngineConfig, model: ModelConfig) -> int:

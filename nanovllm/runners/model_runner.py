@@ -11,13 +11,16 @@ from torch import Tensor
 
 from nanovllm.batch import Batch, SlotStart, StepResult
 from nanovllm.config import EngineConfig
-from nanovllm.kernels.attention_backend import AttentionBatch, CacheConfig
-from nanovllm.kernels.sdpa import SdpaBackend
+from nanovllm.kernels.attention_backend import AttentionBatch, IntArray
+from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
 from nanovllm.models.decoder import CausalLM
-from nanovllm.runners.memory import fit_kv_cache, kv_cache_bytes
-
-IntArray = npt.NDArray[np.int64]
+from nanovllm.runners.memory import (
+    allocate_kv_cache,
+    attention_config,
+    fit_kv_cache,
+    kv_cache_bytes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,8 @@ class StepRows:
 
     Args:
         slots: Slot of each row, `[num_rows]`.
+        starts: First position of each row, `[num_rows]`.
+        lengths: Positions of each row, `[num_rows]`.
         ends: Position after each row's last, `[num_rows]`.
         last_tokens: Index of each row's last token in the step, `[num_rows]`.
         emits: Whether a row yields a result, `[num_rows]`.
@@ -34,6 +39,8 @@ class StepRows:
     """
 
     slots: IntArray
+    starts: IntArray
+    lengths: IntArray
     ends: IntArray
     last_tokens: IntArray
     emits: npt.NDArray[np.bool_]
@@ -48,6 +55,7 @@ class ModelRunner(ABC):
 
     Args:
         model: The network, on its device.
+        kernels: What it runs on.
         config: Options, resolved for the device.
 
     Attributes:
@@ -55,42 +63,34 @@ class ModelRunner(ABC):
         max_model_len: Longest sequence, as wanted or as the blocks allow.
     """
 
-    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
+    def __init__(self, model: CausalLM, kernels: Kernels, config: EngineConfig) -> None:
         weight = next(model.parameters())
-        self.model, self.device = model, weight.device
+        self.model, self.kernels, self.device = model, kernels, weight.device
         self.block_size = config.block_size or 1
-        self._backend = SdpaBackend(self.block_size)
         shape = model.config
-        block_bytes = self.block_size * shape.kv_bytes_per_position(weight.element_size())
+        self._backend = kernels.attention(attention_config(config, shape, weight.dtype))
+        block_bytes = self._backend.cache_spec(1).num_bytes * shape.num_layers
         self.num_kv_blocks, self.max_model_len = fit_kv_cache(
             config, shape, block_bytes, kv_cache_bytes(config, shape, self.device)
         )
-        spec = self._backend.cache_spec(
-            CacheConfig(
-                self.num_kv_blocks,
-                self.block_size,
-                shape.num_kv_heads,
-                shape.head_dim,
-                weight.dtype,
-            )
-        )
-        self._kv_caches = [
-            torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-            for _ in range(shape.num_layers)
-        ]
+        spec = self._backend.cache_spec(self.num_kv_blocks)
+        self._kv_caches = [allocate_kv_cache(spec, self.device) for _ in range(shape.num_layers)]
         num_slots = config.max_num_seqs or 1
         max_blocks = -(-self.max_model_len // self.block_size)
         self._block_tables = torch.zeros(
             num_slots, max_blocks, dtype=torch.int64, device=self.device
         )
 
-    @torch.inference_mode()
     def launch(self, batch: Batch) -> Any:
         """Start a step: apply the slots' changes, run the model, then the tail of the rows.
 
         Returns:
             A handle for `collect`.
         """
+        with torch.inference_mode(), self.kernels.running():
+            return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Any:
         for slot in batch.released:
             self._release_slot(slot)
         for start in batch.started:
@@ -100,7 +100,7 @@ class ModelRunner(ABC):
                 block_ids, device=self.device
             )
         rows = self._lay_out(batch)
-        hidden = self._forward(rows, self._context(batch, rows))
+        hidden = self._forward(rows, self._context(rows))
         return self._tail(hidden, rows)
 
     @abstractmethod
@@ -132,6 +132,8 @@ class ModelRunner(ABC):
         shifts = np.repeat(starts - (token_ends - lengths), lengths)
         return StepRows(
             slots=slots,
+            starts=starts,
+            lengths=lengths,
             ends=starts + lengths,
             last_tokens=token_ends - 1,
             emits=np.array(batch.emits, dtype=np.bool_),
@@ -139,13 +141,14 @@ class ModelRunner(ABC):
             positions=self._to_device(np.arange(len(shifts)) + shifts),
         )
 
-    def _context(self, batch: Batch, rows: StepRows) -> ForwardContext:
+    def _context(self, rows: StepRows) -> ForwardContext:
         size = self.block_size
         blocks = self._block_tables[rows.token_slots, rows.positions // size]
         num_blocks = -(-int(rows.ends.max()) // size)
         tables = self._block_tables[self._to_device(rows.slots), :num_blocks]
-        plan = self._backend.plan(AttentionBatch(batch.starts, batch.lengths, tables))
+        plan = self._backend.plan(AttentionBatch(rows.starts, rows.lengths, tables))
         return ForwardContext(
+            kernels=self.kernels,
             backend=self._backend,
             kv_caches=self._kv_caches,
             cache_slots=blocks * size + rows.positions % size,

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.batch import SlotStart, TextRequest
+from nanovllm.kernels.attention_backend import IntArray
+from nanovllm.kernels.kernels import Draws
 from nanovllm.layers.sampler import BadWords, Penalties, SamplingBatch
-from nanovllm.runners.model_runner import IntArray, to_device
+from nanovllm.runners.model_runner import to_device
 from nanovllm.runners.random_draws import uniforms
 
 MAX_POSITION = 2**62
@@ -104,12 +106,14 @@ class SamplingTable:
         num_scores = int(numbers["num_scores"].max())
         draws = uniforms(numbers["seed"], numbers["sample_index"], generated.astype(np.uint64))
         return SamplingBatch(
-            temperature=self._to_device(numbers["temperature"]),
-            uniforms=self._to_device(draws),
-            sampled_rows=self._to_device(sampled.nonzero()[0]) if sampled.any() else None,
-            top_k=self._to_device(numbers["top_k"]) if cut.any() else None,
-            top_p=self._to_device(numbers["top_p"]) if cut.any() else None,
-            min_p=self._to_device(numbers["min_p"]) if numbers["min_p"].any() else None,
+            draws=Draws(
+                temperature=self._to_device(numbers["temperature"]),
+                uniforms=self._to_device(draws),
+                any_sampled=bool(sampled.any()),
+                top_k=self._to_device(numbers["top_k"]) if cut.any() else None,
+                top_p=self._to_device(numbers["top_p"]) if cut.any() else None,
+                min_p=self._to_device(numbers["min_p"]) if numbers["min_p"].any() else None,
+            ),
             penalties=self._penalties(numbers, slots, ends, token_ids),
             bad_words=self._words(slots, ends, generated, token_ids),
             allowed=self._allowed_rows(slots),

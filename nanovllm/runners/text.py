@@ -15,6 +15,7 @@ from nanovllm.batch import (
     TokenScores,
 )
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.sampler import Sampled, Scores, sample, score_tokens
 from nanovllm.models.decoder import CausalLM
@@ -62,8 +63,8 @@ class TextRunner(ModelRunner):
     and writes its samples there, so the next can start before the host has seen them.
     """
 
-    def __init__(self, model: CausalLM, config: EngineConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: CausalLM, kernels: Kernels, config: EngineConfig) -> None:
+        super().__init__(model, kernels, config)
         num_slots = config.max_num_seqs or 1
         self._token_ids = torch.zeros(
             num_slots, self.max_model_len + 1, dtype=torch.int32, device=self.device
@@ -107,8 +108,9 @@ class TextRunner(ModelRunner):
         sampled = None
         if len(slots):
             last = hidden[self._to_device(rows.last_tokens[rows.emits])]
-            logits = self.model.compute_logits(last)
-            sampled = sample(logits, self._sampling.batch(slots, ends, self._token_ids))
+            logits = self.model.compute_logits(last, self.kernels)
+            settings = self._sampling.batch(slots, ends, self._token_ids)
+            sampled = sample(logits, settings, self.kernels)
             # An invalid row's sequence ends when the step is collected; until then any id will do.
             written = torch.where(sampled.valid, sampled.token_ids, 0).to(torch.int32)
             self._token_ids[self._to_device(slots), self._to_device(ends)] = written
@@ -150,9 +152,10 @@ class TextRunner(ModelRunner):
                 continue
             for low in range(start, min(end, state.num_prompt - 1), PROMPT_SCORE_ROWS):
                 high = min(low + PROMPT_SCORE_ROWS, end, state.num_prompt - 1)
-                logits = self.model.compute_logits(hidden[offset + low : offset + high])
+                scored = hidden[offset + low : offset + high]
+                logits = self.model.compute_logits(scored, self.kernels)
                 targets = self._token_ids[slot, low + 1 : high + 1].long()
-                log_probs = logits.float().log_softmax(-1)
+                log_probs = logits.log_softmax(-1)
                 num_top = state.params.prompt_logprobs or 0
                 state.prompt_scores.append(score_tokens(log_probs, targets, num_top))
 

@@ -126,11 +126,13 @@ def assert_same_tokens(oracle: Oracle, prompt: list[int], ours: list[int]) -> No
     warnings.warn(f"near-tie at token {at}, margin {margin:.2e}", stacklevel=1)
 
 
-def run_scenario(directory: Path, oracle: Oracle, scenario: Scenario) -> None:
+def run_scenario(
+    directory: Path, oracle: Oracle, scenario: Scenario, cpu_isa: str = "auto"
+) -> None:
     params = SamplingParams(temperature=0, max_tokens=NUM_OUTPUT, ignore_eos=True)
     vocab_size = oracle.model.config.vocab_size
     prompts = make_prompts(vocab_size, shared=scenario.prefix == "shared")
-    with LLM(str(directory), **scenario.options()) as llm:
+    with LLM(str(directory), cpu_isa=cpu_isa, **scenario.options()) as llm:
         if scenario.prefix == "hit":
             for prompt in reversed(prompts):  # the small cache keeps the last ones
                 llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
@@ -156,20 +158,23 @@ GROWING = "llama-dynamic-short"
 by each position's own here, so only what is decoded past the context can be compared."""
 
 NAMES = sorted(set(CHECKPOINTS) - {GROWING})
+KERNELS = ("auto", "torch")
 HARDEST = Scenario(chunked=True, prefix="shared", preempted=True, depth=1)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "scenario", [Scenario(False, "miss", False, 0), HARDEST], ids=["plain", "hardest"]
 )
+@pytest.mark.parametrize("cpu_isa", KERNELS)
 def test_every_architecture_gives_transformers_tokens(
     checkpoint: Callable[[str], Path],
     oracle: Callable[[str], Oracle],
     name: str,
     scenario: Scenario,
+    cpu_isa: str,
 ) -> None:
-    run_scenario(checkpoint(name), oracle(name), scenario)
+    run_scenario(checkpoint(name), oracle(name), scenario, cpu_isa)
 
 
 @pytest.mark.parametrize("scenario", [Scenario(False, "miss", False, 0), HARDEST], ids=str)
@@ -204,8 +209,9 @@ def test_dynamic_rope_decodes_past_the_original_context_as_transformers_does(
 
 
 @pytest.mark.parametrize("name", [*NAMES, "demo"])
+@pytest.mark.parametrize("cpu_isa", KERNELS)
 def test_scores_are_transformers_log_probabilities(
-    checkpoint: Callable[[str], Path], oracle: Callable[[str], Oracle], name: str
+    checkpoint: Callable[[str], Path], oracle: Callable[[str], Oracle], name: str, cpu_isa: str
 ) -> None:
     """Prompt and sampled scores, over chunks, within 1e-4; the spread makes that a hard test."""
     directory = DEMO_MODEL if name == "demo" else checkpoint(name)
@@ -213,7 +219,8 @@ def test_scores_are_transformers_log_probabilities(
     vocab_size = reference.model.config.vocab_size
     prompts = make_prompts(vocab_size, shared=False)[::5]
     params = SamplingParams(temperature=0, max_tokens=12, logprobs=3, prompt_logprobs=2)
-    with LLM(str(directory), dtype="float32", max_num_batched_tokens=50, max_num_seqs=4) as llm:
+    options = {"dtype": "float32", "max_num_batched_tokens": 50, "max_num_seqs": 4}
+    with LLM(str(directory), cpu_isa=cpu_isa, **options) as llm:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         token_ids = prompt + output.outputs[0].token_ids

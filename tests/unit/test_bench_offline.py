@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nanovllm.bench.machine import inspect_machine, num_usable_cores, total_memory
+from nanovllm.bench.machine import inspect_machine, total_memory
 from nanovllm.bench.offline import Workload, make_workload, run_offline
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.cpu.threads import num_usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -33,6 +33,12 @@ DEFAULTS: dict[str, Any] = {
     "async_scheduling": None,
     "tensor_parallel_size": 1,
     "enforce_eager": False,
+    "kv_cache_dtype": "auto",
+    "quantization": None,
+    "deterministic": False,
+    "disable_cascade_attn": False,
+    "cpu_threads": None,
+    "cpu_isa": "auto",
     "seed": 0,
 }
 VALUES: dict[str, tuple[str, Any]] = {
@@ -60,6 +66,12 @@ VALUES: dict[str, tuple[str, Any]] = {
     "async_scheduling": ("yes", True),
     "tensor_parallel_size": ("1", 1),
     "enforce_eager": ("TRUE", True),
+    "kv_cache_dtype": ("int8", "int8"),
+    "quantization": ("int4-g64", "int4-g64"),
+    "deterministic": ("1", True),
+    "disable_cascade_attn": ("yes", True),
+    "cpu_threads": ("3", 3),
+    "cpu_isa": ("avx2", "avx2"),
     "seed": (" 7 ", 7),
 }
 """A value of each option as the environment writes it, and as it is read."""

@@ -15,6 +15,7 @@ import torch
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.batch import Batch
 from nanovllm.config import DEMO_MODEL
+from nanovllm.kernels.kernels import Kernels
 from nanovllm.text.input_processor import Prompt
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -191,8 +192,8 @@ def test_nan_logits_end_that_request_alone(llm: LLM, monkeypatch: pytest.MonkeyP
     expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
     compute = llm._runner.model.compute_logits
 
-    def poisoned(hidden: torch.Tensor) -> torch.Tensor:
-        logits = compute(hidden)
+    def poisoned(hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        logits = compute(hidden, kernels)
         if len(logits) == 2:
             logits[1] = torch.nan
         return logits

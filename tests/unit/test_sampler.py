@@ -9,7 +9,10 @@ from torch import Tensor
 from transformers.generation import logits_process as oracle
 
 from nanovllm.batch import SlotStart, TextRequest
-from nanovllm.layers.sampler import SamplingBatch, keep_top, sample, score_tokens
+from nanovllm.kernels.kernels import Choice, Draws
+from nanovllm.kernels.torch_kernels import TorchKernels, keep_top
+from nanovllm.layers import sampler
+from nanovllm.layers.sampler import Sampled, SamplingBatch, score_tokens
 from nanovllm.runners.random_draws import uniforms
 from nanovllm.runners.sampling_table import SamplingTable
 from nanovllm.sampling_params import SamplingParams
@@ -18,6 +21,21 @@ VOCAB = 50
 PROMPT = [3, 4, 4, 5]
 OUTPUT = [7, 7, 8]
 EOS = 1
+
+
+CPU = torch.device("cpu")
+KERNELS = TorchKernels(CPU, torch.float32)
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
+    return sampler.sample(logits, batch, KERNELS)
+
+
+def choose(logits: Tensor, **settings: Tensor | None) -> Choice:
+    """Draw a token in every row."""
+    names = ("top_k", "top_p", "min_p")
+    draws = Draws(any_sampled=True, **{**dict.fromkeys(names), **settings})  # type: ignore[arg-type]
+    return KERNELS.choose(logits, draws)
 
 
 def processed_logits(
@@ -32,7 +50,7 @@ def processed_logits(
 def batch_for(
     rows: list[SamplingParams], bad_words: tuple[tuple[int, ...], ...] = ()
 ) -> SamplingBatch:
-    table = SamplingTable(len(rows), VOCAB, torch.device("cpu"))
+    table = SamplingTable(len(rows), VOCAB, CPU)
     keys = PROMPT + OUTPUT
     for slot, params in enumerate(rows):
         start = SlotStart(slot, list(keys), len(PROMPT), params, 0, params.seed or 0)
@@ -119,14 +137,13 @@ def test_draws_follow_the_distribution() -> None:
             for i in range(3)
         )
     )
-    batch = SamplingBatch(
+    token_ids, _ = choose(
+        logits.repeat(count, 1),
         temperature=torch.full((count,), temperature),
         uniforms=torch.from_numpy(draws),
-        sampled_rows=torch.arange(count),
         top_k=torch.full((count,), 5),
         top_p=torch.ones(count),
     )
-    token_ids = sample(logits.repeat(count, 1), batch).token_ids
     observed = torch.bincount(token_ids, minlength=8).double()
     kept = (logits[0] / temperature).masked_fill(logits[0] < 0.5, -torch.inf)
     expected = kept.softmax(-1).double() * count
@@ -140,12 +157,8 @@ def test_draws_follow_the_distribution() -> None:
 def test_a_drawn_token_always_has_probability(seed: int, uniform: float) -> None:
     logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(seed % 2**63)) * 20
     logits[:, ::3] = -torch.inf
-    batch = SamplingBatch(
-        temperature=torch.full((4,), 0.3),
-        uniforms=torch.full((4,), uniform),
-        sampled_rows=torch.arange(4),
-    )
-    token_ids = sample(logits.clone(), batch).token_ids
+    temperature, uniforms = torch.full((4,), 0.3), torch.full((4,), uniform)
+    token_ids, _ = choose(logits.clone(), temperature=temperature, uniforms=uniforms)
     assert (logits.div(0.3).softmax(-1).gather(1, token_ids[:, None]) > 0).all()
 
 

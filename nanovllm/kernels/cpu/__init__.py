@@ -1,0 +1,1 @@
+"""CPU kernels: C++ compiled at first use, called on raw pointers."""

@@ -1,0 +1,114 @@
+"""Attention by the CPU kernels."""
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.attention_backend import (
+    AttentionBatch,
+    AttentionConfig,
+    CacheSpec,
+    HeadNorms,
+)
+from nanovllm.kernels.cpu.library import AttentionShape, Library
+from nanovllm.kernels.cpu.packing import INT8, TYPES
+
+MAX_HEAD_DIM = 512
+
+
+class CpuAttention:
+    """See `AttentionBackend`. A block and KV head have a *cell* of the cache; see csrc/attention.h.
+
+    Args:
+        library: The kernels.
+        config: Shapes and dtypes.
+        cascade: Whether blocks that several rows of a step share are read once for all.
+        deterministic: Whether a row's result may not depend on the others'; turns cascade off.
+
+    Raises:
+        InvalidRequestError: The heads are too wide.
+    """
+
+    def __init__(
+        self, library: Library, config: AttentionConfig, cascade: bool, deterministic: bool
+    ) -> None:
+        if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
+            raise InvalidRequestError(
+                f"head_dim {config.head_dim} is not supported on a CPU; it must be even and at "
+                f"most {MAX_HEAD_DIM}; cpu_isa='torch' has no such limit",
+                "head_dim",
+            )
+        self._library, self._config, self._cascade = library, config, cascade
+        self._shape = AttentionShape(
+            activation=TYPES[config.dtype],
+            cache=INT8 if config.quantize_cache else TYPES[config.dtype],
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=config.block_size,
+            scale=config.head_dim**-0.5,
+            one_path=deterministic,
+        )
+        self._reference = ctypes.byref(self._shape)
+        # One plan, filled anew for each step: on a CPU no two steps are in flight.
+        self._plan = library.new_plan()
+        weakref.finalize(self, library.free_plan, self._plan)
+
+    def cache_spec(self, num_blocks: int) -> CacheSpec:
+        cell_bytes = self._library.cell_bytes(self._reference)
+        return CacheSpec((num_blocks, self._config.num_kv_heads, cell_bytes), torch.uint8)
+
+    def write(
+        self,
+        qkv: Tensor,
+        norms: HeadNorms | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
+        config = self._config
+        num_tokens = qkv.shape[0]
+        q = torch.empty(num_tokens, config.num_heads, config.head_dim, dtype=config.dtype)
+        self._library.write_kv(
+            self._reference,
+            num_tokens,
+            qkv.data_ptr(),
+            None if norms is None else norms.q.data_ptr(),
+            None if norms is None else norms.k.data_ptr(),
+            0.0 if norms is None else norms.eps,
+            None if rotary is None else rotary[0].data_ptr(),
+            None if rotary is None else rotary[1].data_ptr(),
+            slots.data_ptr(),
+            q.data_ptr(),
+            cache.data_ptr(),
+        )
+        return q
+
+    def plan(self, batch: AttentionBatch) -> int:
+        tables = batch.block_tables.contiguous()
+        self._library.plan_attention(
+            self._plan,
+            self._reference,
+            len(batch.starts),
+            batch.starts.ctypes.data,
+            batch.lengths.ctypes.data,
+            tables.data_ptr(),
+            tables.shape[1],
+            self._cascade,
+        )
+        return self._plan  # type: ignore[no-any-return]
+
+    def run(self, q: Tensor, cache: Tensor, metadata: int, window: int | None) -> Tensor:
+        out = torch.empty_like(q)
+        self._library.attend(
+            self._reference,
+            metadata,
+            q.data_ptr(),
+            cache.data_ptr(),
+            window or 0,
+            out.data_ptr(),
+        )
+        return out

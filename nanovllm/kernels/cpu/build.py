@@ -1,0 +1,175 @@
+"""Compiles the kernels for this processor at first use, and keeps the result."""
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanovllm.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread")
+COMPILERS = ("g++", "clang++", "c++")
+
+
+class NoCompilerError(RuntimeError):
+    """There is no compiler, or it cannot compile the kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionSet:
+    """What the kernels may use of a processor.
+
+    Args:
+        name: As `cpu_isa` names it.
+        needed: Flags of `/proc/cpuinfo` without which it is not offered.
+        optional: More flags that are used where present.
+        defines: Further arguments for the compiler.
+    """
+
+    name: str
+    needed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    defines: tuple[str, ...] = ()
+
+
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AMX = (*_AVX512, "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
+
+INSTRUCTION_SETS = (
+    InstructionSet("amx", _AMX),
+    InstructionSet("avx512", _AVX512, ("avx512_bf16", "avx512_vnni")),
+    InstructionSet("avx2", _AVX2, ("avx_vnni",)),
+    InstructionSet("portable", optional=("bf16", "i8mm")),
+    # For tests on machines without AMX: its tiles in plain C++, hundreds of times slower.
+    InstructionSet("amx-emulated", defines=("-DNANOVLLM_EMULATE_AMX",)),
+)
+"""The best first."""
+
+_COMPILER_NAMES = {"avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni", "avx_vnni": "avxvnni"}
+
+
+def processor_flags() -> frozenset[str]:
+    """Instruction-set extensions of this processor, as Linux names them."""
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        features = {"bf16": "FEAT_BF16", "i8mm": "FEAT_I8MM"}
+        return frozenset(flag for flag, key in features.items() if _sysctl(key))
+    return frozenset()
+
+
+def _sysctl(feature: str) -> bool:
+    command = ["sysctl", "-n", f"hw.optional.arm.{feature}"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() == "1"
+
+
+def choose_instruction_sets(wanted: str) -> list[InstructionSet]:
+    """The sets to try, best first: one by its name, or all that the processor has for "auto".
+
+    Raises:
+        InvalidRequestError: The processor does not have the set that is wanted.
+    """
+    flags = processor_flags()
+    present = [isa for isa in INSTRUCTION_SETS if flags.issuperset(isa.needed)]
+    if wanted == "auto":
+        return [isa for isa in present if not isa.defines]
+    chosen = [isa for isa in present if isa.name == wanted]
+    if not chosen:
+        names = ", ".join(isa.name for isa in present)
+        raise InvalidRequestError(
+            f"cpu_isa {wanted!r} is not available on this processor; available: {names}", "cpu_isa"
+        )
+    return chosen
+
+
+def compile_kernels(isa: InstructionSet, extra_flags: Sequence[str] = ()) -> Path:
+    """Return the path of the library for an instruction set, compiling it if need be.
+
+    Raises:
+        NoCompilerError: There is no compiler, or it fails.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise NoCompilerError(f"none of {', '.join(COMPILERS)} is installed")
+    flags = [*FLAGS, *_machine_flags(isa), *isa.defines, *extra_flags]
+    sources = sorted(SOURCES.glob("*.cpp"))
+    version = _run([compiler, "--version"])
+    digest = hashlib.sha256("\0".join([version, *flags]).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    directory = private_cache("kernels")
+    library = directory / f"{isa.name}-{digest.hexdigest()[:16]}.so"
+    if not library.is_file():
+        logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
+        _compile(compiler, flags, sources, library)
+    return library
+
+
+def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
+    """Compile the sources side by side, link them, and move the result into its place."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        objects = [f"{scratch}/{source.stem}.o" for source in sources]
+        jobs = [
+            subprocess.Popen(
+                [compiler, *flags, "-c", str(source), "-o", out],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for source, out in zip(sources, objects, strict=True)
+        ]
+        errors = [job.communicate()[1] for job in jobs]
+        for source, job, error in zip(sources, jobs, errors, strict=True):
+            if job.returncode:
+                raise NoCompilerError(f"{compiler} cannot compile {source.name}: {error[-2000:]}")
+        linked = f"{scratch}/{library.name}"
+        _run([compiler, *flags, "-shared", *objects, "-o", linked])
+        # Atomic: another process may be doing the same.
+        os.replace(linked, library)
+
+
+def private_cache(name: str) -> Path:
+    """A directory for what we compute once, that only this user may write.
+
+    Without a usable home directory it lasts as long as the machine's temporary files.
+    """
+    for root in (Path.home() / ".cache", Path(tempfile.gettempdir())):
+        directory = root / f"nanovllm-{os.getuid()}" / name
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.parent.stat()
+            if status.st_uid == os.getuid():
+                directory.parent.chmod(0o700)
+                if os.access(directory, os.W_OK):
+                    return directory
+        except OSError:
+            continue
+    return Path(tempfile.mkdtemp(prefix=f"nanovllm-{name}-"))
+
+
+def _machine_flags(isa: InstructionSet) -> list[str]:
+    flags = processor_flags()
+    used = [*isa.needed, *(flag for flag in isa.optional if flag in flags)]
+    if platform.machine() in ("aarch64", "arm64"):
+        extensions = "".join(f"+{flag}" for flag in used)
+        return [f"-march=armv8.2-a{extensions}"] if used else []
+    return ["-m" + _COMPILER_NAMES.get(flag, flag.replace("_", "-")) for flag in used]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise NoCompilerError(f"{command[0]} failed: {done.stderr[-2000:]}")
+    return done.stdout

@@ -1,0 +1,529 @@
+// Attention over the paged cache: one kernel for decode, prefill and shared prefixes.
+//
+// FlashAttention (Dao et al. 2022, algorithm 1, with the later online softmax of Dao 2023): scores of
+// a chunk of positions, their softmax against the running maximum, and the weighted values, without
+// ever holding a whole row of scores. Products go through `multiply`, keys and values lying in the
+// cache as its tiles.
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "attention.h"
+#include "attention_tile.h"
+#include "pool.h"
+
+namespace nanovllm {
+namespace {
+
+constexpr long kMaxTiles = kMaxHeadDim / kTile;
+constexpr long kChunkTiles = kChunk / kTile;
+constexpr long kTileDepth = kTileBytes / sizeof(Bf16);  // positions that an AMX tile takes
+
+// What a thread works in.
+template <class T>
+struct Workspace {
+  alignas(64) T queries[kTileQueries * (kMaxHeadDim + 32)];
+  alignas(64) float scores[kTileQueries * kChunk];
+  alignas(64) T weights[kTileQueries * kChunk];
+  alignas(64) float outputs[kTileQueries * kMaxHeadDim];
+  alignas(64) T keys[kChunk * kMaxHeadDim];    // of a chunk of int8, expanded
+  alignas(64) T values[kChunk * kMaxHeadDim];
+  alignas(64) float key_scales[kChunk];
+  alignas(64) float value_scales[kChunk];
+  float top[kTileQueries];    // the largest score of each row so far
+  float total[kTileQueries];  // the sum of its weights
+};
+
+template <class T>
+Workspace<T>& workspace() {
+  static thread_local Workspace<T> instance;
+  return instance;
+}
+
+// Partial results of a token and head: its largest score, the sum of weights, and the output.
+struct Partials {
+  float* data;
+  long num_heads, dim;
+  float* at(long partial, long head) const {
+    return data + (partial * num_heads + head) * (dim + kWidth);
+  }
+};
+
+// Columns of scores are the positions of a sequence's cells, gaps between ragged blocks included.
+struct Columns {
+  long block_size, cell_positions;
+  long of(long position) const {
+    return position / block_size * cell_positions + position % block_size;
+  }
+};
+
+template <class T>
+class TileAttention {
+ public:
+  TileAttention(const AttentionShape& shape, const Plan& plan, const Task& task, long kv_head,
+                long first_head, long num_heads, const char* cache, long window)
+      : shape_(shape), cell_(shape), plan_(plan), task_(task), kv_head_(kv_head),
+        first_head_(first_head), num_heads_(num_heads), cache_(cache), window_(window),
+        columns_{shape.block_size, cell_.positions}, rows_(task.count * num_heads),
+        segment_(std::gcd(cell_.positions, kChunk)),
+        value_segment_(uses_tiles<T>(rows_, kTileDepth, shape.one_path)
+                           ? std::max(segment_, kTileDepth)
+                           : segment_),
+        space_(workspace<T>()) {}
+
+  void run(const T* q, T* out, const Partials& partials) {
+    load_queries(q);
+    std::fill_n(space_.outputs, rows_ * cell_.dim, 0.0f);
+    std::fill_n(space_.top, rows_, -kInfinity);
+    std::fill_n(space_.total, rows_, 0.0f);
+    long earliest = plan_.positions[token(0)];
+    for (long i = 1; i < task_.count; i++) {
+      earliest = std::min<long>(earliest, plan_.positions[token(i)]);
+    }
+    // Chunks are counted from the task's begin, whatever a window leaves out, so that the order of
+    // a row's sums does not depend on its neighbours.
+    const long first = columns_.of(task_.begin), end = columns_.of(task_.end - 1) + 1;
+    const long seen = window_ ? std::max(task_.begin, earliest - window_ + 1) : task_.begin;
+    for (long column = first + (columns_.of(seen) - first) / kChunk * kChunk; column < end;
+         column += kChunk) {
+      attend_chunk(column, std::min(kChunk, round_up(end - column, segment_)));
+    }
+    store_outputs(out, partials);
+  }
+
+ private:
+  long token(long i) const { return plan_.tokens[task_.first + i]; }
+  long query_stride() const { return cell_.dim + 32; }
+
+  const char* cell(long column) const {
+    const int64_t block = task_.block_table[column / cell_.positions];
+    return cache_ + (block * shape_.num_kv_heads + kv_head_) * cell_.bytes;
+  }
+
+  void load_queries(const T* q) {
+    for (long i = 0; i < task_.count; i++) {
+      for (long h = 0; h < num_heads_; h++) {
+        const T* source = q + (token(i) * shape_.num_heads + first_head_ + h) * shape_.head_dim;
+        T* target = space_.queries + (i * num_heads_ + h) * query_stride();
+        for (long d = 0; d < cell_.dim; d += kWidth) {
+          const long count = shape_.head_dim - d;
+          store(target + d, count > 0 ? load(source + d, count) : Floats{});
+        }
+      }
+    }
+  }
+
+  void attend_chunk(long column, long width) {
+    const T* keys[kChunkTiles];
+    const T* values[kChunkTiles * kMaxTiles];
+    const long value_width = round_up(width, value_segment_);
+    const int num_segments = int(value_width / value_segment_);
+    const int value_tiles = int(cell_.dim / kTile);
+    point_to_keys(column, width, keys);
+    point_to_values(column, width, values);
+    const bool tiled_scores = uses_tiles<T>(rows_, cell_.dim, shape_.one_path);
+    multiply(tiled_scores, space_.queries, query_stride(), rows_, keys, int(width / kTile), 0, 1,
+             cell_.dim, space_.scores, kChunk, false);
+    for (long i = 0; i < task_.count; i++) {
+      const long position = plan_.positions[token(i)];
+      const long low = window_ ? std::max(task_.begin, position - window_ + 1) : task_.begin;
+      const long high = std::min(task_.end, position + 1);
+      for (long h = 0; h < num_heads_; h++) {
+        const long row = i * num_heads_ + h;
+        weigh(row, column, width, columns_.of(low), high > low ? columns_.of(high - 1) + 1 : 0);
+        for (long c = width; c < value_width; c += kWidth) {
+          store(space_.weights + row * kChunk + c, Floats{});
+        }
+      }
+    }
+    const bool tiled_values = uses_tiles<T>(rows_, value_segment_, shape_.one_path);
+    multiply(tiled_values, space_.weights, kChunk, rows_, values, value_tiles, value_tiles,
+             num_segments, value_segment_, space_.outputs, cell_.dim, true);
+  }
+
+  void point_to_keys(long column, long width, const T** keys) {
+    constexpr int pack = kPack<T>;
+    const bool quantized = shape_.cache == kInt8;
+    for (long c = 0; c < width; c += kTile) {
+      const char* source = cell(column + c);
+      const long position = (column + c) % cell_.positions;
+      const long first = cell_.key(position, 0, pack);
+      if (!quantized) {
+        keys[c / kTile] = reinterpret_cast<const T*>(source) + first;
+        continue;
+      }
+      T* target = space_.keys + c * cell_.dim;
+      expand(reinterpret_cast<const int8_t*>(source) + first, kTile * cell_.dim, target);
+      keys[c / kTile] = target;
+      const auto* scales =
+          reinterpret_cast<const float*>(source + 2 * cell_.positions * cell_.dim);
+      std::memcpy(space_.key_scales + c, scales + position, kTile * 4);
+      std::memcpy(space_.value_scales + c, scales + cell_.positions + position, kTile * 4);
+    }
+  }
+
+  // Values where they lie, or copied: int8 is expanded, and blocks too short for an AMX tile are
+  // put together.
+  void point_to_values(long column, long width, const T** values) {
+    constexpr int pack = kPack<T>;
+    const bool quantized = shape_.cache == kInt8;
+    T* target = space_.values;
+    for (long c = 0; c < width; c += value_segment_) {
+      for (long d = 0; d < cell_.dim; d += kTile) {
+        *values++ = target;
+        for (long s = c; s < c + value_segment_; s += segment_) {
+          const long size = segment_ * kTile;
+          if (s >= width) {
+            std::memset(target, 0, size * sizeof(T));
+          } else {
+            const char* source = cell(column + s);
+            const long first = cell_.positions * cell_.dim +
+                               cell_.value((column + s) % cell_.positions, d, pack);
+            const T* run = reinterpret_cast<const T*>(source) + first;
+            if (quantized) {
+              expand(reinterpret_cast<const int8_t*>(source) + first, size, target);
+            } else if (value_segment_ == segment_) {
+              values[-1] = run;
+              continue;
+            } else {
+              std::memcpy(target, run, size * sizeof(T));
+            }
+          }
+          target += size;
+        }
+      }
+    }
+  }
+
+  // int8 to T, unscaled: the scales go into the scores and the weights.
+  static void expand(const int8_t* codes, long count, T* target) {
+    for (long i = 0; i < count; i += kWidth) store(target + i, load(codes + i));
+  }
+
+  // Scores of a row to weights, by the online softmax; columns outside [low, high) are not seen.
+  void weigh(long row, long column, long width, long low, long high) {
+    float* scores = space_.scores + row * kChunk;
+    T* weights = space_.weights + row * kChunk;
+    const bool quantized = shape_.cache == kInt8;
+    const bool ragged = cell_.positions != shape_.block_size;
+    const float scale = shape_.scale * kLog2E;
+    Floats best = splat(-kInfinity);
+    for (long c = 0; c < width; c += kWidth) {
+      Floats s = load(scores + c) * scale;
+      if (quantized) s *= load(space_.key_scales + c);
+      if (ragged || column + c < low || column + c + kWidth > high) s = hide(s, column + c, low, high);
+      best = vector_max(s, best);
+      store(scores + c, s);
+    }
+    const float top = std::max(space_.top[row], max(best));
+    if (top == -kInfinity) {
+      for (long c = 0; c < width; c += kWidth) store(weights + c, Floats{});
+      return;
+    }
+    Floats sums{};
+    for (long c = 0; c < width; c += kWidth) {
+      Floats w = exp2(load(scores + c) - top);
+      sums += w;
+      if (quantized) w *= load(space_.value_scales + c);
+      store(weights + c, w);
+    }
+    const float shrink = std::exp2(space_.top[row] - top);
+    space_.total[row] = space_.total[row] * shrink + sum(sums);
+    space_.top[row] = top;
+    if (shrink != 1.0f) {
+      float* output = space_.outputs + row * cell_.dim;
+      for (long d = 0; d < cell_.dim; d += kWidth) store(output + d, load(output + d) * shrink);
+    }
+  }
+
+  Floats hide(Floats scores, long column, long low, long high) const {
+    for (long i = 0; i < kWidth; i++) {
+      const long c = column + i;
+      if (c < low || c >= high || c % cell_.positions >= shape_.block_size) scores[i] = -kInfinity;
+    }
+    return scores;
+  }
+
+  void store_outputs(T* out, const Partials& partials) const {
+    for (long i = 0; i < task_.count; i++) {
+      const long partial = plan_.partials[task_.first + i];
+      for (long h = 0; h < num_heads_; h++) {
+        const long row = i * num_heads_ + h, head = first_head_ + h;
+        const float* output = space_.outputs + row * cell_.dim;
+        if (partial >= 0) {
+          float* target = partials.at(partial, head);
+          target[0] = space_.top[row];
+          target[1] = space_.total[row];
+          std::memcpy(target + kWidth, output, cell_.dim * 4);
+          continue;
+        }
+        T* target = out + (token(i) * shape_.num_heads + head) * shape_.head_dim;
+        const float inverse = 1.0f / space_.total[row];
+        for (long d = 0; d < shape_.head_dim; d += kWidth) {
+          store(target + d, load(output + d) * inverse, shape_.head_dim - d);
+        }
+      }
+    }
+  }
+
+  const AttentionShape& shape_;
+  const Cell cell_;
+  const Plan& plan_;
+  const Task& task_;
+  const long kv_head_, first_head_, num_heads_;
+  const char* cache_;
+  const long window_;  // 0 is none
+  const Columns columns_;
+  const long rows_;
+  const long segment_;        // positions whose values lie in one run
+  const long value_segment_;  // the same after runs were put together
+  Workspace<T>& space_;
+};
+
+// Partial softmaxes over parts of the positions into the whole one.
+template <class T>
+void merge(const AttentionShape& shape, const Plan& plan, const Partials& partials, long token,
+           long head, T* out) {
+  const long first = plan.first_partial[token], last = plan.first_partial[token + 1];
+  float top = -kInfinity;
+  for (long p = first; p < last; p++) top = std::max(top, partials.at(p, head)[0]);
+  alignas(64) float sums[kMaxHeadDim] = {};
+  float total = 0;
+  for (long p = first; p < last; p++) {
+    const float* partial = partials.at(p, head);
+    if (partial[1] == 0) continue;  // saw nothing; a NaN is not that
+    const float weight = std::exp2(partial[0] - top);
+    total += weight * partial[1];
+    for (long d = 0; d < partials.dim; d += kWidth) {
+      store(sums + d, load(sums + d) + load(partial + kWidth + d) * weight);
+    }
+  }
+  T* target = out + (token * shape.num_heads + head) * shape.head_dim;
+  for (long d = 0; d < shape.head_dim; d += kWidth) {
+    store(target + d, load(sums + d) * (1.0f / total), shape.head_dim - d);
+  }
+}
+
+template <class T>
+void attend(const AttentionShape& shape, const Plan& plan, const T* q, const char* cache,
+            long window, T* out) {
+  Session session;
+  const long group = shape.num_heads / shape.num_kv_heads;
+  const long parts = (group + kTileQueries - 1) / kTileQueries;  // of a group too large for a tile
+  const Partials partials{
+      static_cast<float*>(session.scratch(
+          3, (plan.first_partial.back() + 1) * shape.num_heads *
+                 (Cell(shape).dim + kWidth) * sizeof(float))),
+      shape.num_heads, Cell(shape).dim};
+  const long items = shape.num_kv_heads * parts;
+  session.parallel(long(plan.tasks.size()) * items, [&](long item) {
+    const long kv_head = item % items / parts, part = item % parts;
+    const long first = part * kTileQueries;
+    TileAttention<T>(shape, plan, plan.tasks[item / items], kv_head, kv_head * group + first,
+                     std::min(kTileQueries, group - first), cache, window)
+        .run(q, out, partials);
+  });
+  if (plan.merged.empty()) return;
+  session.parallel(long(plan.merged.size()), [&](long i) {
+    for (long head = 0; head < shape.num_heads; head++) {
+      merge(shape, plan, partials, plan.merged[i], head, out);
+    }
+  });
+}
+
+// Normalises one head, rotates it, and leaves it in `head` as floats.
+template <class T>
+void prepare_head(const T* source, long dim, const T* norm, float eps, const float* cos,
+                  const float* sin, float* head) {
+  Floats squares{};
+  for (long d = 0; d < dim; d += kWidth) {
+    const Floats v = load(source + d, dim - d);
+    squares += v * v;
+    store(head + d, v);
+  }
+  if (norm) {
+    const float factor = 1.0f / std::sqrt(sum(squares) / dim + eps);
+    for (long d = 0; d < dim; d += kWidth) {
+      store(head + d, load(head + d) * factor * load(norm + d, dim - d));
+    }
+  }
+  if (!cos) return;
+  const long half = dim / 2;
+  for (long d = 0; d < half; d += kWidth) {
+    const long count = half - d;
+    const Floats c = load(cos + d, count), s = load(sin + d, count);
+    const Floats a = load(head + d, count), b = load(head + half + d, count);
+    store(head + d, a * c - b * s, count);
+    store(head + half + d, b * c + a * s, count);
+  }
+}
+
+template <class T>
+struct Projections {
+  const T* qkv;
+  const T* q_norm;
+  const T* k_norm;
+  float eps;
+  const float* cos;
+  const float* sin;
+};
+
+// One head's key or value in the elements of the cache, which are `pack` to a lane.
+template <class Element>
+struct Narrow {
+  alignas(64) Element elements[kMaxHeadDim];
+  float scale = 1;
+
+  // `head` is readable up to a whole vector, and what is beyond `dim` does not matter.
+  Narrow(const float* head, long dim) {
+    if constexpr (std::is_same_v<Element, int8_t>) {
+      Floats top{};
+      for (long d = 0; d < dim; d += kWidth) {
+        const Floats v = load(head + d, dim - d);
+        top = vector_max(top, v < 0.0f ? -v : v);
+      }
+      scale = max(top) / 127.0f;
+      const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+      for (long d = 0; d < dim; d += kWidth) {
+        store_narrow(elements + d, round_to_ints(load(head + d) * inverse));
+      }
+    } else {
+      for (long d = 0; d < dim; d += kWidth) store(elements + d, load(head + d));
+    }
+  }
+};
+
+// A key's lanes go to a column of its tile, one a row.
+template <class Element, int kLanePack>
+void store_key(const Cell& cell, Element* keys, long position, const Narrow<Element>& head,
+               long dim) {
+  struct Lane {
+    Element elements[kLanePack];
+  };
+  auto* out = reinterpret_cast<Lane*>(keys + cell.key(position, 0, kLanePack));
+  for (long d = 0; d < dim; d += kLanePack, out += kTile) {
+    std::memcpy(out, head.elements + d, sizeof(Lane));
+  }
+}
+
+// A value's elements go to their place in the lanes of a row in each tile.
+template <class Element, int kLanePack>
+void store_value(const Cell& cell, Element* values, long position, const Narrow<Element>& head,
+                 long dim) {
+  for (long d = 0; d < dim; d += kTile) {
+    Element* out = values + cell.value(position, d, kLanePack);
+    if constexpr (sizeof(Element) == 2) {
+      // Half of each lane is another position's: blend instead of sixteen scattered stores.
+      const int shift = 16 * int(position % 2);
+      for (int lane = 0; lane < kTile; lane += kWidth) {
+        Words* words = reinterpret_cast<Words*>(out - position % 2) + lane / kWidth;
+        const auto fresh = load_raw<HalfWords>(head.elements + d + lane);
+        const Words blended = (load_raw<Words>(words) & ~(0xffffu << shift)) |
+                              (__builtin_convertvector(fresh, Words) << shift);
+        std::memcpy(words, &blended, sizeof(blended));
+      }
+    } else {
+      for (int lane = 0; lane < kTile; lane++) out[lane * kLanePack] = head.elements[d + lane];
+    }
+  }
+}
+
+template <class T, class Element>
+void write_token(const AttentionShape& shape, const Cell& cell, const Projections<T>& in, long token,
+                 long slot, T* q, char* cache) {
+  alignas(64) float head[kMaxHeadDim] = {};
+  const long dim = shape.head_dim, half = dim / 2;
+  const long num_kv_heads = shape.num_kv_heads, num_heads = shape.num_heads;
+  const T* row = in.qkv + token * (num_heads + 2 * num_kv_heads) * dim;
+  const float* cos = in.cos ? in.cos + token * half : nullptr;
+  const float* sin = in.sin ? in.sin + token * half : nullptr;
+  for (long h = 0; h < num_heads; h++) {
+    prepare_head(row + h * dim, dim, in.q_norm, in.eps, cos, sin, head);
+    T* target = q + (token * num_heads + h) * dim;
+    for (long d = 0; d < dim; d += kWidth) store(target + d, load(head + d), dim - d);
+  }
+  const long position = slot % shape.block_size;
+  for (long h = 0; h < num_kv_heads; h++) {
+    char* base = cache + (slot / shape.block_size * num_kv_heads + h) * cell.bytes;
+    auto* keys = reinterpret_cast<Element*>(base);
+    auto* values = keys + cell.positions * cell.dim;
+    prepare_head(row + (num_heads + h) * dim, dim, in.k_norm, in.eps, cos, sin, head);
+    const Narrow<Element> key(head, dim);
+    store_key<Element, kPack<T>>(cell, keys, position, key, dim);
+    const T* source = row + (num_heads + num_kv_heads + h) * dim;
+    // Positions beyond a sequence's end are read with weight zero, so they must be finite.
+    for (long d = 0; d < dim; d += kWidth) {
+      const Floats v = load(source + d, dim - d);
+      store(head + d, v - v == 0.0f ? v : Floats{});
+    }
+    const Narrow<Element> value(head, dim);
+    store_value<Element, kPack<T>>(cell, values, position, value, dim);
+    if constexpr (std::is_same_v<Element, int8_t>) {
+      auto* scales = reinterpret_cast<float*>(values + cell.positions * cell.dim);
+      scales[position] = key.scale;
+      scales[cell.positions + position] = value.scale;
+    }
+  }
+}
+
+template <class T, class Element>
+void write(const AttentionShape& shape, const Projections<T>& in, long num_tokens,
+           const int64_t* slots, T* q, char* cache) {
+  Session session;
+  const Cell cell(shape);
+  // A tile's worth of neighbours for one thread, if there are enough: they share cache lines.
+  const long run = num_tokens >= 2 * kTile * num_threads() ? kTile : 1;
+  // A lane of bf16 values holds two positions, which one thread has to write.
+  const auto first_of_item = [&](long token) {
+    const bool split = token > 0 && token < num_tokens && slots[token] == slots[token - 1] + 1 &&
+                       slots[token] % shape.block_size % 2 == 1;
+    return token + split;
+  };
+  session.parallel((num_tokens + run - 1) / run, [&](long item) {
+    const long end = first_of_item(std::min(num_tokens, (item + 1) * run));
+    for (long token = first_of_item(item * run); token < end; token++) {
+      write_token<T, Element>(shape, cell, in, token, slots[token], q, cache);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace nanovllm
+
+using namespace nanovllm;
+
+NANOVLLM_API int64_t nanovllm_cell_bytes(const AttentionShape* shape) { return Cell(*shape).bytes; }
+
+// Norms the heads of queries and keys (null: not), rotates them (null: not), writes keys and values
+// to their slots, and leaves the queries in q.
+//
+// qkv is [num_tokens, (num_heads + 2 num_kv_heads) head_dim], cos and sin [num_tokens, head_dim / 2].
+NANOVLLM_API void nanovllm_write_kv(const AttentionShape* shape, int64_t num_tokens, const void* qkv,
+                                    const void* q_norm, const void* k_norm, float eps,
+                                    const float* cos, const float* sin, const int64_t* slots,
+                                    void* q, void* cache) {
+  const auto call = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    const Projections<T> in{static_cast<const T*>(qkv), static_cast<const T*>(q_norm),
+                            static_cast<const T*>(k_norm), eps, cos, sin};
+    auto* cells = static_cast<char*>(cache);
+    if (shape->cache == kInt8) write<T, int8_t>(*shape, in, num_tokens, slots, typed, cells);
+    else write<T, T>(*shape, in, num_tokens, slots, typed, cells);
+  };
+  if (shape->activation == kFloat32) call(static_cast<float*>(q));
+  else call(static_cast<Bf16*>(q));
+}
+
+// out = softmax(q K^T scale) V over what the plan says; q and out are [num_tokens, num_heads,
+// head_dim]. A query sees the `window` positions up to its own, all if that is 0.
+NANOVLLM_API void nanovllm_attend(const AttentionShape* shape, const void* plan, const void* q,
+                                  const void* cache, int64_t window, void* out) {
+  const auto call = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    attend(*shape, *static_cast<const Plan*>(plan), static_cast<const T*>(q),
+           static_cast<const char*>(cache), window, typed);
+  };
+  if (shape->activation == kFloat32) call(static_cast<float*>(out));
+  else call(static_cast<Bf16*>(out));
+}

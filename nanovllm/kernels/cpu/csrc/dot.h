@@ -1,0 +1,288 @@
+// The product that everything else is made of: a few rows of activations times columns of packed
+// weights (or keys, or values).
+//
+// Packed operands come in *tiles* of 16 columns. A tile is rows of 16 32-bit lanes, and a lane holds
+// the next kPack<T> elements of one column along the depth: one float, two bf16 or four int8.
+// This is the order of AMX tiles, of vdpbf16ps and vpdpbusd, and easily taken apart elsewhere.
+#pragma once
+
+#include "amx.h"
+#include "simd.h"
+
+namespace nanovllm {
+
+constexpr int kTile = 16;                     // columns of a tile
+constexpr int kSplits = kTile / kWidth;       // vectors in a row of a tile
+constexpr int kMaxColumnTiles = 4;            // tiles that a panel has
+constexpr int kPanel = kTile * kMaxColumnTiles;
+
+template <class T>
+constexpr int kPack = 4 / sizeof(T);
+
+// Rows and tiles whose accumulators fit the registers.
+#if defined(NANOVLLM_AVX512)
+constexpr int kDotRows = 6;
+constexpr int kDotTiles = 4;
+#else
+constexpr int kDotRows = 4;
+constexpr int kDotTiles = 1;
+#endif
+
+inline uint32_t word_at(const void* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+inline Floats multiply_add(Floats acc, float, Words x, Words w) {
+  return acc + bit_cast<Floats>(x) * bit_cast<Floats>(w);
+}
+
+inline Floats multiply_add(Floats acc, Bf16, Words x, Words w) {
+#if defined(__AVX512BF16__) && defined(NANOVLLM_AVX512)
+  return bit_cast<Floats>(
+      _mm512_dpbf16_ps(bit_cast<__m512>(acc), bit_cast<__m512bh>(x), bit_cast<__m512bh>(w)));
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return bit_cast<Floats>(vbfdotq_f32(bit_cast<float32x4_t>(acc), bit_cast<bfloat16x8_t>(x),
+                                      bit_cast<bfloat16x8_t>(w)));
+#else
+  acc += bit_cast<Floats>(x << 16) * bit_cast<Floats>(w << 16);
+  return acc + bit_cast<Floats>(x & 0xffff0000u) * bit_cast<Floats>(w & 0xffff0000u);
+#endif
+}
+
+// Signed activations, unsigned weights.
+inline Ints multiply_add(Ints acc, int8_t, Words x, Words w) {
+#if defined(__AVX512VNNI__) && defined(NANOVLLM_AVX512)
+  return bit_cast<Ints>(
+      _mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
+#elif defined(__AVXVNNI__) && defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+  return bit_cast<Ints>(
+      _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(acc), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+  return bit_cast<Ints>(
+      vusdotq_s32(bit_cast<int32x4_t>(acc), bit_cast<uint8x16_t>(w), bit_cast<int8x16_t>(x)));
+#else
+  const Shorts x_even = (bit_cast<Shorts>(x) << 8) >> 8, x_odd = bit_cast<Shorts>(x) >> 8;
+  const Words w_even = w & 0x00ff00ffu, w_odd = (w >> 8) & 0x00ff00ffu;
+#if defined(NANOVLLM_AVX512)
+  const __m512i even = _mm512_madd_epi16(bit_cast<__m512i>(x_even), bit_cast<__m512i>(w_even));
+  const __m512i odd = _mm512_madd_epi16(bit_cast<__m512i>(x_odd), bit_cast<__m512i>(w_odd));
+  return acc + bit_cast<Ints>(even) + bit_cast<Ints>(odd);
+#elif defined(__AVX2__)
+  const __m256i even = _mm256_madd_epi16(bit_cast<__m256i>(x_even), bit_cast<__m256i>(w_even));
+  const __m256i odd = _mm256_madd_epi16(bit_cast<__m256i>(x_odd), bit_cast<__m256i>(w_odd));
+  return acc + bit_cast<Ints>(even) + bit_cast<Ints>(odd);
+#else
+  const Ints xe = bit_cast<Ints>(x_even), xo = bit_cast<Ints>(x_odd);
+  const Ints we = bit_cast<Ints>(w_even), wo = bit_cast<Ints>(w_odd);
+  return acc + ((xe << 16) >> 16) * (we & 0xffff) + (xe >> 16) * (we >> 16) +
+         ((xo << 16) >> 16) * (wo & 0xffff) + (xo >> 16) * (wo >> 16);
+#endif
+#endif
+}
+
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+template <class T>
+using AccumulatorVector = std::conditional_t<std::is_same_v<T, int8_t>, Ints, Floats>;
+
+// R rows times C tiles; see `multiply`.
+template <class T, int R, int C>
+inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile_stride,
+                      int segments, long length, Accumulator<T>* c, long c_stride,
+                      bool accumulate) {
+  using Vector = AccumulatorVector<T>;
+  Vector acc[R][C * kSplits];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      acc[r][j] = accumulate ? load_raw<Vector>(c + r * c_stride + j * kWidth) : Vector{};
+    }
+  }
+  for (int s = 0; s < segments; s++, a += length, tiles += tile_stride) {
+    const T* columns[C];
+    for (int j = 0; j < C; j++) columns[j] = tiles[j];
+    for (long k = 0; k < length; k += kPack<T>) {
+      Words w[C * kSplits];
+#pragma GCC unroll 16
+      for (int j = 0; j < C * kSplits; j++) {
+        w[j] = load_raw<Words>(columns[j / kSplits] + k * kTile + j % kSplits * kWidth * kPack<T>);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const Words x = splat_word(word_at(a + r * a_stride + k));
+#pragma GCC unroll 16
+        for (int j = 0; j < C * kSplits; j++) {
+          acc[r][j] = multiply_add(acc[r][j], T{}, x, w[j]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      std::memcpy(c + r * c_stride + j * kWidth, &acc[r][j], sizeof(Vector));
+    }
+  }
+}
+
+template <class T, int R>
+inline void dot_rows(const T* a, long a_stride, const T* const* tiles, int num_tiles,
+                     int tile_stride, int segments, long length, Accumulator<T>* c, long c_stride,
+                     bool accumulate) {
+  int j = 0;
+  for (; j + kDotTiles <= num_tiles; j += kDotTiles) {
+    dot_block<T, R, kDotTiles>(a, a_stride, tiles + j, tile_stride, segments, length,
+                               c + j * kTile, c_stride, accumulate);
+  }
+  for (; j < num_tiles; j++) {
+    dot_block<T, R, 1>(a, a_stride, tiles + j, tile_stride, segments, length, c + j * kTile,
+                       c_stride, accumulate);
+  }
+}
+
+// c[rows, 16 * num_tiles] (+)= a[rows, segments * length] x tiles.
+//
+// The depth may lie in several segments, as values do in blocks: segment s of column tile j is at
+// tiles[s * tile_stride + j] and starts at a[., s * length]. `length` is a multiple of kPack<T>.
+// Every row is summed in the same order whatever the number of rows.
+template <class T>
+inline void multiply_vectors(const T* a, long a_stride, long rows, const T* const* tiles,
+                             int num_tiles, int tile_stride, int segments, long length,
+                             Accumulator<T>* c, long c_stride, bool accumulate) {
+  long r = 0;
+  for (; r + kDotRows <= rows; r += kDotRows) {
+    dot_rows<T, kDotRows>(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments,
+                          length, c + r * c_stride, c_stride, accumulate);
+  }
+  const auto rest = [&](auto count) {
+    dot_rows<T, decltype(count)::value>(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride,
+                                        segments, length, c + r * c_stride, c_stride, accumulate);
+  };
+  switch (rows - r) {
+    case 1: rest(std::integral_constant<int, 1>{}); break;
+    case 2: rest(std::integral_constant<int, 2>{}); break;
+    case 3: rest(std::integral_constant<int, 3>{}); break;
+#if defined(NANOVLLM_AVX512)
+    case 4: rest(std::integral_constant<int, 4>{}); break;
+    case 5: rest(std::integral_constant<int, 5>{}); break;
+#endif
+  }
+}
+
+#if defined(NANOVLLM_AMX)
+
+inline void tile_dot(Bf16, int which) {
+  switch (which) {
+    case 0: TILE_DOT_BF16(0, 4, 6); break;
+    case 1: TILE_DOT_BF16(1, 4, 7); break;
+    case 2: TILE_DOT_BF16(2, 5, 6); break;
+    default: TILE_DOT_BF16(3, 5, 7);
+  }
+}
+inline void tile_dot(int8_t, int which) {
+  switch (which) {
+    case 0: TILE_DOT_INT8(0, 4, 6); break;
+    case 1: TILE_DOT_INT8(1, 4, 7); break;
+    case 2: TILE_DOT_INT8(2, 5, 6); break;
+    default: TILE_DOT_INT8(3, 5, 7);
+  }
+}
+
+// Up to 32 rows times up to two tiles, in the eight tile registers: 0 to 3 accumulate, 4 and 5 hold
+// activations, 6 and 7 weights.
+template <class T, bool kTwoRows, bool kTwoTiles>
+inline void tile_block(const T* a, long a_stride, const T* const* tiles, int tile_stride,
+                       int segments, long length, Accumulator<T>* c, long c_stride,
+                       bool accumulate) {
+  constexpr int kDepth = kTileBytes / sizeof(T);
+  const long c_bytes = c_stride * 4, a_bytes = a_stride * sizeof(T);
+  Accumulator<T>* c_low = c + kTileRows * c_stride;
+  if (accumulate) {
+    TILE_LOAD(0, c, c_bytes);
+    if constexpr (kTwoTiles) TILE_LOAD(1, c + kTile, c_bytes);
+    if constexpr (kTwoRows) TILE_LOAD(2, c_low, c_bytes);
+    if constexpr (kTwoRows && kTwoTiles) TILE_LOAD(3, c_low + kTile, c_bytes);
+  } else {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
+  for (int s = 0; s < segments; s++, a += length, tiles += tile_stride) {
+    for (long k = 0; k < length; k += kDepth) {
+      TILE_LOAD(6, tiles[0] + k * kTile, kTileBytes);
+      if constexpr (kTwoTiles) TILE_LOAD(7, tiles[1] + k * kTile, kTileBytes);
+      TILE_LOAD(4, a + k, a_bytes);
+      tile_dot(T{}, 0);
+      if constexpr (kTwoTiles) tile_dot(T{}, 1);
+      if constexpr (kTwoRows) {
+        TILE_LOAD(5, a + kTileRows * a_stride + k, a_bytes);
+        tile_dot(T{}, 2);
+        if constexpr (kTwoTiles) tile_dot(T{}, 3);
+      }
+    }
+  }
+  TILE_STORE(0, c, c_bytes);
+  if constexpr (kTwoTiles) TILE_STORE(1, c + kTile, c_bytes);
+  if constexpr (kTwoRows) TILE_STORE(2, c_low, c_bytes);
+  if constexpr (kTwoRows && kTwoTiles) TILE_STORE(3, c_low + kTile, c_bytes);
+}
+
+template <class T>
+inline void multiply_tiles(const T* a, long a_stride, long rows, const T* const* tiles,
+                           int num_tiles, int tile_stride, int segments, long length,
+                           Accumulator<T>* c, long c_stride, bool accumulate) {
+  for (int j = 0; j < num_tiles; j += 2) {
+    for (long r = 0; r < rows; r += 2 * kTileRows) {
+      const auto block = [&](auto two_rows, auto two_tiles) {
+        tile_block<T, decltype(two_rows)::value, decltype(two_tiles)::value>(
+            a + r * a_stride, a_stride, tiles + j, tile_stride, segments, length,
+            c + r * c_stride + j * kTile, c_stride, accumulate);
+      };
+      const bool two_rows = rows - r > kTileRows, two_tiles = num_tiles - j > 1;
+      if (two_rows && two_tiles) block(std::true_type{}, std::true_type{});
+      else if (two_rows) block(std::true_type{}, std::false_type{});
+      else if (two_tiles) block(std::false_type{}, std::true_type{});
+      else block(std::false_type{}, std::false_type{});
+    }
+  }
+}
+
+#endif
+
+// Whether `multiply` uses AMX tiles: then `a` and `c` have room for the rows rounded up to
+// kTileRows (32 at a time), whatever lies there.
+template <class T>
+constexpr bool uses_tiles([[maybe_unused]] long rows, [[maybe_unused]] long length,
+                          [[maybe_unused]] bool always) {
+#if defined(NANOVLLM_AMX)
+  constexpr int kFewRows = 3;  // up to here memory is the limit, and vectors waste no work
+  if constexpr (sizeof(T) < 4) {
+    return (always || rows > kFewRows) && length % (kTileBytes / sizeof(T)) == 0;
+  }
+#endif
+  return false;
+}
+
+// See `multiply_vectors`; on AMX tiles if `tiled`, which is what `uses_tiles` said.
+template <class T>
+inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, long rows,
+                     const T* const* tiles, int num_tiles, int tile_stride, int segments,
+                     long length, Accumulator<T>* c, long c_stride, bool accumulate) {
+#if defined(NANOVLLM_AMX)
+  if constexpr (sizeof(T) < 4) {
+    if (tiled) {
+      return multiply_tiles(a, a_stride, rows, tiles, num_tiles, tile_stride, segments, length, c,
+                            c_stride, accumulate);
+    }
+  }
+#endif
+  multiply_vectors(a, a_stride, rows, tiles, num_tiles, tile_stride, segments, length, c, c_stride,
+                   accumulate);
+}
+
+}  // namespace nanovllm

@@ -1,0 +1,88 @@
+// What lies between the products: norms on the residual stream, and the gate of an MLP.
+
+#include <cmath>
+
+#include "pool.h"
+#include "simd.h"
+#include "weights.h"
+
+namespace nanovllm {
+namespace {
+
+// Rows that a work item holds, so that a step of few rows does not wake the other threads.
+constexpr long kRowsPerItem = 4;
+
+template <class Body>
+void for_rows(long rows, Body&& body) {
+  Session session;
+  session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
+    const long end = std::min(rows, (item + 1) * kRowsPerItem);
+    for (long r = item * kRowsPerItem; r < end; r++) body(r);
+  });
+}
+
+template <class T>
+void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows, long width,
+                  T* out) {
+  for_rows(rows, [&](long r) {
+    const T* row = x + r * width;
+    T* stream = residual ? residual + r * width : nullptr;
+    T* target = out + r * width;
+    Floats squares{};
+    for (long i = 0; i < width; i += kWidth) {
+      const long count = width - i;
+      Floats v = load(row + i, count);
+      if (stream) {
+        v += load(stream + i, count);
+        store(stream + i, v, count);
+        v = load(stream + i, count);  // what later layers see is the rounded sum
+      }
+      squares += v * v;
+    }
+    const float factor = 1.0f / std::sqrt(sum(squares) / width + eps);
+    const T* source = stream ? stream : row;
+    for (long i = 0; i < width; i += kWidth) {
+      const long count = width - i;
+      store(target + i, load(source + i, count) * factor * load(weight + i, count), count);
+    }
+  });
+}
+
+template <class T>
+void silu_mul(const T* gate_up, long rows, long width, T* out) {
+  for_rows(rows, [&](long r) {
+    const T* gate = gate_up + r * 2 * width;
+    for (long i = 0; i < width; i += kWidth) {
+      const long count = width - i;
+      store(out + r * width + i, silu(load(gate + i, count)) * load(gate + width + i, count), count);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace nanovllm
+
+using namespace nanovllm;
+
+// residual += x (unless it is null), then out = RMSNorm(residual, or x) * weight; all [rows, width].
+NANOVLLM_API void nanovllm_add_rms_norm(int32_t type, const void* x, void* residual,
+                                        const void* weight, float eps, int64_t rows, int64_t width,
+                                        void* out) {
+  const auto call = [&](auto* typed) {
+    using T = std::remove_pointer_t<decltype(typed)>;
+    add_rms_norm(static_cast<const T*>(x), static_cast<T*>(residual),
+                 static_cast<const T*>(weight), eps, rows, width, typed);
+  };
+  if (type == kFloat32) call(static_cast<float*>(out));
+  else call(static_cast<Bf16*>(out));
+}
+
+// out[rows, width] = SiLU(gate) * up of gate_up[rows, 2 width].
+NANOVLLM_API void nanovllm_silu_mul(int32_t type, const void* gate_up, int64_t rows, int64_t width,
+                                    void* out) {
+  if (type == kFloat32) {
+    silu_mul(static_cast<const float*>(gate_up), rows, width, static_cast<float*>(out));
+  } else {
+    silu_mul(static_cast<const Bf16*>(gate_up), rows, width, static_cast<Bf16*>(out));
+  }
+}

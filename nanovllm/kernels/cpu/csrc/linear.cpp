@@ -1,0 +1,412 @@
+// Linear layers on packed weights: float32, bf16, int8 and int4, one copy of the weights for every
+// number of rows.
+//
+// The outputs are cut into *panels* of four tiles, a work item being one panel and a block of rows.
+// int8 and int4 round the activations to int8, by row and by group; the integer sums are then exact,
+// and weights are kept unsigned (their zero point is subtracted through the sum of the activations).
+// After "LLM.int8()" (Dettmers et al. 2022, section 2) and llama.cpp's Q4_0.
+
+#include <algorithm>
+#include <memory>
+
+#include "dot.h"
+#include "pool.h"
+#include "weights.h"
+
+namespace nanovllm {
+namespace {
+
+constexpr long kBlockRows = 192;        // rows of a work item
+constexpr long kExpandedRows = 768;     // the same where int4 is expanded for AMX
+constexpr long kExpandedDepth = 512;    // depth expanded at a time
+constexpr long kMinExpandedRows = 16;
+
+template <class T>
+constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
+constexpr long kTiledDepthBlock = 512;              // two tiles' slice in L1
+
+// Activations as a kernel reads them.
+template <class T>
+struct Input {
+  const T* data;
+  long stride;
+  const float* scales = nullptr;  // [rows, groups]
+  const int32_t* sums = nullptr;  // [rows, groups]
+  long groups = 1;
+};
+
+alignas(64) thread_local float block_sums[kExpandedRows * kPanel];
+
+// Copies rows with their depth padded by zeros; rows beyond are zero too.
+template <class From, class To>
+Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long padded_depth) {
+  // Not a multiple of 4096 bytes, or rows would fall into the same sets of the cache.
+  const long stride = padded_depth + 64 / sizeof(To), padded_rows = round_up(rows, 2 * kTileRows);
+  To* data = static_cast<To*>(session.scratch(0, padded_rows * stride * sizeof(To)));
+  session.parallel(padded_rows, [&](long r) {
+    for (long k = 0; k < stride; k += kWidth) {
+      const long count = r < rows ? std::max(0L, depth - k) : 0;
+      store(data + r * stride + k, load(x + r * depth + (count ? k : 0), count), stride - k);
+    }
+  });
+  return {data, stride};
+}
+
+// Rounds each group of each row to int8 by its largest magnitude.
+template <class From>
+Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long depth,
+                            long padded_depth, long group) {
+  const long groups = padded_depth / group, padded_rows = round_up(rows, 2 * kTileRows);
+  const long stride = padded_depth + 64;
+  auto* data = static_cast<int8_t*>(session.scratch(0, padded_rows * stride));
+  auto* scales = static_cast<float*>(session.scratch(1, rows * groups * 4));
+  auto* sums = static_cast<int32_t*>(session.scratch(2, rows * groups * 4));
+  session.parallel(rows, [&](long r) {
+    for (long g = 0; g < groups; g++) {
+      const From* source = x + r * depth + g * group;
+      const long count = std::clamp(depth - g * group, 0L, group);
+      Floats top{};
+      for (long k = 0; k < count; k += kWidth) {
+        const Floats v = load(source + k, count - k);
+        top = vector_max(top, v < 0.0f ? -v : v);
+      }
+      const float largest = max(top);
+      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      int8_t* row = data + r * stride + g * group;
+      Ints total{};
+      for (long k = 0; k < group; k += kWidth) {
+        const Floats v = k < count ? load(source + k, count - k) : Floats{};
+        const Ints code = round_to_ints(v * inverse);
+        total += (code << 24) >> 24;  // as stored: a NaN times `inverse` has any bits
+        store_narrow(row + k, code);
+      }
+      int32_t group_sum = 0;
+      for (int i = 0; i < kWidth; i++) group_sum += total[i];
+      // A NaN or an infinity cannot be rounded: it spoils the whole group, as in exact arithmetic.
+      float check = 0;
+      for (long k = 0; k < count; k++) check += to_float(source[k]) * 0.0f;
+      scales[r * groups + g] = largest / 127.0f + check;
+      sums[r * groups + g] = group_sum;
+    }
+  });
+  return {data, stride, scales, sums, groups};
+}
+
+const Bf16* tile_of(const Weights& w, long tile, Bf16) {
+  return static_cast<const Bf16*>(w.data) + tile * w.padded_depth * kTile;
+}
+const float* tile_of(const Weights& w, long tile, float) {
+  return static_cast<const float*>(w.data) + tile * w.padded_depth * kTile;
+}
+const int8_t* tile_of(const Weights& w, long tile, int8_t) {
+  return static_cast<const int8_t*>(w.data) + tile * w.padded_depth * kTile;
+}
+
+// Sums of one panel over the whole depth.
+template <class T>
+void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, long row, long rows,
+                    long tile, int num_tiles, Accumulator<T>* c) {
+  const long step = tiled ? kTiledDepthBlock : kDepthBlock<T>;
+  for (long k = 0; k < w.padded_depth; k += step) {
+    const T* tiles[kMaxColumnTiles];
+    for (int j = 0; j < num_tiles; j++) tiles[j] = tile_of(w, tile + j, T{}) + k * kTile;
+    multiply(tiled, in.data + row * in.stride + k, in.stride, rows, tiles, num_tiles, 0, 1,
+             std::min(step, w.padded_depth - k), c, kPanel, k > 0);
+  }
+}
+
+void compute_panel(const Weights& w, const Input<float>& in, bool tiled, long row, long rows,
+                   long tile, int num_tiles, float* c) {
+  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, c);
+}
+
+void compute_panel(const Weights& w, const Input<Bf16>& in, bool tiled, long row, long rows,
+                   long tile, int num_tiles, float* c) {
+  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, c);
+}
+
+// int8, one group a row.
+void compute_panel_int8(const Weights& w, const Input<int8_t>& in, bool tiled, long row, long rows,
+                        long tile, int num_tiles, float* c) {
+  auto* sums = reinterpret_cast<int32_t*>(c);
+  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, sums);
+  const float* scales = static_cast<const float*>(w.scales) + tile * kTile;
+  for (long r = 0; r < rows; r++) {
+    const float x_scale = in.scales[row + r];
+    const int32_t offset = kInt8Zero * in.sums[row + r];
+    for (int j = 0; j < num_tiles * kTile; j += kWidth) {
+      const Ints total = load_raw<Ints>(sums + r * kPanel + j) - offset;
+      store(c + r * kPanel + j,
+            __builtin_convertvector(total, Floats) * x_scale * load(scales + j));
+    }
+  }
+}
+
+struct Int4Tile {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+};
+
+Int4Tile int4_tile(const Weights& w, long tile) {
+  const long groups = w.padded_depth / w.group_size;
+  return {static_cast<const uint8_t*>(w.data) + tile * w.padded_depth / 2 * kTile,
+          static_cast<const uint16_t*>(w.scales) + tile * groups * kTile,
+          w.zeros ? w.zeros + tile * groups * kTile : nullptr};
+}
+
+// 16-bit products suffice: a zero point is below 16, a sum of 256 int8 below 2^15.
+inline Ints zero_product(Ints zero, int32_t sum) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Ints>(
+      _mm512_madd_epi16(bit_cast<__m512i>(zero), _mm512_set1_epi32(sum & 0xffff)));
+#else
+  return zero * sum;
+#endif
+}
+
+inline Ints load_zero(const Int4Tile& tile, long offset) {
+  if (!tile.zeros) return Ints{} + kInt4Zero;
+  return widen(reinterpret_cast<const int8_t*>(tile.zeros) + offset);
+}
+
+// R rows times C tiles of int4: exact within a group, then scaled into floats.
+template <int R, int C>
+inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles, long group_size,
+                       float* c) {
+  Floats acc[R][C * kSplits] = {};
+  for (long g = 0; g < in.groups; g++) {
+    Ints exact[R][C * kSplits];
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      const long offset = g * kTile + j % kSplits * kWidth;
+      const Ints zero = load_zero(tiles[j / kSplits], offset);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        exact[r][j] = -zero_product(zero, in.sums[(row + r) * in.groups + g]);
+      }
+    }
+    const long depth = g * group_size;
+    for (long k = depth; k < depth + group_size; k += 8) {
+      Words codes[C * kSplits];
+#pragma GCC unroll 16
+      for (int j = 0; j < C * kSplits; j++) {
+        codes[j] = load_raw<Words>(tiles[j / kSplits].codes + k / 2 * kTile +
+                                   j % kSplits * kVectorBytes);
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        Words w[C * kSplits];
+#pragma GCC unroll 16
+        for (int j = 0; j < C * kSplits; j++) w[j] = (codes[j] >> (4 * half)) & 0x0f0f0f0fu;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          const Words x = splat_word(word_at(in.data + (row + r) * in.stride + k + 4 * half));
+#pragma GCC unroll 16
+          for (int j = 0; j < C * kSplits; j++) {
+            exact[r][j] = multiply_add(exact[r][j], int8_t{}, x, w[j]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      const Floats scale =
+          load_half(tiles[j / kSplits].scales + g * kTile + j % kSplits * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const float x_scale = in.scales[(row + r) * in.groups + g];
+        acc[r][j] += __builtin_convertvector(exact[r][j], Floats) * (scale * x_scale);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) store(c + r * kPanel + j * kWidth, acc[r][j]);
+  }
+}
+
+template <int R, int C>
+inline void int4_rows(const Input<int8_t>& in, long row, const Int4Tile* tiles, int num_tiles,
+                      long group_size, float* c) {
+  int j = 0;
+  for (; j + C <= num_tiles; j += C) {
+    int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile);
+  }
+  if constexpr (C > 1) {
+    for (; j < num_tiles; j++) {
+      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile);
+    }
+  }
+}
+
+void compute_panel_int4(const Weights& w, const Input<int8_t>& in, long row, long rows, long tile,
+                        int num_tiles, float* c) {
+#if defined(NANOVLLM_AVX512)
+  constexpr int kRows = 6, kFewTiles = 4, kTiles = 2;
+#else
+  constexpr int kRows = 2, kFewTiles = 1, kTiles = 1;
+#endif
+  Int4Tile tiles[kMaxColumnTiles];
+  for (int j = 0; j < num_tiles; j++) tiles[j] = int4_tile(w, tile + j);
+  long r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    int4_rows<kRows, kTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
+  }
+  for (; r + 2 <= rows; r += 2) {
+    int4_rows<2, kFewTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
+  }
+  for (; r < rows; r++) {
+    int4_rows<1, kFewTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
+  }
+}
+
+#if defined(NANOVLLM_AMX)
+
+// Expands `depth` of a tile of int4 to bf16.
+void expand_int4(const Int4Tile& tile, long first, long depth, long group_size, Bf16* out) {
+  for (long k = first; k < first + depth; k += 8, out += 8 * kTile) {
+    const long group = k / group_size * kTile;
+    for (int lane = 0; lane < kTile; lane += kWidth) {
+      const Words codes = load_raw<Words>(tile.codes + k / 2 * kTile + lane * 4);
+      const Ints zero = load_zero(tile, group + lane);
+      const Floats scale = load_half(tile.scales + group + lane);
+      for (int pair = 0; pair < 4; pair++) {
+        // Byte i of a word holds elements i and i + 4.
+        const int shift = 16 * (pair % 2) + 4 * (pair / 2);
+        const Ints even = bit_cast<Ints>((codes >> shift) & 15u) - zero;
+        const Ints odd = bit_cast<Ints>((codes >> (shift + 8)) & 15u) - zero;
+        const HalfWords low = to_bf16(__builtin_convertvector(even, Floats) * scale);
+        const HalfWords high = to_bf16(__builtin_convertvector(odd, Floats) * scale);
+        const Words word = __builtin_convertvector(low, Words) |
+                           (__builtin_convertvector(high, Words) << 16);
+        std::memcpy(out + pair * 2 * kTile + lane * 2, &word, sizeof(word));
+      }
+    }
+  }
+}
+
+void compute_panel_expanded(const Weights& w, const Input<Bf16>& in, long row, long rows,
+                            long tile, int num_tiles, float* c) {
+  alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles][kExpandedDepth * kTile];
+  const Bf16* tiles[kMaxColumnTiles];
+  for (long k = 0; k < w.padded_depth; k += kExpandedDepth) {
+    const long depth = std::min(kExpandedDepth, w.padded_depth - k);
+    for (int j = 0; j < num_tiles; j++) {
+      expand_int4(int4_tile(w, tile + j), k, depth, w.group_size, expanded[j]);
+      tiles[j] = expanded[j];
+    }
+    multiply(true, in.data + row * in.stride + k, in.stride, rows, tiles, num_tiles, 0, 1, depth, c,
+             kPanel, k > 0);
+  }
+}
+
+#endif
+
+// Adds the bias, applies the gate, and writes a panel's sums to the output.
+template <class Out>
+void finish_panel(const Weights& w, const float* c, long row, long rows, long tile, int num_tiles,
+                  Out* out) {
+  const long width = w.gated ? w.columns / 2 : w.columns;
+  const int step = w.gated ? 2 : 1;
+  for (long r = 0; r < rows; r++) {
+    for (int j = 0; j < num_tiles; j += step) {
+      for (int lane = 0; lane < kTile; lane += kWidth) {
+        const long packed = (tile + j) * kTile + lane;
+        const long column = (tile + j) / step * kTile + lane;
+        if (column >= width) break;
+        const auto value = [&](int part) {
+          const Floats v = load(c + r * kPanel + (j + part) * kTile + lane);
+          return w.bias ? v + load(w.bias + packed + part * kTile) : v;
+        };
+        const Floats y = w.gated ? silu(value(0)) * value(1) : value(0);
+        store(out + (row + r) * width + column, y, width - column);
+      }
+    }
+  }
+}
+
+template <class Out, class Compute>
+void run_panels(Session& session, const Weights& w, long rows, long block_rows, Out* out,
+                Compute&& compute) {
+  const long blocks = (rows + block_rows - 1) / block_rows;
+  const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
+  session.parallel(panels * blocks, [&](long item) {
+    const long tile = item / blocks * kMaxColumnTiles, row = item % blocks * block_rows;
+    const long count = std::min(block_rows, rows - row);
+    const int num_tiles = int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile));
+    compute(row, count, tile, num_tiles, block_sums);
+    finish_panel(w, block_sums, row, count, tile, num_tiles, out);
+  });
+}
+
+template <class T, class In, class Out>
+void run_plain(Session& session, const Weights& w, const In* x, long rows, Out* out, bool always) {
+  const bool tiled = uses_tiles<T>(rows, w.padded_depth, always);
+  Input<T> in{reinterpret_cast<const T*>(x), w.depth};
+  if (tiled || w.depth != w.padded_depth || !std::is_same_v<T, In>) {
+    in = pad_rows<In, T>(session, x, rows, w.depth, w.padded_depth);
+  }
+  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
+    compute_panel(w, in, tiled, where...);
+  });
+}
+
+template <class In, class Out>
+void run_int8(Session& session, const Weights& w, const In* x, long rows, Out* out, bool always) {
+  const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
+  const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.padded_depth);
+  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
+    compute_panel_int8(w, in, tiled, where...);
+  });
+}
+
+template <class In, class Out>
+void run_int4(Session& session, const Weights& w, const In* x, long rows, Out* out,
+              [[maybe_unused]] bool always) {
+#if defined(NANOVLLM_AMX)
+  if constexpr (std::is_same_v<In, Bf16>) {
+    if (!always && rows >= kMinExpandedRows) {
+      const auto in = pad_rows<In, Bf16>(session, x, rows, w.depth, w.padded_depth);
+      return run_panels(session, w, rows, kExpandedRows, out, [&](auto... where) {
+        compute_panel_expanded(w, in, where...);
+      });
+    }
+  }
+#endif
+  const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.group_size);
+  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
+    compute_panel_int4(w, in, where...);
+  });
+}
+
+template <class In, class Out>
+void run(const Weights& w, const In* x, long rows, Out* out, bool always) {
+  Session session;
+  switch (w.format) {
+    case kFloat32: return run_plain<float>(session, w, x, rows, out, always);
+    case kBFloat16: return run_plain<Bf16>(session, w, x, rows, out, always);
+    case kInt8: return run_int8(session, w, x, rows, out, always);
+    default: return run_int4(session, w, x, rows, out, always);
+  }
+}
+
+}  // namespace
+}  // namespace nanovllm
+
+using namespace nanovllm;
+
+// out = x W^T + b, or SiLU(gate) * up where the weights are gated.
+//
+// x is [rows, depth] of the weights' activation type, out [rows, columns] (half of them if gated) of
+// that type, or float if `float_out`. `one_path` keeps to kernels that treat every number of rows
+// alike.
+NANOVLLM_API void nanovllm_linear(const Weights* w, const void* x, int64_t rows, void* out,
+                                int32_t float_out, int32_t one_path) {
+  const auto* floats = static_cast<const float*>(x);
+  const auto* halves = static_cast<const Bf16*>(x);
+  if (w->activation == kFloat32) run(*w, floats, rows, static_cast<float*>(out), one_path);
+  else if (float_out) run(*w, halves, rows, static_cast<float*>(out), one_path);
+  else run(*w, halves, rows, static_cast<Bf16*>(out), one_path);
+}

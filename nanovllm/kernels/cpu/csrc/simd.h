@@ -1,0 +1,197 @@
+// Vectors of the widest kind that the compiler flags allow, on the vector extensions of GCC and
+// Clang: one source for AVX-512, AVX2, NEON and everything else. Intrinsics are used only where the
+// extensions cannot name an instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+// What Python calls; everything else stays inside the library.
+#define NANOVLLM_API extern "C" __attribute__((visibility("default")))
+
+namespace nanovllm {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define NANOVLLM_AVX512 1
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kWidth = kVectorBytes / 4;  // 32-bit lanes of a vector
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+typedef int8_t QuarterInts __attribute__((vector_size(kVectorBytes / 4)));
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline Floats splat(float x) { return Floats{} + x; }
+inline Words splat_word(uint32_t x) { return Words{} + x; }
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <class Vector>
+inline Vector load_raw(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Floats load(const float* p) { return load_raw<Floats>(p); }
+inline Floats load(const Bf16* p) {
+  return bit_cast<Floats>(__builtin_convertvector(load_raw<HalfWords>(p), Words) << 16);
+}
+// GCC takes these two conversions apart, element by element, unless they are spelled out.
+inline Ints widen(const int8_t* p) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Ints>(_mm512_cvtepi8_epi32(load_raw<__m128i>(p)));
+#elif defined(__AVX2__)
+  return bit_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_raw<QuarterInts>(p), Ints);
+#endif
+}
+
+inline void store_narrow(int8_t* p, Ints x) {
+#if defined(NANOVLLM_AVX512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bit_cast<__m512i>(x)));
+#else
+  const QuarterInts narrow = __builtin_convertvector(x, QuarterInts);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(p), Floats); }
+
+// The nearest integers, for magnitudes below 2^22.
+inline Ints round_to_ints(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
+
+// IEEE half precision, finite.
+inline Floats load_half(const uint16_t* p) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Floats>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
+#else
+  const Words bits = __builtin_convertvector(load_raw<HalfWords>(p), Words);
+  const Floats magnitude = bit_cast<Floats>((bits & 0x7fffu) << 13) * 0x1p112f;
+  return bit_cast<Floats>(bit_cast<Words>(magnitude) | (bits & 0x8000u) << 16);
+#endif
+}
+
+// Rounds to nearest even; NaN stays NaN.
+inline HalfWords to_bf16(Floats x) {
+#if defined(__AVX512BF16__) && defined(NANOVLLM_AVX512)
+  return bit_cast<HalfWords>(_mm512_cvtneps_pbh(bit_cast<__m512>(x)));
+#else
+  const Words bits = bit_cast<Words>(x);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : splat_word(0x7fc0u), HalfWords);
+#endif
+}
+
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
+inline void store(Bf16* p, Floats x) {
+  const HalfWords bits = to_bf16(x);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+// The first `count` elements, zero beyond.
+template <class T>
+inline Floats load(const T* p, long count) {
+  if (count >= kWidth) return load(p);
+  T padded[kWidth] = {};
+  std::memcpy(padded, p, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store(T* p, Floats x, long count) {
+  if (count >= kWidth) return store(p, x);
+  T padded[kWidth];
+  store(padded, x);
+  std::memcpy(p, padded, count * sizeof(T));
+}
+
+inline Floats vector_max(Floats a, Floats b) { return a > b ? a : b; }
+
+inline float sum(Floats x) {
+#if defined(NANOVLLM_AVX512)
+  return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+#else
+  float total = 0;
+  for (int i = 0; i < kWidth; i++) total += x[i];
+  return total;
+#endif
+}
+
+inline float max(Floats x) {
+#if defined(NANOVLLM_AVX512)
+  return _mm512_reduce_max_ps(bit_cast<__m512>(x));
+#else
+  float best = x[0];
+  for (int i = 1; i < kWidth; i++) best = x[i] > best ? x[i] : best;
+  return best;
+#endif
+}
+
+// 2^x to 2 units in the last place; 0 below -126, NaN stays NaN. Not for x above 127.
+inline Floats exp2(Floats x) {
+  const Floats low = splat(-126.0f);
+  const Floats clipped = x < low ? low : x;
+  const Floats shifted = clipped + 12582912.0f;  // 1.5 * 2^23: its last bits hold the integer part
+  const Floats r = clipped - (shifted - 12582912.0f);  // in [-0.5, 0.5]
+  Floats p = splat(1.54353139e-4f);
+  p = p * r + 1.33388970e-3f;
+  p = p * r + 9.61812911e-3f;
+  p = p * r + 5.55041087e-2f;
+  p = p * r + 2.40226507e-1f;
+  p = p * r + 6.93147181e-1f;
+  p = p * r + 1.0f;
+  const Words power = bit_cast<Words>(shifted) << 23;  // the magic number's own bits shift out
+  const Floats y = bit_cast<Floats>(bit_cast<Words>(p) + power);
+  return x < low ? Floats{} : y;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+inline Floats silu(Floats x) {
+  // 2^126 is the largest power that exp2 is good for; beyond it the result is 0 to float anyway.
+  const Floats t = x * -kLog2E;
+  const Floats top = splat(126.0f);
+  return x / (1.0f + exp2(t > top ? top : t));
+}
+
+constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace nanovllm

@@ -1,0 +1,144 @@
+"""The compiled kernels, bound to Python."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+from nanovllm.kernels.cpu.build import NoCompilerError, choose_instruction_sets, compile_kernels
+from nanovllm.kernels.cpu.threads import usable_cpus
+
+
+class Weights(Structure):
+    """A packed weight; see csrc/weights.h."""
+
+    _fields_ = (
+        ("format", c_int32),
+        ("activation", c_int32),
+        ("group_size", c_int32),
+        ("gated", c_int32),
+        ("columns", c_int64),
+        ("depth", c_int64),
+        ("padded_depth", c_int64),
+        ("num_tiles", c_int64),
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("zeros", c_void_p),
+        ("bias", c_void_p),
+    )
+
+
+class AttentionShape(Structure):
+    """What the attention kernels know of the layers; see csrc/attention.h."""
+
+    _fields_ = (
+        ("activation", c_int32),
+        ("cache", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("scale", c_float),
+        ("one_path", c_int32),
+    )
+
+
+class Library:
+    """The kernels of one instruction set. Pointers are passed as integers.
+
+    Attributes:
+        isa: Name of the instruction set.
+
+    Raises:
+        NoCompilerError: They cannot be compiled here.
+    """
+
+    def __init__(self, isa: str, path: str) -> None:
+        self.isa = isa
+        try:
+            self._library = ctypes.CDLL(path)
+        except OSError as e:  # a directory that is mounted noexec, say
+            raise NoCompilerError(f"the compiled kernels cannot be loaded: {e}") from e
+        pointer, count, flag = c_void_p, c_int64, c_int32
+        weights, shape = POINTER(Weights), POINTER(AttentionShape)
+
+        def bind(name: str, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+            function = getattr(self._library, f"nanovllm_{name}")
+            function.argtypes, function.restype = arguments, result
+            return function  # type: ignore[no-any-return]
+
+        self.pack = bind("pack", weights, pointer, pointer, pointer, count, count, count, count)
+        self.embed = bind("embed", weights, pointer, count, pointer)
+        self.linear = bind("linear", weights, pointer, count, pointer, flag, flag)
+        self.add_rms_norm = bind(
+            "add_rms_norm", flag, pointer, pointer, pointer, c_float, count, count, pointer
+        )
+        self.silu_mul = bind("silu_mul", flag, pointer, count, count, pointer)
+        self.cell_bytes = bind("cell_bytes", shape, result=c_int64)
+        self.new_plan = bind("new_plan", result=c_void_p)
+        self.free_plan = bind("free_plan", pointer)
+        self.plan_attention = bind(
+            "plan_attention",
+            pointer,
+            shape,
+            count,
+            pointer,
+            pointer,
+            pointer,
+            count,
+            flag,
+            result=c_int64,
+        )
+        self.write_kv = bind(
+            "write_kv",
+            *(shape, count, pointer, pointer, pointer, c_float),
+            *(pointer, pointer, pointer, pointer, pointer),
+        )
+        self.attend = bind("attend", shape, pointer, pointer, pointer, count, pointer)
+        self.sample = bind("sample", pointer, count, count, *[pointer] * 7)
+        self._start_threads = bind("start_threads", flag, POINTER(c_int32))
+        self._num_threads = bind("num_threads", result=c_int32)
+        self._enable_amx = bind("enable_amx", result=c_int32)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute, the caller's included."""
+        return int(self._num_threads())
+
+    def start_threads(self, num_threads: int) -> None:
+        """Make the pool of this size; pin its threads if it has all the cores we may use.
+
+        With fewer threads than cores, another process may be given the same cores, so the system
+        places the threads.
+        """
+        if num_threads == self.num_threads:
+            return
+        cpus = usable_cpus()
+        pinned = (c_int32 * len(cpus))(*cpus) if num_threads == len(cpus) else None
+        self._start_threads(num_threads, pinned)
+
+    def enable(self) -> bool:
+        """Ask the system for what the instruction set needs; False if it refuses."""
+        return not self.isa.startswith("amx") or bool(self._enable_amx())
+
+
+@functools.cache
+def load_library(isa: str = "auto") -> Library:
+    """Compile if need be, and load the best kernels this processor can run.
+
+    Raises:
+        InvalidRequestError: The processor does not have the instruction set that is asked for.
+        NoCompilerError: The kernels cannot be compiled here.
+    """
+    problem: Exception | None = None
+    for candidate in choose_instruction_sets(isa):
+        try:
+            library = Library(candidate.name, str(compile_kernels(candidate)))
+        except NoCompilerError as e:
+            # An old compiler may not know the newest instructions; the next set needs fewer.
+            problem = problem or e
+            continue
+        if library.enable():
+            return library
+    raise problem or NoCompilerError("the system does not allow the use of AMX tiles")

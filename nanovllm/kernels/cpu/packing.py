@@ -1,0 +1,161 @@
+"""Weights in the order in which the kernels read them."""
+
+import ctypes
+import mmap
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.cpu.library import Library, Weights
+from nanovllm.kernels.kernels import QuantizedWeight, WeightSpec
+
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+"""Formats; see csrc/weights.h."""
+
+TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+TILE = 16
+MAX_INT4_GROUP = 256
+"""The kernels hold the sum of a group's activations in 16 bits."""
+
+_DEPTH_MULTIPLE = {FLOAT32: 1, BFLOAT16: 32, INT8: 64}
+_BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
+
+
+def zeroed(num_bytes: int) -> Tensor:
+    """Zeroed bytes, aligned to pages, huge ones where the system gives them at the first touch."""
+    # Private: huge pages are seldom given to shared memory.
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
+
+
+class PackedWeight:
+    """One linear layer's weight, bias and scales, and the struct that points to them.
+
+    Args:
+        spec: Shape of the weight.
+        activation: Dtype of its inputs and outputs.
+        like: Its first part, which says how the others are stored.
+        has_bias: Whether to make room for a bias.
+    """
+
+    def __init__(
+        self,
+        spec: WeightSpec,
+        activation: torch.dtype,
+        like: Tensor | QuantizedWeight,
+        has_bias: bool,
+    ) -> None:
+        self._form = kind, group = _form(like, activation)
+        self.spec = spec
+        depth = _round_up(spec.depth, group if kind == INT4 else _DEPTH_MULTIPLE[kind])
+        # Gate and up are padded to whole tiles each, because their tiles alternate.
+        part_rows = spec.rows // 2 if spec.gated else spec.rows
+        self.num_tiles = -(-part_rows // TILE) * (2 if spec.gated else 1)
+        columns = self.num_tiles * TILE
+        self.data = zeroed(columns * depth * _BITS[kind] // 8)
+        self.scales = self.zeros = self.bias = None
+        if kind == INT8:
+            self.scales = torch.zeros(columns, dtype=torch.float32)
+        elif isinstance(like, QuantizedWeight):
+            self.scales = zeroed(columns * depth // group * 2)
+            if like.zeros is not None:
+                self.zeros = zeroed(columns * depth // group)
+        if has_bias:
+            self.bias = torch.zeros(columns, dtype=torch.float32)
+        self.struct = Weights(
+            format=kind,
+            activation=TYPES[activation],
+            group_size=group,
+            gated=spec.gated,
+            columns=spec.rows,
+            depth=spec.depth,
+            padded_depth=depth,
+            num_tiles=self.num_tiles,
+            data=self.data.data_ptr(),
+            scales=_pointer(self.scales),
+            zeros=_pointer(self.zeros),
+            bias=_pointer(self.bias),
+        )
+        self.reference = ctypes.byref(self.struct)
+        self.width = spec.rows // 2 if spec.gated else spec.rows
+        self._dtype = activation
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = (self.data, self.scales, self.zeros, self.bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def fill(
+        self, library: Library, parts: Iterable[Tensor | QuantizedWeight], bias: Tensor | None
+    ) -> None:
+        """Pack the parts, one after the other.
+
+        Raises:
+            InvalidRequestError: Parts of one matrix are quantized in different ways.
+        """
+        first = 0
+        for index, part in enumerate(parts):
+            if _form(part, self._dtype) != self._form:
+                raise InvalidRequestError(
+                    "matrices that read the same input must be quantized in the same way"
+                )
+            scales = zeros = None
+            if isinstance(part, QuantizedWeight):
+                codes = part.codes.contiguous()
+                scales = part.scales.to(torch.float32 if part.bits == 8 else torch.float16)
+                scales = scales.contiguous()
+                zeros = None if part.zeros is None else part.zeros.contiguous()
+            else:
+                codes = part.to(self._dtype).contiguous()
+            if zeros is not None and self.zeros is None:
+                raise InvalidRequestError(
+                    "matrices that read the same input must all have the same zero points or none"
+                )
+            rows = len(codes)
+            place = (0, 2, index) if self.spec.gated else (first, 1, 0)
+            pointers = codes.data_ptr(), _pointer(scales), _pointer(zeros)
+            library.pack(self.reference, *pointers, rows, *place)
+            if bias is not None and self.bias is not None:
+                self.bias[_packed_columns(rows, *place)] = bias[first : first + rows].float()
+            first += rows
+
+
+def _form(part: Tensor | QuantizedWeight, activation: torch.dtype) -> tuple[int, int]:
+    """Format and group size in which the kernels keep a part.
+
+    Raises:
+        InvalidRequestError: They do not have it.
+    """
+    if not isinstance(part, QuantizedWeight):
+        return TYPES[activation], 0
+    if part.bits == 8:
+        if part.scales.shape[1] > 1 or part.zeros is not None:
+            raise InvalidRequestError(
+                "int8 weights must have one scale a row and no zero points on a CPU"
+            )
+        return INT8, 0
+    if part.group_size % 32 or part.group_size > MAX_INT4_GROUP:
+        raise InvalidRequestError(
+            f"int4 weights must be in groups of a multiple of 32, at most {MAX_INT4_GROUP}, on a "
+            f"CPU; got a group of {part.group_size}"
+        )
+    return INT4, part.group_size
+
+
+def _packed_columns(rows: int, first: int, step: int, phase: int) -> Tensor:
+    """Where a part's outputs lie among the packed columns, as csrc/packing.cpp has it."""
+    column = torch.arange(first, first + rows)
+    return (column // TILE * step + phase) * TILE + column % TILE
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

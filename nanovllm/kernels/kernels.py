@@ -1,0 +1,128 @@
+"""The seam between the layers and whatever computes on a device."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A matrix in a few bits: row `i`, column `j` is `(codes - zeros) * scales` of its group.
+
+    Args:
+        codes: uint8 `[rows, depth]`, below `2 ** bits`.
+        scales: float32 `[rows, num_groups]`.
+        zeros: uint8 `[rows, num_groups]`; None is the middle, `2 ** (bits - 1)`.
+        bits: 4 or 8.
+        group_size: Columns of a group; the last one may be short.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """The matrix, float32 `[rows, depth]`."""
+        depth = self.codes.shape[1]
+        middle = float(1 << (self.bits - 1))
+        zeros = torch.full_like(self.scales, middle) if self.zeros is None else self.zeros.float()
+
+        def spread(values: Tensor) -> Tensor:
+            return values.repeat_interleave(self.group_size, dim=1)[:, :depth]
+
+        return (self.codes.float() - spread(zeros)) * spread(self.scales.float())
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """What becomes of the parts of a linear layer's weight.
+
+    Args:
+        rows: Outputs, of all parts together.
+        depth: Inputs.
+        gated: Whether there are two parts of equal width, `gate` and `up`, of which only
+            `SiLU(gate) * up` is wanted.
+    """
+
+    rows: int
+    depth: int
+    gated: bool = False
+
+
+class Choice(NamedTuple):
+    """Chosen ids `[num_rows]`, and whether each row's logits were usable."""
+
+    token_ids: Tensor
+    valid: Tensor
+
+
+class Draws(NamedTuple):
+    """How to choose a token in each row; None where no row uses a setting.
+
+    Args:
+        temperature: float32 `[num_rows]`, 0 for greedy rows.
+        uniforms: One draw in [0, 1) for each row, float32 `[num_rows]`.
+        any_sampled: Whether a row is not greedy.
+        top_k: int64 `[num_rows]`, the vocabulary size for all.
+        top_p: float32 `[num_rows]`.
+        min_p: float32 `[num_rows]`.
+    """
+
+    temperature: Tensor
+    uniforms: Tensor
+    any_sampled: bool
+    top_k: Tensor | None
+    top_p: Tensor | None
+    min_p: Tensor | None
+
+
+class Kernels(Protocol):
+    """What networks are made of, on one device and in one dtype.
+
+    What `pack` returns is a weight in a form of the implementation's own; only it looks inside.
+    """
+
+    def running(self) -> AbstractContextManager[None]:
+        """Entered while a model is loaded or run."""
+
+    def pack(
+        self, spec: WeightSpec, parts: Iterable[Tensor | QuantizedWeight], bias: Tensor | None
+    ) -> Any:
+        """Take over a linear layer's weight, part by part `[part_rows, depth]`, and its bias."""
+
+    def linear(self, x: Tensor, weight: Any) -> Tensor:
+        """Map `[num_tokens, depth]` to `[num_tokens, rows]`, or half of them if gated."""
+
+    def logits(self, x: Tensor, weight: Any) -> Tensor:
+        """The same, in float32."""
+
+    def embed(self, token_ids: Tensor, weight: Any) -> Tensor:
+        """Look up rows: int64 `[num_tokens]` to `[num_tokens, depth]`."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm over the last dimension (Zhang & Sennrich 2019)."""
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of `x + residual`, and the sum, which may be in `residual`'s place."""
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`SiLU(gate) * up` of `[num_tokens, 2 * width]` (Shazeer 2020)."""
+
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        """A backend for some layers."""
+
+    def choose(self, logits: Tensor, draws: Draws) -> Choice:
+        """Choose a token in each row of float32 logits, which may be overwritten.
+
+        The temperature comes first, then min-p, then top-k, then top-p over what that leaves.
+        """

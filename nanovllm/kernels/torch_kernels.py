@@ -1,0 +1,113 @@
+"""The kernels in plain torch: right on every device and dtype, and what the others are held to."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.attention_backend import AttentionConfig
+from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
+from nanovllm.kernels.sdpa import SdpaBackend
+
+
+class DenseWeight(NamedTuple):
+    """A weight `[rows, depth]`, its bias, and whether its halves are a gate and what it gates."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gated: bool
+
+
+class TorchKernels:
+    """See `Kernels`. Quantized weights are expanded when they are packed.
+
+    Args:
+        device: Where weights go.
+        dtype: Their dtype.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def pack(
+        self, spec: WeightSpec, parts: Iterable[Tensor | QuantizedWeight], bias: Tensor | None
+    ) -> DenseWeight:
+        weight = torch.empty(spec.rows, spec.depth, dtype=self._dtype, device=self._device)
+        first = 0
+        for part in parts:
+            dense = part.dequantize() if isinstance(part, QuantizedWeight) else part
+            weight[first : first + len(dense)] = dense
+            first += len(dense)
+        if bias is not None:
+            bias = bias.to(self._device, self._dtype)
+        return DenseWeight(weight, bias, spec.gated)
+
+    def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        y = F.linear(x, weight.weight, weight.bias)
+        return self.silu_mul(y) if weight.gated else y
+
+    def logits(self, x: Tensor, weight: DenseWeight) -> Tensor:
+        return self.linear(x, weight).float()
+
+    def embed(self, token_ids: Tensor, weight: DenseWeight) -> Tensor:
+        return F.embedding(token_ids, weight.weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attention(self, config: AttentionConfig) -> SdpaBackend:
+        return SdpaBackend(config)
+
+    def choose(self, logits: Tensor, draws: Draws) -> Choice:
+        best, token_ids = logits.max(-1)
+        if draws.any_sampled:
+            sampled = draws.temperature > 0
+            drawn = draw(logits, draws)
+            token_ids = torch.where(sampled, drawn, token_ids)
+        return Choice(token_ids, best.isfinite())
+
+
+def draw(logits: Tensor, draws: Draws) -> Tensor:
+    """Draw an id for each row by inverting the cumulative distribution."""
+    # Greedy rows are drawn too, and dropped: to pick the others would wait for the device.
+    temperature = torch.where(draws.temperature > 0, draws.temperature, 1.0)
+    logits = logits / temperature[:, None]
+    if draws.min_p is not None:
+        probs = logits.softmax(-1)
+        floor = draws.min_p[:, None] * probs.max(-1, keepdim=True).values
+        logits = logits.masked_fill(probs < floor, -torch.inf)
+    if draws.top_k is not None and draws.top_p is not None:
+        logits = keep_top(logits, draws.top_k, draws.top_p)
+    cumulative = logits.softmax(-1).nan_to_num_(0.0).cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    drawn = torch.searchsorted(cumulative, draws.uniforms[:, None] * total, right=True)
+    # Rounding may take the draw up to the total: then it is the last token with any probability.
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(drawn, last)[:, 0]
+
+
+def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep each row's `top_k` best tokens, and of these the fewest that reach `top_p`."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs  # mass of the better tokens
+    dropped = (before >= top_p[:, None]) & (rank > 0) & (top_p[:, None] < 1)
+    return logits.scatter(1, order, ordered.masked_fill(dropped, -torch.inf))
