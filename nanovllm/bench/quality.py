@@ -153,11 +153,11 @@ def _compare(llm: "LLM", reference: "LLM", window: list[int]) -> tuple[float, fl
 
     loss = reference_loss = agreeing = divergence = 0.0
     targets = torch.tensor(window[1:])
-    hidden, expected_hidden = _hidden_states(llm, window), _hidden_states(reference, window)
+    hidden, expected_hidden = hidden_states(llm, window), hidden_states(reference, window)
     for first in range(0, len(targets), SLICE):
         rows = slice(first, min(first + SLICE, len(targets)))
-        found = _log_probs(llm, hidden[rows])
-        expected = _log_probs(reference, expected_hidden[rows])
+        found = log_probs(llm, hidden[rows])
+        expected = log_probs(reference, expected_hidden[rows])
         index = targets[rows, None]
         loss -= float(found.gather(1, index).sum())
         reference_loss -= float(expected.gather(1, index).sum())
@@ -166,7 +166,7 @@ def _compare(llm: "LLM", reference: "LLM", window: list[int]) -> tuple[float, fl
     return loss, reference_loss, agreeing, divergence
 
 
-def _hidden_states(llm: "LLM", window: list[int]) -> "Tensor":
+def hidden_states(llm: "LLM", window: list[int]) -> "Tensor":
     """What the model ends with at each position: `[len(window), hidden_size]`."""
     import torch
 
@@ -189,7 +189,8 @@ def _recorded(llm: "LLM") -> "Iterator[list[Tensor]]":
         hook.remove()
 
 
-def _log_probs(llm: "LLM", hidden: "Tensor") -> "Tensor":
+def log_probs(llm: "LLM", hidden: "Tensor") -> "Tensor":
+    """The next-token distributions of hidden states, in nats: `[num_rows, vocab_size]`."""
     import torch
 
     model, kernels = llm._runner.model, llm._runner.kernels

@@ -10,7 +10,6 @@
 #include <numeric>
 
 #include "attention.h"
-#include "attention_tile.h"
 #include "pool.h"
 
 namespace nanovllm {

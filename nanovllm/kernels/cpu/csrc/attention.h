@@ -10,6 +10,8 @@
 namespace nanovllm {
 
 constexpr long kMaxHeadDim = 512;
+constexpr long kTileQueries = 96;  // queries that a task handles together
+constexpr long kChunk = 128;       // positions whose scores are held at a time
 
 // As Python hands it over (see attention.py, which mirrors this struct).
 struct AttentionShape {

@@ -18,8 +18,6 @@ namespace {
 
 constexpr long kBlockRows = 192;        // rows of a work item
 constexpr long kExpandedRows = 768;     // the same where int4 is expanded for AMX
-constexpr long kExpandedDepth = 512;    // depth expanded at a time
-constexpr long kMinExpandedRows = 16;
 
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
@@ -92,14 +90,9 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
   return {data, stride, scales, sums, groups};
 }
 
-const Bf16* tile_of(const Weights& w, long tile, Bf16) {
-  return static_cast<const Bf16*>(w.data) + tile * w.padded_depth * kTile;
-}
-const float* tile_of(const Weights& w, long tile, float) {
-  return static_cast<const float*>(w.data) + tile * w.padded_depth * kTile;
-}
-const int8_t* tile_of(const Weights& w, long tile, int8_t) {
-  return static_cast<const int8_t*>(w.data) + tile * w.padded_depth * kTile;
+template <class T>
+const T* tile_of(const Weights& w, long tile) {
+  return static_cast<const T*>(w.data) + tile * w.padded_depth * kTile;
 }
 
 // Sums of one panel over the whole depth.
@@ -109,20 +102,10 @@ void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, long row, 
   const long step = tiled ? kTiledDepthBlock : kDepthBlock<T>;
   for (long k = 0; k < w.padded_depth; k += step) {
     const T* tiles[kMaxColumnTiles];
-    for (int j = 0; j < num_tiles; j++) tiles[j] = tile_of(w, tile + j, T{}) + k * kTile;
+    for (int j = 0; j < num_tiles; j++) tiles[j] = tile_of<T>(w, tile + j) + k * kTile;
     multiply(tiled, in.data + row * in.stride + k, in.stride, rows, tiles, num_tiles, 0, 1,
              std::min(step, w.padded_depth - k), c, kPanel, k > 0);
   }
-}
-
-void compute_panel(const Weights& w, const Input<float>& in, bool tiled, long row, long rows,
-                   long tile, int num_tiles, float* c) {
-  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, c);
-}
-
-void compute_panel(const Weights& w, const Input<Bf16>& in, bool tiled, long row, long rows,
-                   long tile, int num_tiles, float* c) {
-  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, c);
 }
 
 // int8, one group a row.
@@ -264,6 +247,9 @@ void compute_panel_int4(const Weights& w, const Input<int8_t>& in, long row, lon
 
 #if defined(NANOVLLM_AMX)
 
+constexpr long kExpandedDepth = 512;  // depth expanded at a time
+constexpr long kMinExpandedRows = 16;
+
 // Expands `depth` of a tile of int4 to bf16.
 void expand_int4(const Int4Tile& tile, long first, long depth, long group_size, Bf16* out) {
   for (long k = first; k < first + depth; k += 8, out += 8 * kTile) {
@@ -349,7 +335,7 @@ void run_plain(Session& session, const Weights& w, const In* x, long rows, Out* 
     in = pad_rows<In, T>(session, x, rows, w.depth, w.padded_depth);
   }
   run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
-    compute_panel(w, in, tiled, where...);
+    multiply_panel(w, in, tiled, where...);
   });
 }
 
