@@ -6,6 +6,8 @@
 // This is the order of AMX tiles, of vdpbf16ps and vpdpbusd, and easily taken apart elsewhere.
 #pragma once
 
+#include <algorithm>
+
 #include "amx.h"
 #include "simd.h"
 
@@ -87,11 +89,12 @@ using Accumulator = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float
 template <class T>
 using AccumulatorVector = std::conditional_t<std::is_same_v<T, int8_t>, Ints, Floats>;
 
-// R rows times C tiles; see `multiply`.
-template <class T, int R, int C>
+// R rows times C tiles; see `multiply`. Meanwhile kAhead cache lines are fetched every step of the
+// depth, from `ahead` on.
+template <class T, int R, int C, int kAhead = 0>
 inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile_stride,
                       int segments, long length, Accumulator<T>* c, long c_stride,
-                      bool accumulate) {
+                      bool accumulate, [[maybe_unused]] const char* ahead = nullptr) {
   using Vector = AccumulatorVector<T>;
   Vector acc[R][C * kSplits];
 #pragma GCC unroll 8
@@ -105,6 +108,8 @@ inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile
     const T* columns[C];
     for (int j = 0; j < C; j++) columns[j] = tiles[j];
     for (long k = 0; k < length; k += kPack<T>) {
+#pragma GCC unroll 4
+      for (int line = 0; line < kAhead; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       Words w[C * kSplits];
 #pragma GCC unroll 16
       for (int j = 0; j < C * kSplits; j++) {
@@ -129,14 +134,35 @@ inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile
   }
 }
 
-template <class T, int R>
+// What will be read next, to be fetched into the L2 cache during the products before. The memory
+// then works on while rows are multiplied, instead of taking turns with them.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+
+  // The next `lines` cache lines; null if there are not as many left.
+  const char* take(long lines) {
+    if (end - at < lines * 64) return nullptr;
+    at += lines * 64;
+    return at - lines * 64;
+  }
+};
+
+// R rows times any number of tiles, fetching kAhead lines a step.
+template <class T, int R, int kAhead>
 inline void dot_rows(const T* a, long a_stride, const T* const* tiles, int num_tiles,
                      int tile_stride, int segments, long length, Accumulator<T>* c, long c_stride,
-                     bool accumulate) {
+                     bool accumulate, Ahead& ahead) {
   int j = 0;
   for (; j + kDotTiles <= num_tiles; j += kDotTiles) {
-    dot_block<T, R, kDotTiles>(a, a_stride, tiles + j, tile_stride, segments, length,
-                               c + j * kTile, c_stride, accumulate);
+    const char* lines = kAhead ? ahead.take(segments * length / kPack<T> * kAhead) : nullptr;
+    if (lines) {
+      dot_block<T, R, kDotTiles, kAhead>(a, a_stride, tiles + j, tile_stride, segments, length,
+                                         c + j * kTile, c_stride, accumulate, lines);
+    } else {
+      dot_block<T, R, kDotTiles>(a, a_stride, tiles + j, tile_stride, segments, length,
+                                 c + j * kTile, c_stride, accumulate);
+    }
   }
   for (; j < num_tiles; j++) {
     dot_block<T, R, 1>(a, a_stride, tiles + j, tile_stride, segments, length, c + j * kTile,
@@ -152,24 +178,30 @@ inline void dot_rows(const T* a, long a_stride, const T* const* tiles, int num_t
 template <class T>
 inline void multiply_vectors(const T* a, long a_stride, long rows, const T* const* tiles,
                              int num_tiles, int tile_stride, int segments, long length,
-                             Accumulator<T>* c, long c_stride, bool accumulate) {
-  long r = 0;
-  for (; r + kDotRows <= rows; r += kDotRows) {
-    dot_rows<T, kDotRows>(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments,
-                          length, c + r * c_stride, c_stride, accumulate);
-  }
-  const auto rest = [&](auto count) {
-    dot_rows<T, decltype(count)::value>(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride,
-                                        segments, length, c + r * c_stride, c_stride, accumulate);
-  };
-  switch (rows - r) {
-    case 1: rest(std::integral_constant<int, 1>{}); break;
-    case 2: rest(std::integral_constant<int, 2>{}); break;
-    case 3: rest(std::integral_constant<int, 3>{}); break;
+                             Accumulator<T>* c, long c_stride, bool accumulate, Ahead& ahead) {
+  // Blocks of about equal size: one or two rows at the end would wait for their own sums. A step
+  // reads a line of each tile, so that it takes as many blocks as tiles to fetch what they read.
+  const bool fetching = ahead.at != ahead.end;
+  const long wanted = fetching ? std::min<long>(kDotTiles, rows / 2) : 1;
+  const long blocks = std::max((rows + kDotRows - 1) / kDotRows, wanted);
+  for (long r = 0, block = 0; block < blocks; block++) {
+    const long count = (rows - r + blocks - block - 1) / (blocks - block);
+    const auto run = [&](auto num_rows) {
+      const auto rows_of = fetching ? dot_rows<T, num_rows(), 1> : dot_rows<T, num_rows(), 0>;
+      rows_of(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments, length,
+              c + r * c_stride, c_stride, accumulate, ahead);
+    };
+    switch (count) {
+      case 1: run(std::integral_constant<int, 1>{}); break;
+      case 2: run(std::integral_constant<int, 2>{}); break;
+      case 3: run(std::integral_constant<int, 3>{}); break;
+      case 4: run(std::integral_constant<int, 4>{}); break;
 #if defined(NANOVLLM_AVX512)
-    case 4: rest(std::integral_constant<int, 4>{}); break;
-    case 5: rest(std::integral_constant<int, 5>{}); break;
+      case 5: run(std::integral_constant<int, 5>{}); break;
+      case 6: run(std::integral_constant<int, 6>{}); break;
 #endif
+    }
+    r += count;
   }
 }
 
@@ -272,7 +304,8 @@ constexpr bool uses_tiles([[maybe_unused]] long rows, [[maybe_unused]] long leng
 template <class T>
 inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, long rows,
                      const T* const* tiles, int num_tiles, int tile_stride, int segments,
-                     long length, Accumulator<T>* c, long c_stride, bool accumulate) {
+                     long length, Accumulator<T>* c, long c_stride, bool accumulate,
+                     Ahead ahead = {}) {
 #if defined(NANOVLLM_AMX)
   if constexpr (sizeof(T) < 4) {
     if (tiled) {
@@ -282,7 +315,7 @@ inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, lon
   }
 #endif
   multiply_vectors(a, a_stride, rows, tiles, num_tiles, tile_stride, segments, length, c, c_stride,
-                   accumulate);
+                   accumulate, ahead);
 }
 
 }  // namespace nanovllm

@@ -21,7 +21,8 @@ constexpr long kExpandedRows = 768;     // the same where int4 is expanded for A
 
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
-constexpr long kTiledDepthBlock = 512;              // two tiles' slice in L1
+constexpr long kTiledDepthBlock = 512;  // two tiles' slice in L1
+constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
 
 // Activations as a kernel reads them.
 template <class T>
@@ -90,6 +91,21 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
   return {data, stride, scales, sums, groups};
 }
 
+// A panel in memory, but for its scales.
+Ahead bytes_of_panel(const Weights& w, long tile) {
+  const long tile_bytes = w.padded_depth * kTile * bits_of(w.format) / 8;
+  const char* at = static_cast<const char*>(w.data) + tile * tile_bytes;
+  return {at, at + std::clamp<long>(w.num_tiles - tile, 0, kMaxColumnTiles) * tile_bytes};
+}
+
+// One item of work.
+struct Panel {
+  long row, rows, tile;
+  int num_tiles;
+  float* sums;  // [rows, kPanel]
+  Ahead ahead;  // the panel that this thread will likely take next
+};
+
 template <class T>
 const T* tile_of(const Weights& w, long tile) {
   return static_cast<const T*>(w.data) + tile * w.padded_depth * kTile;
@@ -97,29 +113,29 @@ const T* tile_of(const Weights& w, long tile) {
 
 // Sums of one panel over the whole depth.
 template <class T>
-void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, long row, long rows,
-                    long tile, int num_tiles, Accumulator<T>* c) {
+void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, Panel& panel) {
+  auto* sums = reinterpret_cast<Accumulator<T>*>(panel.sums);
   const long step = tiled ? kTiledDepthBlock : kDepthBlock<T>;
   for (long k = 0; k < w.padded_depth; k += step) {
+    const long depth = std::min(step, w.padded_depth - k);
     const T* tiles[kMaxColumnTiles];
-    for (int j = 0; j < num_tiles; j++) tiles[j] = tile_of<T>(w, tile + j) + k * kTile;
-    multiply(tiled, in.data + row * in.stride + k, in.stride, rows, tiles, num_tiles, 0, 1,
-             std::min(step, w.padded_depth - k), c, kPanel, k > 0);
+    for (int j = 0; j < panel.num_tiles; j++) tiles[j] = tile_of<T>(w, panel.tile + j) + k * kTile;
+    multiply(tiled, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
+             panel.num_tiles, 0, 1, depth, sums, kPanel, k > 0, panel.ahead);
   }
 }
 
 // int8, one group a row.
-void compute_panel_int8(const Weights& w, const Input<int8_t>& in, bool tiled, long row, long rows,
-                        long tile, int num_tiles, float* c) {
-  auto* sums = reinterpret_cast<int32_t*>(c);
-  multiply_panel(w, in, tiled, row, rows, tile, num_tiles, sums);
-  const float* scales = static_cast<const float*>(w.scales) + tile * kTile;
-  for (long r = 0; r < rows; r++) {
-    const float x_scale = in.scales[row + r];
-    const int32_t offset = kInt8Zero * in.sums[row + r];
-    for (int j = 0; j < num_tiles * kTile; j += kWidth) {
+void multiply_int8(const Weights& w, const Input<int8_t>& in, bool tiled, Panel& panel) {
+  multiply_panel(w, in, tiled, panel);
+  const auto* sums = reinterpret_cast<const int32_t*>(panel.sums);
+  const float* scales = static_cast<const float*>(w.scales) + panel.tile * kTile;
+  for (long r = 0; r < panel.rows; r++) {
+    const float x_scale = in.scales[panel.row + r];
+    const int32_t offset = kInt8Zero * in.sums[panel.row + r];
+    for (int j = 0; j < panel.num_tiles * kTile; j += kWidth) {
       const Ints total = load_raw<Ints>(sums + r * kPanel + j) - offset;
-      store(c + r * kPanel + j,
+      store(panel.sums + r * kPanel + j,
             __builtin_convertvector(total, Floats) * x_scale * load(scales + j));
     }
   }
@@ -156,7 +172,7 @@ inline Ints load_zero(const Int4Tile& tile, long offset) {
 // R rows times C tiles of int4: exact within a group, then scaled into floats.
 template <int R, int C>
 inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles, long group_size,
-                       float* c) {
+                       float* c, const char* ahead) {
   Floats acc[R][C * kSplits] = {};
   for (long g = 0; g < in.groups; g++) {
     Ints exact[R][C * kSplits];
@@ -171,6 +187,10 @@ inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles,
     }
     const long depth = g * group_size;
     for (long k = depth; k < depth + group_size; k += 8) {
+      if (ahead) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += 64;
+      }
       Words codes[C * kSplits];
 #pragma GCC unroll 16
       for (int j = 0; j < C * kSplits; j++) {
@@ -212,37 +232,38 @@ inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles,
 
 template <int R, int C>
 inline void int4_rows(const Input<int8_t>& in, long row, const Int4Tile* tiles, int num_tiles,
-                      long group_size, float* c) {
+                      long group_size, float* c, Ahead& upcoming) {
   int j = 0;
   for (; j + C <= num_tiles; j += C) {
-    int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile);
+    const char* ahead = upcoming.take(in.groups * group_size / 8);
+    int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile, ahead);
   }
   if constexpr (C > 1) {
     for (; j < num_tiles; j++) {
-      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile);
+      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile, nullptr);
     }
   }
 }
 
-void compute_panel_int4(const Weights& w, const Input<int8_t>& in, long row, long rows, long tile,
-                        int num_tiles, float* c) {
+void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
 #if defined(NANOVLLM_AVX512)
   constexpr int kRows = 6, kFewTiles = 4, kTiles = 2;
 #else
   constexpr int kRows = 2, kFewTiles = 1, kTiles = 1;
 #endif
   Int4Tile tiles[kMaxColumnTiles];
-  for (int j = 0; j < num_tiles; j++) tiles[j] = int4_tile(w, tile + j);
+  for (int j = 0; j < panel.num_tiles; j++) tiles[j] = int4_tile(w, panel.tile + j);
   long r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    int4_rows<kRows, kTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
-  }
-  for (; r + 2 <= rows; r += 2) {
-    int4_rows<2, kFewTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
-  }
-  for (; r < rows; r++) {
-    int4_rows<1, kFewTiles>(in, row + r, tiles, num_tiles, w.group_size, c + r * kPanel);
-  }
+  const auto block = [&](auto rows, auto num_tiles) {
+    constexpr int R = decltype(rows)::value, C = decltype(num_tiles)::value;
+    for (; r + R <= panel.rows; r += R) {
+      int4_rows<R, C>(in, panel.row + r, tiles, panel.num_tiles, w.group_size,
+                      panel.sums + r * kPanel, panel.ahead);
+    }
+  };
+  block(std::integral_constant<int, kRows>{}, std::integral_constant<int, kTiles>{});
+  block(std::integral_constant<int, 2>{}, std::integral_constant<int, kFewTiles>{});
+  block(std::integral_constant<int, 1>{}, std::integral_constant<int, kFewTiles>{});
 }
 
 #if defined(NANOVLLM_AMX)
@@ -273,18 +294,17 @@ void expand_int4(const Int4Tile& tile, long first, long depth, long group_size, 
   }
 }
 
-void compute_panel_expanded(const Weights& w, const Input<Bf16>& in, long row, long rows,
-                            long tile, int num_tiles, float* c) {
+void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
   alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles][kExpandedDepth * kTile];
   const Bf16* tiles[kMaxColumnTiles];
   for (long k = 0; k < w.padded_depth; k += kExpandedDepth) {
     const long depth = std::min(kExpandedDepth, w.padded_depth - k);
-    for (int j = 0; j < num_tiles; j++) {
-      expand_int4(int4_tile(w, tile + j), k, depth, w.group_size, expanded[j]);
+    for (int j = 0; j < panel.num_tiles; j++) {
+      expand_int4(int4_tile(w, panel.tile + j), k, depth, w.group_size, expanded[j]);
       tiles[j] = expanded[j];
     }
-    multiply(true, in.data + row * in.stride + k, in.stride, rows, tiles, num_tiles, 0, 1, depth, c,
-             kPanel, k > 0);
+    multiply(true, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
+             panel.num_tiles, 0, 1, depth, panel.sums, kPanel, k > 0);
   }
 }
 
@@ -292,38 +312,39 @@ void compute_panel_expanded(const Weights& w, const Input<Bf16>& in, long row, l
 
 // Adds the bias, applies the gate, and writes a panel's sums to the output.
 template <class Out>
-void finish_panel(const Weights& w, const float* c, long row, long rows, long tile, int num_tiles,
-                  Out* out) {
+void finish_panel(const Weights& w, const Panel& panel, Out* out) {
   const long width = w.gated ? w.columns / 2 : w.columns;
   const int step = w.gated ? 2 : 1;
-  for (long r = 0; r < rows; r++) {
-    for (int j = 0; j < num_tiles; j += step) {
+  for (long r = 0; r < panel.rows; r++) {
+    for (int j = 0; j < panel.num_tiles; j += step) {
       for (int lane = 0; lane < kTile; lane += kWidth) {
-        const long packed = (tile + j) * kTile + lane;
-        const long column = (tile + j) / step * kTile + lane;
+        const long packed = (panel.tile + j) * kTile + lane;
+        const long column = (panel.tile + j) / step * kTile + lane;
         if (column >= width) break;
         const auto value = [&](int part) {
-          const Floats v = load(c + r * kPanel + (j + part) * kTile + lane);
+          const Floats v = load(panel.sums + r * kPanel + (j + part) * kTile + lane);
           return w.bias ? v + load(w.bias + packed + part * kTile) : v;
         };
         const Floats y = w.gated ? silu(value(0)) * value(1) : value(0);
-        store(out + (row + r) * width + column, y, width - column);
+        store(out + (panel.row + r) * width + column, y, width - column);
       }
     }
   }
 }
 
-template <class Out, class Compute>
+template <class Out, class Multiply>
 void run_panels(Session& session, const Weights& w, long rows, long block_rows, Out* out,
-                Compute&& compute) {
+                Multiply&& multiply) {
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
+  const long ahead = num_threads();
   session.parallel(panels * blocks, [&](long item) {
     const long tile = item / blocks * kMaxColumnTiles, row = item % blocks * block_rows;
-    const long count = std::min(block_rows, rows - row);
-    const int num_tiles = int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile));
-    compute(row, count, tile, num_tiles, block_sums);
-    finish_panel(w, block_sums, row, count, tile, num_tiles, out);
+    Panel panel{row, std::min(block_rows, rows - row), tile,
+                int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile)), block_sums, {}};
+    if (rows > kFewestRows && rows <= kFewRows) panel.ahead = bytes_of_panel(w, tile + ahead * kMaxColumnTiles);
+    multiply(panel);
+    finish_panel(w, panel, out);
   });
 }
 
@@ -334,18 +355,16 @@ void run_plain(Session& session, const Weights& w, const In* x, long rows, Out* 
   if (tiled || w.depth != w.padded_depth || !std::is_same_v<T, In>) {
     in = pad_rows<In, T>(session, x, rows, w.depth, w.padded_depth);
   }
-  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
-    multiply_panel(w, in, tiled, where...);
-  });
+  run_panels(session, w, rows, kBlockRows, out,
+             [&](Panel& panel) { multiply_panel(w, in, tiled, panel); });
 }
 
 template <class In, class Out>
 void run_int8(Session& session, const Weights& w, const In* x, long rows, Out* out, bool always) {
   const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
   const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.padded_depth);
-  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
-    compute_panel_int8(w, in, tiled, where...);
-  });
+  run_panels(session, w, rows, kBlockRows, out,
+             [&](Panel& panel) { multiply_int8(w, in, tiled, panel); });
 }
 
 template <class In, class Out>
@@ -355,16 +374,14 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Out* o
   if constexpr (std::is_same_v<In, Bf16>) {
     if (!always && rows >= kMinExpandedRows) {
       const auto in = pad_rows<In, Bf16>(session, x, rows, w.depth, w.padded_depth);
-      return run_panels(session, w, rows, kExpandedRows, out, [&](auto... where) {
-        compute_panel_expanded(w, in, where...);
-      });
+      return run_panels(session, w, rows, kExpandedRows, out,
+                        [&](Panel& panel) { multiply_expanded(w, in, panel); });
     }
   }
 #endif
   const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.group_size);
-  run_panels(session, w, rows, kBlockRows, out, [&](auto... where) {
-    compute_panel_int4(w, in, where...);
-  });
+  run_panels(session, w, rows, kBlockRows, out,
+             [&](Panel& panel) { multiply_int4(w, in, panel); });
 }
 
 template <class In, class Out>

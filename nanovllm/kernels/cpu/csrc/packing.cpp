@@ -19,9 +19,7 @@ struct Place {
   }
 };
 
-int pack_of(int32_t format) {
-  return format == kFloat32 ? 1 : format == kBFloat16 ? 2 : format == kInt8 ? 4 : 8;
-}
+int pack_of(int32_t format) { return int(32 / bits_of(format)); }
 
 // Element k of a column lies at this word of its tile; a word of int4 holds eight elements.
 long word_index(long column, long padded_depth, long k, int pack) {

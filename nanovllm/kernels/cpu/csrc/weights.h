@@ -7,6 +7,10 @@ namespace nanovllm {
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kInt4 = 3 };
 
+inline long bits_of(int32_t format) {
+  return format == kFloat32 ? 32 : format == kBFloat16 ? 16 : format == kInt8 ? 8 : 4;
+}
+
 constexpr int32_t kInt8Zero = 128;  // added to signed codes, so that they are unsigned
 constexpr int32_t kInt4Zero = 8;    // where a weight has no zero points of its own
 
