@@ -71,7 +71,7 @@ class LLM:
         with kernels.running():
             source = weight_source(self.config, directory, dtype)
             model = load_model(self.model_config, source, kernels, dtype=dtype, device=device)
-        self._runner = TextRunner(model, kernels, self.config)
+            self._runner = TextRunner(model, kernels, self.config)
         scheduler = Scheduler(
             BlockManager(
                 self._runner.num_kv_blocks,

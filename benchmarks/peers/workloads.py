@@ -54,7 +54,7 @@ class Workload:
         Lengths and shared prefixes are the same in each round, for it only renames the ids.
         """
         ids = list(range(FIRST_ID, LAST_ID))
-        random.Random(round_number).shuffle(ids)
+        random.Random(f"round {round_number}").shuffle(ids)
         return [
             ([ids[i - FIRST_ID] for i in prompt], output_len) for prompt, output_len in self.draw()
         ]

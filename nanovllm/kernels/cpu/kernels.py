@@ -10,7 +10,7 @@ from torch import Tensor
 from nanovllm.kernels.attention_backend import AttentionConfig
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
-from nanovllm.kernels.cpu.packing import TYPES, PackedWeight
+from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight
 from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
 
 
@@ -33,6 +33,7 @@ class CpuKernels:
     ) -> None:
         self._library, self._dtype, self._type = library, dtype, TYPES[dtype]
         self._cascade, self._deterministic = cascade, deterministic
+        self._arena = Arena()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -49,7 +50,7 @@ class CpuKernels:
     ) -> PackedWeight:
         parts = iter(parts)
         first = next(parts)
-        weight = PackedWeight(spec, self._dtype, first, bias is not None)
+        weight = PackedWeight(spec, self._dtype, first, bias is not None, self._arena)
         weight.fill(self._library, itertools.chain([first], parts), bias)
         return weight
 

@@ -16,6 +16,7 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 TILE = 16
+ARENA_BYTES = 64 << 20
 MAX_INT4_GROUP = 256
 """The kernels hold the sum of a group's activations in 16 bits."""
 
@@ -25,11 +26,31 @@ _BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
 
 def zeroed(num_bytes: int) -> Tensor:
     """Zeroed bytes, aligned to pages, huge ones where the system gives them at the first touch."""
+    return torch.frombuffer(_anonymous(num_bytes), dtype=torch.uint8, count=num_bytes)
+
+
+def _anonymous(num_bytes: int) -> mmap.mmap:
     # Private: huge pages are seldom given to shared memory.
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
+    return memory
+
+
+class Arena:
+    """Zeroed memory for many tensors in large pieces: a small piece would have no huge page."""
+
+    def __init__(self) -> None:
+        self._piece: mmap.mmap | None = None
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Bytes at a multiple of a cache line."""
+        if self._piece is None or self._used + num_bytes > len(self._piece):
+            self._piece, self._used = _anonymous(max(num_bytes, ARENA_BYTES)), 0
+        first = self._used
+        self._used += _round_up(num_bytes, 64)
+        return torch.frombuffer(self._piece, dtype=torch.uint8, count=num_bytes, offset=first)
 
 
 class PackedWeight:
@@ -40,6 +61,7 @@ class PackedWeight:
         activation: Dtype of its inputs and outputs.
         like: Its first part, which says how the others are stored.
         has_bias: Whether to make room for a bias.
+        arena: Where to take the memory.
     """
 
     def __init__(
@@ -48,6 +70,7 @@ class PackedWeight:
         activation: torch.dtype,
         like: Tensor | QuantizedWeight,
         has_bias: bool,
+        arena: Arena,
     ) -> None:
         self._form = kind, group = _form(like, activation)
         self.spec = spec
@@ -56,14 +79,14 @@ class PackedWeight:
         part_rows = spec.rows // 2 if spec.gated else spec.rows
         self.num_tiles = -(-part_rows // TILE) * (2 if spec.gated else 1)
         columns = self.num_tiles * TILE
-        self.data = zeroed(columns * depth * _BITS[kind] // 8)
+        self.data = arena.take(columns * depth * _BITS[kind] // 8)
         self.scales = self.zeros = self.bias = None
         if kind == INT8:
             self.scales = torch.zeros(columns, dtype=torch.float32)
         elif isinstance(like, QuantizedWeight):
-            self.scales = zeroed(columns * depth // group * 2)
+            self.scales = arena.take(columns * depth // group * 2)
             if like.zeros is not None:
-                self.zeros = zeroed(columns * depth // group)
+                self.zeros = arena.take(columns * depth // group)
         if has_bias:
             self.bias = torch.zeros(columns, dtype=torch.float32)
         self.struct = Weights(

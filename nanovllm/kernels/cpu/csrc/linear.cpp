@@ -64,10 +64,11 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
     for (long g = 0; g < groups; g++) {
       const From* source = x + r * depth + g * group;
       const long count = std::clamp(depth - g * group, 0L, group);
-      Floats top{};
+      Floats top{}, spoilt{};
       for (long k = 0; k < count; k += kWidth) {
         const Floats v = load(source + k, count - k);
         top = vector_max(top, v < 0.0f ? -v : v);
+        spoilt += v * 0.0f;
       }
       const float largest = max(top);
       const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
@@ -82,9 +83,7 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
       int32_t group_sum = 0;
       for (int i = 0; i < kWidth; i++) group_sum += total[i];
       // A NaN or an infinity cannot be rounded: it spoils the whole group, as in exact arithmetic.
-      float check = 0;
-      for (long k = 0; k < count; k++) check += to_float(source[k]) * 0.0f;
-      scales[r * groups + g] = largest / 127.0f + check;
+      scales[r * groups + g] = largest / 127.0f + sum(spoilt);
       sums[r * groups + g] = group_sum;
     }
   });
@@ -103,7 +102,8 @@ struct Panel {
   long row, rows, tile;
   int num_tiles;
   float* sums;  // [rows, kPanel]
-  Ahead ahead;  // the panel that this thread will likely take next
+  long next;    // first tile of the panel that this thread will likely take next
+  Ahead ahead;  // its bytes, if they are to be fetched
 };
 
 template <class T>
@@ -170,9 +170,10 @@ inline Ints load_zero(const Int4Tile& tile, long offset) {
 }
 
 // R rows times C tiles of int4: exact within a group, then scaled into floats.
-template <int R, int C>
+// Meanwhile kAhead cache lines are fetched every step of eight, from `ahead` on.
+template <int R, int C, int kAhead = 0>
 inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles, long group_size,
-                       float* c, const char* ahead) {
+                       float* c, [[maybe_unused]] const char* ahead = nullptr) {
   Floats acc[R][C * kSplits] = {};
   for (long g = 0; g < in.groups; g++) {
     Ints exact[R][C * kSplits];
@@ -187,10 +188,8 @@ inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles,
     }
     const long depth = g * group_size;
     for (long k = depth; k < depth + group_size; k += 8) {
-      if (ahead) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += 64;
-      }
+#pragma GCC unroll 4
+      for (int line = 0; line < kAhead; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       Words codes[C * kSplits];
 #pragma GCC unroll 16
       for (int j = 0; j < C * kSplits; j++) {
@@ -235,14 +234,27 @@ inline void int4_rows(const Input<int8_t>& in, long row, const Int4Tile* tiles, 
                       long group_size, float* c, Ahead& upcoming) {
   int j = 0;
   for (; j + C <= num_tiles; j += C) {
-    const char* ahead = upcoming.take(in.groups * group_size / 8);
-    int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile, ahead);
+    // One row or two are read at the memory's speed: they fetch as much as they read.
+    constexpr int kLines = R <= 2 ? C : 1;
+    const char* ahead = upcoming.take(in.groups * group_size / 8 * kLines);
+    if (ahead) int4_block<R, C, kLines>(in, row, tiles + j, group_size, c + j * kTile, ahead);
+    else int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile);
   }
   if constexpr (C > 1) {
     for (; j < num_tiles; j++) {
-      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile, nullptr);
+      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile);
     }
   }
+}
+
+// The scales of the panel that comes next: they lie apart, in runs too short to be foreseen.
+void fetch_scales(const Weights& w, long tile) {
+  const long groups = w.padded_depth / w.group_size;
+  const long count = std::clamp<long>(w.num_tiles - tile, 0, kMaxColumnTiles) * groups * kTile;
+  const char* scales = static_cast<const char*>(w.scales) + tile * groups * kTile * 2;
+  for (long i = 0; i < count * 2; i += 64) __builtin_prefetch(scales + i, 0, 2);
+  if (!w.zeros) return;
+  for (long i = 0; i < count; i += 64) __builtin_prefetch(w.zeros + tile * groups * kTile + i, 0, 2);
 }
 
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
@@ -253,6 +265,7 @@ void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
 #endif
   Int4Tile tiles[kMaxColumnTiles];
   for (int j = 0; j < panel.num_tiles; j++) tiles[j] = int4_tile(w, panel.tile + j);
+  if (panel.rows <= kFewRows) fetch_scales(w, panel.next);
   long r = 0;
   const auto block = [&](auto rows, auto num_tiles) {
     constexpr int R = decltype(rows)::value, C = decltype(num_tiles)::value;
@@ -337,12 +350,14 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
                 Multiply&& multiply) {
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
-  const long ahead = num_threads();
   session.parallel(panels * blocks, [&](long item) {
     const long tile = item / blocks * kMaxColumnTiles, row = item % blocks * block_rows;
     Panel panel{row, std::min(block_rows, rows - row), tile,
-                int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile)), block_sums, {}};
-    if (rows > kFewestRows && rows <= kFewRows) panel.ahead = bytes_of_panel(w, tile + ahead * kMaxColumnTiles);
+                int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile)), block_sums,
+                tile + num_threads() * kMaxColumnTiles, {}};
+    if (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4)) {
+      panel.ahead = bytes_of_panel(w, panel.next);
+    }
     multiply(panel);
     finish_panel(w, panel, out);
   });
