@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.select import select_kernels
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
@@ -29,6 +30,7 @@ class Fit:
         model: Directory of the checkpoint.
         architecture: Class name in the checkpoint.
         device: Where it would run.
+        kernels: What it would run on, as `cpu_isa` names it.
         dtype: Dtype it would run in.
         num_parameters: Parameters, shared ones counted once.
         weight_bytes: Memory for these.
@@ -41,6 +43,7 @@ class Fit:
     model: str
     architecture: str
     device: str
+    kernels: str
     dtype: str
     num_parameters: int
     weight_bytes: int
@@ -66,10 +69,10 @@ def work_out_fit(config: EngineConfig) -> Fit:
     with torch.device("meta"):
         shapes = expected_tensors(CLASSES[model.architecture](model))
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    bits = weight_bits(config) or 8 * dtype.itemsize
-    weight_bytes = int(num_parameters * bits / 8)
-    cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
     kernels = select_kernels(config, device, dtype)
+    bits = weight_bits(config) if isinstance(kernels, CpuKernels) else None
+    weight_bytes = int(num_parameters * (bits or 8 * dtype.itemsize) / 8)
+    cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
     backend = kernels.attention(attention_config(config, model, dtype))
     block_bytes = backend.cache_spec(1).num_bytes * model.num_layers
     block_size = config.block_size or 1
@@ -78,6 +81,7 @@ def work_out_fit(config: EngineConfig) -> Fit:
         model=str(directory),
         architecture=model.architecture,
         device=str(device),
+        kernels=kernels.isa,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,

@@ -18,7 +18,7 @@ PACKAGES = (
     "huggingface-hub",
     "transformers",
 )
-COMPILERS = ("cc", "c++", "g++", "clang")
+COMPILERS = ("cc", "c++", "g++", "clang", "clang++")
 OPENMP_LIBRARIES = ("libgomp", "libiomp5", "libomp")
 INSTRUCTION_SETS = {
     "avx2": "AVX2",

@@ -206,5 +206,5 @@ def _settings(llm: "LLM") -> dict[str, Any]:
         "quantization": config.quantization,
         "kv_cache_dtype": config.kv_cache_dtype,
         "device": config.device,
-        "cpu_isa": config.cpu_isa,
+        "kernels": llm._runner.kernels.isa,
     }

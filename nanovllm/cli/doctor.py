@@ -68,7 +68,7 @@ def _describe_fit(fit: "Fit") -> dict[str, str]:
     return {
         "model": fit.model,
         "architecture": fit.architecture,
-        "device and dtype": f"{fit.device}, {fit.dtype}",
+        "device, kernels, dtype": f"{fit.device}, {fit.kernels}, {fit.dtype}",
         "parameters": f"{fit.num_parameters / 1e6:,.1f} M",
         "weights": f"{fit.weight_bytes / MIB:,.1f} MiB",
         "KV cache": f"{fit.kv_bytes_per_token / 1024:,.1f} KiB a token, "

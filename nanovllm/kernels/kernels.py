@@ -90,6 +90,10 @@ class Kernels(Protocol):
     What `pack` returns is a weight in a form of the implementation's own; only it looks inside.
     """
 
+    @property
+    def isa(self) -> str:
+        """What they are made of, as `cpu_isa` names it."""
+
     def running(self) -> AbstractContextManager[None]:
         """Entered while a model is loaded or run."""
 

@@ -26,11 +26,11 @@ def select_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtyp
     """
     reason = None
     if device.type != "cpu":
-        reason = f"there are none for {device.type} yet"
+        reason = f"there are no kernels of ours for {device.type} yet"
     elif config.cpu_isa == "torch":
         reason = "cpu_isa is 'torch'"
     elif dtype not in TYPES:
-        reason = f"there are none for {dtype}".replace("torch.", "")
+        reason = f"there are no kernels of ours for {dtype}".replace("torch.", "")
     else:
         try:
             library = load_library(config.cpu_isa)
@@ -47,4 +47,8 @@ def select_kernels(config: EngineConfig, device: torch.device, dtype: torch.dtyp
         logger.warning(
             "running on torch's operators, several times slower than our CPU kernels: %s", reason
         )
+    if device.type == "cpu" and config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
+    if config.quantization:
+        logger.warning("quantized weights are expanded when they are loaded: %s", reason)
     return TorchKernels(device, dtype)

@@ -32,6 +32,10 @@ class TorchKernels:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
 
+    @property
+    def isa(self) -> str:
+        return "torch"
+
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
 

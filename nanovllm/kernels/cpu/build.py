@@ -145,8 +145,11 @@ def private_cache(name: str) -> Path:
 
     Without a usable home directory it lasts as long as the machine's temporary files.
     """
-    for root in (Path.home() / ".cache", Path(tempfile.gettempdir())):
+    # The "~" stays where there is no home, as for a user that the system does not know.
+    for root in (Path(os.path.expanduser("~/.cache")), Path(tempfile.gettempdir())):
         directory = root / f"nanovllm-{os.getuid()}" / name
+        if not directory.is_absolute():
+            continue
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = directory.parent.stat()

@@ -35,6 +35,10 @@ class CpuKernels:
         self._cascade, self._deterministic = cascade, deterministic
         self._arena = Arena()
 
+    @property
+    def isa(self) -> str:
+        return self._library.isa
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Leave the cores to our threads: torch's would wait on them for their next turn."""

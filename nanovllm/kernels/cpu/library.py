@@ -6,6 +6,7 @@ from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.cpu.build import NoCompilerError, choose_instruction_sets, compile_kernels
 from nanovllm.kernels.cpu.threads import usable_cpus
 
@@ -97,7 +98,7 @@ class Library:
         )
         self.attend = bind("attend", shape, pointer, pointer, pointer, count, pointer)
         self.sample = bind("sample", pointer, count, count, *[pointer] * 7)
-        self._start_threads = bind("start_threads", flag, POINTER(c_int32))
+        self._start_threads = bind("start_threads", flag, POINTER(c_int32), result=c_int32)
         self._num_threads = bind("num_threads", result=c_int32)
         self._enable_amx = bind("enable_amx", result=c_int32)
 
@@ -111,12 +112,18 @@ class Library:
 
         With fewer threads than cores, another process may be given the same cores, so the system
         places the threads.
+
+        Raises:
+            InvalidRequestError: The system does not give that many.
         """
         if num_threads == self.num_threads:
             return
         cpus = usable_cpus()
         pinned = (c_int32 * len(cpus))(*cpus) if num_threads == len(cpus) else None
-        self._start_threads(num_threads, pinned)
+        if not self._start_threads(num_threads, pinned):
+            raise InvalidRequestError(
+                f"the system does not give this process {num_threads} threads", "cpu_threads"
+            )
 
     def enable(self) -> bool:
         """Ask the system for what the instruction set needs; False if it refuses."""

@@ -1,5 +1,6 @@
 """Weights in the order in which the kernels read them."""
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 TILE = 16
 ARENA_BYTES = 64 << 20
+"""So large that nearly all of it is huge pages."""
 MAX_INT4_GROUP = 256
 """The kernels hold the sum of a group's activations in 16 bits."""
 
@@ -32,7 +34,7 @@ def zeroed(num_bytes: int) -> Tensor:
 def _anonymous(num_bytes: int) -> mmap.mmap:
     # Private: huge pages are seldom given to shared memory.
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 

@@ -7,7 +7,9 @@
 
 #include "simd.h"
 
-#if defined(NANOVLLM_EMULATE_AMX) || (defined(__AMX_BF16__) && defined(__AMX_INT8__))
+// Old versions of Clang spell the macros without the second underscore.
+#if defined(NANOVLLM_EMULATE_AMX) || (defined(__AMX_BF16__) && defined(__AMX_INT8__)) || \
+    (defined(__AMXBF16__) && defined(__AMXINT8__))
 #define NANOVLLM_AMX 1
 #endif
 
@@ -85,7 +87,9 @@ inline void configure_tiles() {
 }
 
 #define TILE_ZERO(t) _tile_zero(t)
-#define TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+// Nor _tile_loadd, which does not tell gcc that it reads memory.
+#define TILE_LOAD(t, p, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(p), "r"(long(stride)) : "memory")
 #define TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
 #define TILE_DOT_BF16(c, a, b) _tile_dpbf16ps(c, a, b)
 // Activations are signed, weights are not.

@@ -17,7 +17,7 @@ namespace {
 
 constexpr long kMinShared = 256;      // positions that a shared segment must save, over all rows
 constexpr long kMinSplit = 256;       // positions of a range
-constexpr long kFixedSplit = 1024;    // the same where every number of rows is treated alike
+constexpr long kFixedSplit = 8192;    // the same where every number of rows is treated alike
 constexpr long kItemsPerThread = 8;
 
 struct Row {

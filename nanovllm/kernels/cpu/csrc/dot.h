@@ -305,7 +305,7 @@ template <class T>
 inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, long rows,
                      const T* const* tiles, int num_tiles, int tile_stride, int segments,
                      long length, Accumulator<T>* c, long c_stride, bool accumulate,
-                     Ahead ahead = {}) {
+                     Ahead* ahead = nullptr) {
 #if defined(NANOVLLM_AMX)
   if constexpr (sizeof(T) < 4) {
     if (tiled) {
@@ -314,8 +314,9 @@ inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, lon
     }
   }
 #endif
+  Ahead nothing;
   multiply_vectors(a, a_stride, rows, tiles, num_tiles, tile_stride, segments, length, c, c_stride,
-                   accumulate, ahead);
+                   accumulate, ahead ? *ahead : nothing);
 }
 
 }  // namespace nanovllm

@@ -1,5 +1,6 @@
 // What lies between the products: norms on the residual stream, and the gate of an MLP.
 
+#include <algorithm>
 #include <cmath>
 
 #include "pool.h"

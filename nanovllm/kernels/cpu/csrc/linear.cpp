@@ -7,7 +7,6 @@
 // After "LLM.int8()" (Dettmers et al. 2022, section 2) and llama.cpp's Q4_0.
 
 #include <algorithm>
-#include <memory>
 
 #include "dot.h"
 #include "pool.h"
@@ -121,7 +120,7 @@ void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, Panel& pan
     const T* tiles[kMaxColumnTiles];
     for (int j = 0; j < panel.num_tiles; j++) tiles[j] = tile_of<T>(w, panel.tile + j) + k * kTile;
     multiply(tiled, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
-             panel.num_tiles, 0, 1, depth, sums, kPanel, k > 0, panel.ahead);
+             panel.num_tiles, 0, 1, depth, sums, kPanel, k > 0, &panel.ahead);
   }
 }
 

@@ -1,7 +1,6 @@
 // Weights into their packed form and back, row by row as they come from a checkpoint.
 
 #include <algorithm>
-#include <cmath>
 
 #include "dot.h"
 #include "pool.h"

@@ -2,8 +2,10 @@
 
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <memory>
+#include <new>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -118,6 +120,8 @@ void stop_workers(Pool& p) {
   for (auto& worker : p.workers) worker.detach();
   p.workers.clear();
   p.active = 0;
+  p.epoch = 0;
+  new (&p.kernels) std::mutex;  // who held it is not in the child
 }
 
 }  // namespace
@@ -130,6 +134,10 @@ void* Session::scratch(int slot, size_t bytes) {
     std::free(buffer.data);
     buffer.bytes = (bytes + bytes / 4 + 4095) / 4096 * 4096;
     buffer.data = std::aligned_alloc(4096, buffer.bytes);
+    if (!buffer.data) {
+      std::fprintf(stderr, "nanovllm: no memory for %zu bytes of scratch\n", buffer.bytes);
+      std::abort();
+    }
   }
   return buffer.data;
 }
@@ -157,7 +165,8 @@ using namespace nanovllm;
 
 // Starts the pool anew with `threads` threads, the caller's one of them. Worker i is pinned to
 // cpus[i]; null pins none. The caller's thread is not: threads it starts later would inherit that.
-NANOVLLM_API void nanovllm_start_threads(int threads, const int32_t* cpus) {
+// Returns 0, with no thread but the caller's, if the system does not give as many.
+NANOVLLM_API int nanovllm_start_threads(int threads, const int32_t* cpus) {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.kernels);
 #if defined(__linux__)
@@ -165,10 +174,16 @@ NANOVLLM_API void nanovllm_start_threads(int threads, const int32_t* cpus) {
   (void)registered;
 #endif
   stop_workers(p);
-  for (int i = 1; i < threads; i++) {
-    p.workers.emplace_back([&p] { work(p); });
-    if (cpus) pin(p.workers.back(), cpus[i]);
+  try {
+    for (int i = 1; i < threads; i++) {
+      p.workers.emplace_back([&p] { work(p); });
+      if (cpus) pin(p.workers.back(), cpus[i]);
+    }
+  } catch (const std::system_error&) {
+    stop_workers(p);
+    return 0;
   }
+  return 1;
 }
 
 NANOVLLM_API int nanovllm_num_threads() { return num_threads(); }

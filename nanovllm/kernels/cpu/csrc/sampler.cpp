@@ -2,7 +2,7 @@
 //
 // Weights e^((logit - max) / temperature) are counted into buckets by their leading bits; top-k and
 // top-p then need only the bucket in which they cut put in order. The draw inverts the cumulative
-// distribution in the order of the vocabulary, as layers/sampler.py does.
+// distribution in the order of the vocabulary, as torch_kernels.py does.
 
 #include <algorithm>
 #include <vector>
