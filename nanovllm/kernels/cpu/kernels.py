@@ -59,18 +59,21 @@ class CpuKernels:
         return weight
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        rows = x.shape[0]
-        out = torch.empty(rows, weight.width, dtype=self._dtype)
-        self._library.linear(
-            weight.reference, x.data_ptr(), rows, out.data_ptr(), False, self._deterministic
-        )
-        return out
+        return self._linear(x, weight, self._dtype)
 
     def logits(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        return self._linear(x, weight, torch.float32)
+
+    def _linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
         rows = x.shape[0]
-        out = torch.empty(rows, weight.width, dtype=torch.float32)
+        out = torch.empty(rows, weight.width, dtype=dtype)
         self._library.linear(
-            weight.reference, x.data_ptr(), rows, out.data_ptr(), True, self._deterministic
+            weight.reference,
+            x.data_ptr(),
+            rows,
+            out.data_ptr(),
+            dtype == torch.float32,
+            self._deterministic,
         )
         return out
 

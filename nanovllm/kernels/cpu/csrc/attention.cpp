@@ -153,7 +153,7 @@ class TileAttention {
         continue;
       }
       T* target = space_.keys + c * cell_.dim;
-      expand(reinterpret_cast<const int8_t*>(source) + first, kTile * cell_.dim, target);
+      expand(reinterpret_cast<const int8_t*>(source) + first, kTile * cell_.dim, target, column + c);
       keys[c / kTile] = target;
       const auto* scales =
           reinterpret_cast<const float*>(source + 2 * cell_.positions * cell_.dim);
@@ -181,7 +181,7 @@ class TileAttention {
                                cell_.value((column + s) % cell_.positions, d, pack);
             const T* run = reinterpret_cast<const T*>(source) + first;
             if (quantized) {
-              expand(reinterpret_cast<const int8_t*>(source) + first, size, target);
+              expand(reinterpret_cast<const int8_t*>(source) + first, size, target, column + s);
             } else if (value_segment_ == segment_) {
               values[-1] = run;
               continue;
@@ -195,9 +195,19 @@ class TileAttention {
     }
   }
 
-  // int8 to T, unscaled: the scales go into the scores and the weights.
-  static void expand(const int8_t* codes, long count, T* target) {
-    for (long i = 0; i < count; i += kWidth) store(target + i, load(codes + i));
+  // int8 to T, unscaled: the scales go into the scores and the weights. Meanwhile the same place a
+  // chunk later is fetched: runs are too short for the processor to foresee the next.
+  void expand(const int8_t* codes, long count, T* target, long column) const {
+    const long later = column + kChunk;
+    const int8_t* ahead = codes;
+    if (later / cell_.positions <= (task_.end - 1) / shape_.block_size) {
+      ahead = reinterpret_cast<const int8_t*>(cell(later)) +
+              (codes - reinterpret_cast<const int8_t*>(cell(column)));
+    }
+    for (long i = 0; i < count; i += 64) {
+      __builtin_prefetch(ahead + i, 0, 2);
+      for (long j = i; j < i + 64; j += kWidth) store(target + j, load(codes + j));
+    }
   }
 
   // Scores of a row to weights, by the online softmax; columns outside [low, high) are not seen.
