@@ -422,8 +422,8 @@ FAULTS = [
     Fault(
         "C++: a wrong KV head",
         KV,
-        "const long kv_head = item % items / parts,",
-        "const long kv_head = (item + 1) % items / parts,",
+        "(block * shape_.num_kv_heads + kv_head_) * cell_.bytes",
+        "(block * shape_.num_kv_heads + (kv_head_ + 1) % shape_.num_kv_heads) * cell_.bytes",
         MODELS,
     ),
     Fault(
@@ -434,10 +434,10 @@ FAULTS = [
         MODELS,
     ),
     Fault(
-        "C++: rows share a block that one of them still computes",
+        "C++: positions that rows share are attended to once more by each",
         PLAN,
-        "long(starts[i] / shape->block_size)});",
-        "long((starts[i] + lengths[i]) / shape->block_size)});",
+        "      done = depth;\n",
+        "",
         MODELS,
     ),
     Fault(
