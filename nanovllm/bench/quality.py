@@ -87,7 +87,19 @@ def reference_config(config: EngineConfig, model: str | None = None) -> EngineCo
 
 
 def quality_options(config: EngineConfig, context: int) -> EngineConfig:
-    """The options with which a model reads windows of `context` tokens, one at a time."""
+    """The options with which a model reads windows of `context` tokens, one at a time.
+
+    Raises:
+        InvalidRequestError: The model's context does not hold a window and the token after it.
+    """
+    from nanovllm.models.hub import resolve_model
+    from nanovllm.models.model_config import ModelConfig
+
+    longest = ModelConfig.from_directory(resolve_model(config)).max_model_len - 1
+    if context > longest:
+        raise InvalidRequestError(
+            f"context must be at most {longest} for this model, got {context}", "context"
+        )
     return replace(
         config,
         max_model_len=context + 1,  # the engine always generates a token

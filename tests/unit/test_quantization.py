@@ -442,6 +442,7 @@ def test_bench_quality_as_json_and_as_a_table(
     ("content", "arguments", "message"),
     [
         ("word " * 9, {"context": 1}, "context must be at least 2"),
+        ("word " * 9, {"context": 4096}, "context must be at most 4095 for this model"),
         ("word " * 9, {"max_windows": 0}, "max_windows must be at least 1"),
         ("", {}, "less than two tokens"),
         (b"\xff\xfe\xff", {}, "is not UTF-8"),
