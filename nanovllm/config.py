@@ -1,4 +1,4 @@
-"""Options of an engine: defaults, aliases, and the only place that reads the environment."""
+"""Options of engine, pool and server, and the only place that reads the environment."""
 
 import os
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.validation import conform
@@ -27,27 +27,101 @@ ALIASES = {
     "memory_ratio": "gpu_memory_utilization",
     "max_seq_len_override": "max_model_len",
     "max_running_requests": "max_num_seqs",
+    "max_prefill_length": "max_num_batched_tokens",
     "dummy_weight": "dummy_weights",
+    "tp_size": "tensor_parallel_size",
+    "data_parallel_size": "replicas",
+    "scheduler_mode": "dispatch_policy",
 }
 """Names that the family's engines use for our options."""
 
-ENVIRONMENT_ALIASES = {
-    "MODEL_LOCAL_DIR": "model",
-    "NANOVLLM_MODEL_PATH": "model",
-    "NANO_VLLM_MODEL_PATH": "model",
-    "MODEL_NAME": "model",
-    "MODEL_DTYPE": "dtype",
-    "TORCH_DTYPE": "dtype",
-    "TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
-    "PAGE_TOKEN_BUDGET": "max_cached_tokens",
-    "PREFIX_CACHE": "enable_prefix_caching",
-    "NANOVLLM_SERVERPOOL_NUM_KVCACHE_BLOCKS": "num_kv_blocks",
-}
-"""Environment variables of the family, besides `NANOVLLM_<OPTION>`, the first one set winning."""
+Config = TypeVar("Config", bound="Options")
+
+
+class Options:
+    """What the dataclasses of options have in common: they check, and read names and variables."""
+
+    __slots__ = ()
+
+    environment_aliases: ClassVar[Mapping[str, str]] = {}
+    """The family's variables besides `NANOVLLM_<OPTION>`; the first one set wins."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [option.name for option in fields(cls)]  # type: ignore[arg-type]
+
+    @classmethod
+    def from_options(cls: type[Config], **options: Any) -> Config:
+        """Build from keyword options in our names or the family's.
+
+        Raises:
+            InvalidRequestError: An option is unknown (the message has the nearest name), given
+                under two names, or outside its range.
+        """
+        config: Config = split_options(options, cls)[0]
+        return config
+
+    @classmethod
+    def from_env(cls: type[Config], environ: Mapping[str, str] | None = None) -> Config:
+        """Build from `NANOVLLM_<OPTION>` and the family's variables.
+
+        Raises:
+            InvalidRequestError: A value cannot be read as its option's type or is out of range.
+        """
+        environ = os.environ if environ is None else environ
+        hints = get_type_hints(cls)
+        variables = {f"NANOVLLM_{name.upper()}": name for name in cls.names()}
+        variables |= {f"NANOVLLM_SERVERPOOL_{name.upper()}": name for name in cls.names()}
+        values: dict[str, Any] = {}
+        for variable, name in (variables | dict(cls.environment_aliases)).items():
+            text = environ.get(variable, "").strip()
+            if text and name not in values:
+                values[name] = _parse(variable, text, hints[name])
+        return cls(**values)
+
+    def _check_types(self) -> None:
+        """Hold every field to its type, and to its choices if it has some."""
+        conform(self)
+        hints = get_type_hints(type(self))
+        for name in self.names():
+            value, choices = getattr(self, name), get_args(hints[name])
+            if get_origin(hints[name]) is Literal and value not in choices:
+                raise InvalidRequestError(
+                    f"{name} must be one of {', '.join(choices)}, got {value!r}", name
+                )
+
+    def _check_range(self, low: float, *names: str, high: float = float("inf")) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bounds = f"at least {low}" if high == float("inf") else f"in [{low}, {high}]"
+                raise InvalidRequestError(f"{name} must be {bounds}, got {value}", name)
+
+
+def split_options(options: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
+    """Build one config of each class from keyword options, in our names or the family's.
+
+    Raises:
+        InvalidRequestError: No class has an option of this name (the message has the nearest), or
+            it is given under two names, or outside its range.
+    """
+    values: list[dict[str, Any]] = [{} for _ in classes]
+    known = [name for cls in classes for name in cls.names()]
+    for given, value in options.items():
+        name = ALIASES.get(given, given)
+        if name not in known:
+            nearest = get_close_matches(given, [*known, *ALIASES], n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise InvalidRequestError(f"unknown option {given!r}{hint}", given)
+        target = next(v for v, cls in zip(values, classes, strict=True) if name in cls.names())
+        if name in target:
+            raise InvalidRequestError(f"option {name!r} is given twice", name)
+        target[name] = value
+    return [cls(**given) for given, cls in zip(values, classes, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(Options):
     """Everything that is decided when an engine starts. Names are vLLM's.
 
     Args:
@@ -128,19 +202,27 @@ class EngineConfig:
     cpu_isa: Literal["auto", "amx", "avx512", "avx2", "portable", "amx-emulated", "torch"] = "auto"
     seed: int = 0
 
+    environment_aliases: ClassVar[Mapping[str, str]] = {
+        "MODEL_LOCAL_DIR": "model",
+        "NANOVLLM_MODEL_PATH": "model",
+        "NANO_VLLM_MODEL_PATH": "model",
+        "MODEL_NAME": "model",
+        "MODEL_DTYPE": "dtype",
+        "TORCH_DTYPE": "dtype",
+        "TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
+        "TP_SIZE": "tensor_parallel_size",
+        "PAGE_TOKEN_BUDGET": "max_cached_tokens",
+        "PREFIX_CACHE": "enable_prefix_caching",
+        "PREFILL_CHUNK_SIZE": "max_num_batched_tokens",
+        "NANOVLLM_SERVERPOOL_NUM_KVCACHE_BLOCKS": "num_kv_blocks",
+    }
+
     def __post_init__(self) -> None:
-        conform(self)
+        self._check_types()
         if self.num_kv_blocks == -1:  # nano-vllm's "as many as fit"
             object.__setattr__(self, "num_kv_blocks", None)
-        hints = get_type_hints(type(self))
-        for option in fields(self):
-            value = getattr(self, option.name)
-            choices = get_args(hints[option.name])
-            if choices and isinstance(choices[0], str) and value not in choices:
-                raise InvalidRequestError(
-                    f"{option.name} must be one of {', '.join(choices)}, got {value!r}", option.name
-                )
-        for name in (
+        self._check_range(
+            1,
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
@@ -148,15 +230,8 @@ class EngineConfig:
             "num_kv_blocks",
             "kv_cache_memory_bytes",
             "cpu_threads",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequestError(f"{name} must be at least 1, got {value}", name)
-        if self.max_cached_tokens is not None and self.max_cached_tokens < 0:
-            raise InvalidRequestError(
-                f"max_cached_tokens must be at least 0, got {self.max_cached_tokens}",
-                "max_cached_tokens",
-            )
+        )
+        self._check_range(0, "max_cached_tokens")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidRequestError(
                 f"quantization must be one of {', '.join(QUANTIZATIONS)}, got "
@@ -182,47 +257,6 @@ class EngineConfig:
                 "max_num_batched_tokens",
             )
 
-    @classmethod
-    def from_options(cls, **options: Any) -> "EngineConfig":
-        """Build a config from keyword options in our names or the family's.
-
-        Raises:
-            InvalidRequestError: An option is unknown (the message has the nearest name), given
-                under two names, or outside its range.
-        """
-        known = {option.name for option in fields(cls)}
-        values: dict[str, Any] = {}
-        for given, value in options.items():
-            name = ALIASES.get(given, given)
-            if name not in known:
-                nearest = get_close_matches(given, [*known, *ALIASES], n=1)
-                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise InvalidRequestError(f"unknown option {given!r}{hint}", given)
-            if name in values:
-                raise InvalidRequestError(f"option {name!r} is given twice", name)
-            values[name] = value
-        return cls(**values)
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None) -> "EngineConfig":
-        """Build a config from `NANOVLLM_<OPTION>` and the family's variables.
-
-        Raises:
-            InvalidRequestError: A value cannot be read as its option's type or is out of range.
-        """
-        environ = os.environ if environ is None else environ
-        hints = get_type_hints(cls)
-        variables = {f"NANOVLLM_{f.name.upper()}": f.name for f in fields(cls)}
-        variables |= {
-            f"NANOVLLM_SERVERPOOL_{f.name.upper()}": f.name for f in fields(cls)
-        } | ENVIRONMENT_ALIASES
-        values: dict[str, Any] = {}
-        for variable, name in variables.items():
-            text = environ.get(variable, "").strip()
-            if text and name not in values:
-                values[name] = _parse(variable, text, hints[name])
-        return cls(**values)
-
     def resolved_for(self, device_type: str) -> "EngineConfig":
         """Return a copy with the defaults that depend on the device filled in."""
         on_cpu = device_type == "cpu"
@@ -238,6 +272,180 @@ class EngineConfig:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig(Options):
+    """How many engines there are, who gets the next request, and how many are let in.
+
+    Args:
+        devices: CUDA devices, one engine in its own process on each; None is one engine on what
+            `device` says.
+        replicas: Engines without `devices`; on a CPU they share its cores evenly.
+        dispatch_policy: "cache_aware", "least_loaded" (family: "fsfs"), "round_robin" ("rr") or
+            "random", the better of two; another name warns and is "round_robin".
+        max_inflight_total: Requests handed to the engines at a time; the others wait in line for
+            up to `queue_timeout`. 0 is no limit.
+        max_inflight_per_engine: The same for each engine.
+        queue_timeout: Seconds a request waits in that line before it is refused.
+        max_num_queued_reqs: Completions that may wait for an engine to run them; more are refused.
+            None is four times what the engines run at a time.
+        max_num_queued_tokens: Prompt tokens that may wait so; None is the larger of 2**20 and
+            eight times the context.
+        queue_coalesce_ms: Milliseconds, at most 50, that an idle engine waits after a request for
+            others to start in the same step.
+        step_timeout: Seconds without a step, while there is work, after which an engine counts as
+            hung and is started anew.
+        adaptive_max_new_tokens: Whether `max_tokens` shrinks while many requests are in flight.
+        adaptive_max_inflight_threshold: From how many; None is the number of engines.
+        adaptive_max_new_tokens_factor: To which share, at least 0.1.
+        warm_prefixes: Texts whose KV blocks are computed at start; in the environment and on the
+            command line one string, separated by `||`.
+
+    Raises:
+        InvalidRequestError: An option is outside its range.
+    """
+
+    devices: list[int] | None = None
+    replicas: int = 1
+    dispatch_policy: str = "cache_aware"
+    max_inflight_total: int = 0
+    max_inflight_per_engine: int = 0
+    queue_timeout: float = 60.0
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    queue_coalesce_ms: float = 2.0
+    step_timeout: float = 300.0
+    adaptive_max_new_tokens: bool = False
+    adaptive_max_inflight_threshold: int | None = None
+    adaptive_max_new_tokens_factor: float = 0.8
+    warm_prefixes: str | None = None
+
+    environment_aliases: ClassVar[Mapping[str, str]] = {
+        "SCHEDULER_MODE": "dispatch_policy",
+        "DP_SIZE": "replicas",
+        "MAX_INFLIGHT_TOTAL": "max_inflight_total",
+        "MAX_INFLIGHT_PER_ENGINE": "max_inflight_per_engine",
+        "ADAPTIVE_MAX_NEW_TOKENS": "adaptive_max_new_tokens",
+        "ADAPTIVE_MAX_INFLIGHT_THRESHOLD": "adaptive_max_inflight_threshold",
+        "ADAPTIVE_MAX_NEW_TOKENS_FACTOR": "adaptive_max_new_tokens_factor",
+        "WARM_PREFIXES": "warm_prefixes",
+    }
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_range(1, "replicas")
+        self._check_range(0, "max_inflight_total", "max_inflight_per_engine", "queue_timeout")
+        self._check_range(0, "max_num_queued_reqs", "max_num_queued_tokens")
+        self._check_range(0, "adaptive_max_inflight_threshold")
+        self._check_range(0, "queue_coalesce_ms", high=50)
+        self._check_range(0.001, "step_timeout")
+        self._check_range(0.1, "adaptive_max_new_tokens_factor", high=1)
+        devices = self.devices
+        if devices is not None and (
+            not devices or min(devices) < 0 or len(set(devices)) < len(devices)
+        ):
+            raise InvalidRequestError(
+                f"devices must be different device numbers, got {devices}", "devices"
+            )
+        if devices is not None and self.replicas not in (1, len(devices)):
+            raise InvalidRequestError(
+                f"devices={devices} is one engine each: leave replicas={self.replicas} out",
+                "replicas",
+            )
+
+    @property
+    def num_engines(self) -> int:
+        return len(self.devices) if self.devices is not None else self.replicas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(Options):
+    """What the HTTP server listens on, whom it serves, and what it takes at most.
+
+    Args:
+        host: Address to listen on.
+        port: Port to listen on.
+        uds: Path of a Unix socket to listen on instead.
+        ssl_keyfile: Private key for TLS.
+        ssl_certfile: Certificate for TLS.
+        root_path: Path below which a proxy serves us.
+        served_model_name: Names that requests may use; the first is the one that responses have.
+            None is the model's own.
+        api_key: Keys, one of which a request has to bring; None lets everybody in.
+        allowed_origins: Origins that browsers may call from; none by default.
+        default_chat_template_kwargs: JSON object of what chat templates read besides the
+            messages, such as `{"enable_thinking": false}`.
+        chat_template_kwarg_names: Names a request may set in `chat_template_kwargs`.
+        max_body_size: Bytes of a request's body.
+        max_headers: Headers of a request.
+        max_header_size: Bytes of a request line and its headers.
+        request_timeout: Seconds a client may take to send a request.
+        keep_alive_timeout: Seconds an idle connection is kept open.
+        max_n: Completions of one prompt.
+        max_prompts: Prompts in one request.
+        max_stop_strings: Stop strings, of at most 256 characters, in one request.
+        sse_keep_alive_interval: Seconds without news after which a stream sends a comment.
+        shutdown_timeout: Seconds that running requests get to end after SIGTERM.
+        metric_window: Requests over which `/metrics.json` averages.
+        zmq_control: Whether to open the control socket.
+        zmq_control_endpoint: Its address.
+        log_format: "text", or "json" for one JSON object a line.
+        log_level: "debug", "info", "warning" or "error".
+        access_log: Whether every request is logged.
+
+    Raises:
+        InvalidRequestError: An option is outside its range.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    root_path: str = ""
+    served_model_name: list[str] | None = None
+    api_key: list[str] | None = field(default=None, repr=False)
+    allowed_origins: list[str] | None = None
+    default_chat_template_kwargs: str | None = None
+    chat_template_kwarg_names: list[str] | None = None
+    max_body_size: int = 4 << 20
+    max_headers: int = 256
+    max_header_size: int = 64 << 10
+    request_timeout: float = 30.0
+    keep_alive_timeout: float = 5.0
+    max_n: int = 128
+    max_prompts: int = 128
+    max_stop_strings: int = 16
+    sse_keep_alive_interval: float = 15.0
+    shutdown_timeout: float = 30.0
+    metric_window: int = 50
+    zmq_control: bool = False
+    zmq_control_endpoint: str = "tcp://127.0.0.1:5557"
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = False
+
+    environment_aliases: ClassVar[Mapping[str, str]] = {
+        "LOG_LEVEL": "log_level",
+        "METRIC_WINDOW": "metric_window",
+        "ZMQ_CONTROL": "zmq_control",
+        "ZMQ_CONTROL_ENDPOINT": "zmq_control_endpoint",
+    }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "log_level", str(self.log_level).lower())
+        self._check_types()
+        self._check_range(0, "port", high=65535)
+        self._check_range(1, "max_body_size", "max_headers", "max_header_size", "max_n")
+        self._check_range(1, "max_prompts", "max_stop_strings", "metric_window")
+        self._check_range(0.001, "request_timeout", "keep_alive_timeout")
+        self._check_range(0.001, "sse_keep_alive_interval")
+        self._check_range(0, "shutdown_timeout")
+        if any(not key for key in self.api_key or []):
+            raise InvalidRequestError("api_key must not be empty", "api_key")
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise InvalidRequestError("served_model_name must not be empty", "served_model_name")
+
+
 def _parse(variable: str, text: str, hint: Any) -> Any:
     """Read an environment variable as the type of its option."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
@@ -247,6 +455,9 @@ def _parse(variable: str, text: str, hint: Any) -> Any:
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[
                 text.lower()
             ]
+        if get_origin(kind) is list:
+            (item,) = get_args(kind)
+            return [item(part.strip()) for part in text.split(",") if part.strip()]
         return kind(text) if kind in (int, float) else text
     except (KeyError, ValueError) as e:
         raise InvalidRequestError(

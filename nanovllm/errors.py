@@ -35,3 +35,37 @@ class NotEnoughMemoryError(RuntimeError):
 
 class OutOfBlocksError(RuntimeError):
     """No KV block is free; the caller preempts a sequence and asks again."""
+
+
+class UnavailableError(RuntimeError):
+    """The engine cannot take or finish a request now; the same request may succeed later.
+
+    Args:
+        message: What is the matter and what to do.
+        retry_after: Seconds after which it is worth trying again.
+    """
+
+    type = "service_unavailable_error"
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OverloadedError(UnavailableError):
+    """More requests are waiting than the queue takes."""
+
+    code = "overloaded"
+
+
+class NotReadyError(UnavailableError):
+    """No engine runs yet, or they are draining."""
+
+    code = "not_ready"
+
+
+class EngineDeadError(UnavailableError):
+    """The engine process that had the request has died; another one is being started."""
+
+    code = "engine_died"

@@ -80,6 +80,8 @@ def _admits(hint: Any, value: None) -> bool:
 def _describe(kind: Any) -> str:
     names = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
     plural = {int: "integers", str: "strings"}
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is list:
         return f"a list of {plural[get_args(kind)[0]]}"
     if get_origin(kind) is dict:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import ALIASES, ENVIRONMENT_ALIASES, EngineConfig
+from nanovllm.config import ALIASES, EngineConfig
 from nanovllm.errors import InvalidRequestError
 
 DEFAULTS: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_every_option_is_read_from_the_environment(option: str) -> None:
         assert config == EngineConfig(**{option: value})
 
 
-@pytest.mark.parametrize(("variable", "option"), ENVIRONMENT_ALIASES.items())
+@pytest.mark.parametrize(("variable", "option"), EngineConfig.environment_aliases.items())
 def test_every_variable_of_the_family(variable: str, option: str) -> None:
     text, value = VALUES[option]
     assert getattr(EngineConfig.from_env({variable: text}), option) == value

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.config import ALIASES, ENVIRONMENT_ALIASES, EngineConfig
+from nanovllm.config import ALIASES, EngineConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +28,7 @@ def test_default_variables_and_aliases_of_each_option(option: object) -> None:
     name, default = option.name, option.default  # type: ignore[attr-defined]
     shown_default, environment, aliases, meaning = option_rows()[name]
     assert shown_default == f"`{default!r}`"
-    variables = [v for v, target in ENVIRONMENT_ALIASES.items() if target == name]
+    variables = [v for v, target in EngineConfig.environment_aliases.items() if target == name]
     assert environment == ", ".join(f"`{v}`" for v in (f"NANOVLLM_{name.upper()}", *variables))
     assert aliases == ", ".join(f"`{a}`" for a, target in sorted(ALIASES.items()) if target == name)
     assert meaning
