@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.config import EngineConfig
+    from nanovllm.async_llm import AsyncLLM
+    from nanovllm.config import EngineConfig, PoolConfig
     from nanovllm.engine.block_manager import BlockManager
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.engine.scheduler import Scheduler
@@ -21,11 +22,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BlockManager",
     "CompletionOutput",
     "EngineConfig",
     "LLMEngine",
     "ModelRunner",
+    "PoolConfig",
     "RequestOutput",
     "SamplingParams",
     "Scheduler",
@@ -35,11 +38,13 @@ __all__ = [
 
 _MODULE_OF_NAME = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.async_llm",
     "BlockManager": "nanovllm.engine.block_manager",
     "CompletionOutput": "nanovllm.outputs",
     "EngineConfig": "nanovllm.config",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "ModelRunner": "nanovllm.runners.model_runner",
+    "PoolConfig": "nanovllm.config",
     "RequestOutput": "nanovllm.outputs",
     "SamplingParams": "nanovllm.sampling_params",
     "Scheduler": "nanovllm.engine.scheduler",

@@ -131,7 +131,7 @@ class EngineOutput(NamedTuple):
 
     seq_id: int
     key: Key | None
-    payload: Any = None
+    payload: TextPayload | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0

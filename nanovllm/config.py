@@ -297,6 +297,7 @@ class PoolConfig(Options):
         adaptive_max_new_tokens: Whether `max_tokens` shrinks while many requests are in flight.
         adaptive_max_inflight_threshold: From how many; None is the number of engines.
         adaptive_max_new_tokens_factor: To which share, at least 0.1.
+        metric_window: Requests over which the pool's averages go.
         warm_prefixes: Texts whose KV blocks are computed at start; in the environment and on the
             command line one string, separated by `||`.
 
@@ -317,6 +318,7 @@ class PoolConfig(Options):
     adaptive_max_new_tokens: bool = False
     adaptive_max_inflight_threshold: int | None = None
     adaptive_max_new_tokens_factor: float = 0.8
+    metric_window: int = 50
     warm_prefixes: str | None = None
 
     environment_aliases: ClassVar[Mapping[str, str]] = {
@@ -327,12 +329,13 @@ class PoolConfig(Options):
         "ADAPTIVE_MAX_NEW_TOKENS": "adaptive_max_new_tokens",
         "ADAPTIVE_MAX_INFLIGHT_THRESHOLD": "adaptive_max_inflight_threshold",
         "ADAPTIVE_MAX_NEW_TOKENS_FACTOR": "adaptive_max_new_tokens_factor",
+        "METRIC_WINDOW": "metric_window",
         "WARM_PREFIXES": "warm_prefixes",
     }
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_range(1, "replicas")
+        self._check_range(1, "replicas", "metric_window")
         self._check_range(0, "max_inflight_total", "max_inflight_per_engine", "queue_timeout")
         self._check_range(0, "max_num_queued_reqs", "max_num_queued_tokens")
         self._check_range(0, "adaptive_max_inflight_threshold")
@@ -385,7 +388,6 @@ class ServerConfig(Options):
         max_stop_strings: Stop strings, of at most 256 characters, in one request.
         sse_keep_alive_interval: Seconds without news after which a stream sends a comment.
         shutdown_timeout: Seconds that running requests get to end after SIGTERM.
-        metric_window: Requests over which `/metrics.json` averages.
         zmq_control: Whether to open the control socket.
         zmq_control_endpoint: Its address.
         log_format: "text", or "json" for one JSON object a line.
@@ -417,7 +419,6 @@ class ServerConfig(Options):
     max_stop_strings: int = 16
     sse_keep_alive_interval: float = 15.0
     shutdown_timeout: float = 30.0
-    metric_window: int = 50
     zmq_control: bool = False
     zmq_control_endpoint: str = "tcp://127.0.0.1:5557"
     log_format: Literal["text", "json"] = "text"
@@ -426,7 +427,6 @@ class ServerConfig(Options):
 
     environment_aliases: ClassVar[Mapping[str, str]] = {
         "LOG_LEVEL": "log_level",
-        "METRIC_WINDOW": "metric_window",
         "ZMQ_CONTROL": "zmq_control",
         "ZMQ_CONTROL_ENDPOINT": "zmq_control_endpoint",
     }
@@ -436,7 +436,7 @@ class ServerConfig(Options):
         self._check_types()
         self._check_range(0, "port", high=65535)
         self._check_range(1, "max_body_size", "max_headers", "max_header_size", "max_n")
-        self._check_range(1, "max_prompts", "max_stop_strings", "metric_window")
+        self._check_range(1, "max_prompts", "max_stop_strings")
         self._check_range(0.001, "request_timeout", "keep_alive_timeout")
         self._check_range(0.001, "sse_keep_alive_interval")
         self._check_range(0, "shutdown_timeout")

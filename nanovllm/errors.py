@@ -22,6 +22,15 @@ class ContextLengthError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
+    @classmethod
+    def of_prompt(cls, max_model_len: int, num_tokens: int) -> "ContextLengthError":
+        """A prompt of so many tokens leaves no room for an output."""
+        return cls(
+            f"This model's maximum context length is {max_model_len} tokens, and the prompt alone "
+            f"has {num_tokens}: shorten it, at least one token must be left for the output",
+            "prompt",
+        )
+
 
 class UnsupportedModelError(InvalidRequestError):
     """A checkpoint whose architecture or format nanovllm does not read."""
@@ -54,9 +63,19 @@ class UnavailableError(RuntimeError):
 
 
 class OverloadedError(UnavailableError):
-    """More requests are waiting than the queue takes."""
+    """More requests are waiting than the queue takes.
+
+    Args:
+        message: See above.
+        retry_after: See above.
+        reason: What there is too much of: "requests", "tokens" or, of waiting, "timeout".
+    """
 
     code = "overloaded"
+
+    def __init__(self, message: str, retry_after: float = 1.0, *, reason: str = "requests") -> None:
+        super().__init__(message, retry_after)
+        self.reason = reason
 
 
 class NotReadyError(UnavailableError):

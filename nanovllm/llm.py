@@ -1,40 +1,26 @@
 """`LLM`: a text model in this process."""
 
 import itertools
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from nanovllm.batch import Key
 from nanovllm.config import EngineConfig
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import InvalidRequestError
-from nanovllm.kernels.select import select_kernels
 from nanovllm.models.hub import resolve_model
-from nanovllm.models.model_config import ModelConfig, read_generation_config
-from nanovllm.models.weights import load_model, weight_source
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import progress_bar
-from nanovllm.runners.memory import select_device, select_dtype
-from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.input_processor import InputProcessor, Prompt
-from nanovllm.text.output_processor import OutputProcessor
+from nanovllm.text.frontend import Message, TextFrontend
+from nanovllm.text.input_processor import Prompt
 from nanovllm.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
-
-Message = dict[str, Any]
-"""A chat message: `role`, `content`, and what else the model's template reads."""
+from nanovllm.worker.loading import load_engine
 
 
 class LLM:
@@ -61,46 +47,21 @@ class LLM:
 
     def _start(self, config: EngineConfig) -> None:
         directory = resolve_model(config)
-        device = select_device(config.device)
-        self.config = config.resolved_for(device.type)
-        self.model_config = ModelConfig.from_directory(directory)
-        self.tokenizer = _load_tokenizer(config, directory)
-        dtype = select_dtype(self.config, self.model_config, device)
-        self.config = replace(self.config, dtype=cast(Any, str(dtype).removeprefix("torch.")))
-        kernels = select_kernels(self.config, device, dtype)
-        with kernels.running():
-            source = weight_source(self.config, directory, dtype)
-            model = load_model(self.model_config, source, kernels, dtype=dtype, device=device)
-            self._runner = TextRunner(model, kernels, self.config)
-        scheduler = Scheduler(
-            BlockManager(
-                self._runner.num_kv_blocks,
-                self._runner.block_size,
-                self.config.enable_prefix_caching,
-                self.config.max_cached_tokens,
-            ),
-            self.config.max_num_seqs or 1,
-            self.config.max_num_batched_tokens or 1,
-        )
-        self.engine = LLMEngine(
-            self._runner,
-            scheduler,
-            max_model_len=self._runner.max_model_len,
-            model_id=str(directory),
-            async_scheduling=bool(self.config.async_scheduling),
-            seed=config.seed,
-        )
-        self._generation_config = read_generation_config(directory)
-        self._inputs = InputProcessor(
-            self.tokenizer,
-            self.model_config.vocab_size,
-            self._eos_token_ids(),
-            self._runner.max_model_len,
-        )
-        self._outputs = OutputProcessor(self.tokenizer)
+        self._frontend = TextFrontend(directory, config)
+        self.engine, self._runner, self.config = load_engine(config, directory)
+        self._inputs = self._frontend.input_processor(self._runner.max_model_len)
+        self._outputs = self._frontend.output_processor()
         self._request_ids = itertools.count()
         self._news: dict[str, RequestOutput] = {}
         self._closed = False
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._frontend.tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._frontend.model_config
 
     def generate(
         self,
@@ -231,70 +192,27 @@ class LLM:
 
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
-        names = {
-            "temperature": "temperature",
-            "top_p": "top_p",
-            "top_k": "top_k",
-            "min_p": "min_p",
-            "repetition_penalty": "repetition_penalty",
-            "max_new_tokens": "max_tokens",
-        }
-        given = {ours: self._generation_config.get(theirs) for theirs, ours in names.items()}
-        if self._generation_config.get("do_sample") is False:
-            given["temperature"] = 0.0
-        try:
-            return SamplingParams(**{k: v for k, v in given.items() if v is not None})
-        except InvalidRequestError as e:
-            raise InvalidRequestError(f"the model's generation_config.json: {e}", e.param) from e
+        return self._frontend.default_sampling_params()
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        documents: list[dict[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> str:
+    def render(self, messages: Sequence[Message], **options: Any) -> str:
         """The prompt a conversation becomes by the model's chat template.
 
         Args:
             messages: The conversation.
-            tools: JSON schemas of functions the model may call.
-            documents: Texts for retrieval.
-            chat_template: Jinja text in place of the model's own.
-            add_generation_prompt: Whether to open a message of the assistant at the end.
-            continue_final_message: Whether to leave the last message open.
-            chat_template_kwargs: Whatever else the template reads, such as `enable_thinking`.
+            **options: See `TextFrontend.render`.
 
         Raises:
             InvalidRequestError: There is no template, or it refuses the conversation.
         """
-        if self.tokenizer is None:
-            raise InvalidRequestError("the model's directory has no tokenizer, so no chat template")
-        return self.tokenizer.apply_chat_template(
-            list(messages),
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt and not continue_final_message,
-            continue_final_message=continue_final_message,
-            **(chat_template_kwargs or {}),
-        )
+        return self._frontend.render(messages, **options)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        if self.tokenizer is None:
-            raise InvalidRequestError("the model's directory has no tokenizer")
-        return self.tokenizer.encode(text, add_special_tokens)
+        return self._frontend.encode(text, add_special_tokens)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
-        if self.tokenizer is None:
-            raise InvalidRequestError("the model's directory has no tokenizer")
-        return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return self._frontend.decode(token_ids, skip_special_tokens)
 
     def close(self) -> None:
         """Free the model and the KV cache; the object cannot be used afterwards."""
@@ -408,12 +326,6 @@ class LLM:
             )
         return list(given)
 
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        """The checkpoint's end-of-text ids and the tokenizer's, as far as the model has them."""
-        own = self.tokenizer.eos_token_id if self.tokenizer else None
-        given = (*self.model_config.eos_token_ids, *(() if own is None else (own,)))
-        return tuple(i for i in given if 0 <= i < self.model_config.vocab_size)
-
 
 class RequestStream(Iterator[RequestOutput]):
     """The outputs of one request as they grow; ends with the finished one.
@@ -456,16 +368,3 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         ) from e
     single = len(batch) > 0 and all(isinstance(item, Integral) for item in batch)
     return [batch] if single else batch
-
-
-def _load_tokenizer(config: EngineConfig, directory: Path) -> Tokenizer | None:
-    """The tokenizer; a model without one takes token ids alone."""
-    if config.tokenizer is not None:
-        directory = Path(config.tokenizer).expanduser()
-    try:
-        return Tokenizer.from_directory(directory, config.chat_template)
-    except FileNotFoundError as e:
-        if config.tokenizer is not None or config.chat_template is not None:
-            raise
-        logger.warning("prompts must be token ids: %s", e)
-        return None

@@ -5,10 +5,10 @@ import random
 import time
 from collections import deque
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from nanovllm.batch import Batch, EngineOutput, Key, Runner
+from nanovllm.engine.block_manager import root_hash
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ContextLengthError, InvalidRequestError
@@ -120,6 +120,7 @@ class LLMEngine:
         adapter_id: int | None = None,
         schedules_ahead: bool = True,
         payload: Any = None,
+        first_seq_id: int | None = None,
     ) -> list[int]:
         """Queue a request.
 
@@ -133,6 +134,8 @@ class LLMEngine:
             adapter_id: LoRA adapter.
             schedules_ahead: Whether a step may be scheduled before the last result is known.
             payload: Handed to the runner when the sequences start.
+            first_seq_id: Id of its first sequence, above all before; the others follow. None
+                counts on.
 
         Returns:
             The ids of its sequences, one a completion.
@@ -144,24 +147,19 @@ class LLMEngine:
         if not keys:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
         if len(keys) >= self.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens, and the "
-                f"prompt alone has {len(keys)}: shorten it, at least one token must be left for "
-                "the output",
-                "prompt",
-            )
+            raise ContextLengthError.of_prompt(self.max_model_len, len(keys))
         if adapter_id is not None and not self.scheduler.max_num_adapters:
             raise InvalidRequestError("this engine was started without LoRA adapters", "adapter_id")
         max_keys = self.max_model_len
         if params.max_tokens is not None:
             max_keys = min(max_keys, len(keys) + params.max_tokens)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        root_hash = blake2b(
-            repr((self._model_id, adapter_id, cache_salt)).encode(), digest_size=16
-        ).digest()
+        first_seq_id = self._next_seq_id if first_seq_id is None else first_seq_id
+        if first_seq_id < self._next_seq_id:
+            raise ValueError(f"sequence id {first_seq_id} is not above those before it")
         sequences = [
             Sequence(
-                self._next_seq_id + index,
+                first_seq_id + index,
                 keys,
                 params,
                 max_keys,
@@ -169,7 +167,7 @@ class LLMEngine:
                 sample_index=index,
                 priority=priority,
                 adapter_id=adapter_id,
-                root_hash=root_hash,
+                root_hash=root_hash(self._model_id, adapter_id, cache_salt),
                 # The scores of cached positions are gone; one completion recomputes them for all.
                 reads_cache=params.prompt_logprobs is None or index > 0,
                 schedules_ahead=schedules_ahead,
@@ -177,7 +175,7 @@ class LLMEngine:
             )
             for index in range(params.n)
         ]
-        self._next_seq_id += params.n
+        self._next_seq_id = first_seq_id + params.n
         for seq in sequences:
             self.scheduler.add(seq)
         return [seq.seq_id for seq in sequences]

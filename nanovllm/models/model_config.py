@@ -7,7 +7,7 @@ from typing import Any
 
 from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
-from nanovllm.layers.rotary import RopeConfig
+from nanovllm.layers.rope_config import RopeConfig
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -6,9 +6,12 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 from nanovllm.batch import TextRequest
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.tokenizer import Tokenizer
+
+NORMALIZATION_MARGIN = 4
+"""How many times shorter a normalizer may make a text; those in use compose or strip characters."""
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
@@ -58,10 +61,13 @@ class InputProcessor:
 
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
+            ContextLengthError: The prompt leaves no room for an output.
         """
         if isinstance(prompt, Mapping):
             prompt = _content(prompt)
         text = prompt if isinstance(prompt, str) else None
+        if text is not None and params.truncate_prompt_tokens is None:
+            self._check_size(text)
         token_ids = self._token_ids(prompt, add_special_tokens)
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
@@ -69,6 +75,8 @@ class InputProcessor:
         if kept is not None:
             room = self._max_model_len - (params.max_tokens or 1)
             token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
+        if len(token_ids) >= self._max_model_len:
+            raise ContextLengthError.of_prompt(self._max_model_len, len(token_ids))
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_ids(name, list(getattr(params, name) or ()))
         if params.stop_strings:
@@ -78,6 +86,17 @@ class InputProcessor:
             frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
         )
         return TextInput(text, token_ids, params, payload)
+
+    def _check_size(self, text: str) -> None:
+        """Refuse a text that cannot fit, without the second a million characters take."""
+        longest = self._require_tokenizer("a text prompt").max_token_chars * NORMALIZATION_MARGIN
+        if len(text) > self._max_model_len * longest:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._max_model_len} tokens, and the "
+                f"prompt has {len(text)} characters, at least {len(text) // longest} tokens: "
+                "shorten it",
+                "prompt",
+            )
 
     def _token_ids(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):

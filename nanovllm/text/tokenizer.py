@@ -154,6 +154,11 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @cached_property
+    def max_token_chars(self) -> int:
+        """Characters of the longest token; byte-level tokens count a character a byte."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
     def added_tokens(self) -> dict[int, AddedToken]:
         """Tokens that are matched before the text is split, special ones among them."""
         added: dict[int, AddedToken] = self.backend.get_added_tokens_decoder()

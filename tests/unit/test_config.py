@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from nanovllm.config import ALIASES, EngineConfig
+from nanovllm.config import (
+    ALIASES,
+    EngineConfig,
+    Options,
+    PoolConfig,
+    ServerConfig,
+    split_options,
+)
 from nanovllm.errors import InvalidRequestError
 
 DEFAULTS: dict[str, Any] = {
@@ -75,6 +82,54 @@ VALUES: dict[str, tuple[str, Any]] = {
     "seed": (" 7 ", 7),
 }
 """A value of each option as the environment writes it, and as it is read."""
+POOL_VALUES: dict[str, tuple[str, Any]] = {
+    "devices": ("0, 1", [0, 1]),
+    "replicas": ("2", 2),
+    "dispatch_policy": ("rr", "rr"),
+    "max_inflight_total": ("8", 8),
+    "max_inflight_per_engine": ("4", 4),
+    "queue_timeout": ("1.5", 1.5),
+    "max_num_queued_reqs": ("0", 0),
+    "max_num_queued_tokens": ("1000", 1000),
+    "queue_coalesce_ms": ("0", 0.0),
+    "step_timeout": ("10", 10.0),
+    "adaptive_max_new_tokens": ("1", True),
+    "adaptive_max_inflight_threshold": ("3", 3),
+    "adaptive_max_new_tokens_factor": ("0.5", 0.5),
+    "metric_window": ("10", 10),
+    "warm_prefixes": ("a||b", "a||b"),
+}
+SERVER_VALUES: dict[str, tuple[str, Any]] = {
+    "host": ("0.0.0.0", "0.0.0.0"),
+    "port": ("80", 80),
+    "uds": ("/run/socket", "/run/socket"),
+    "ssl_keyfile": ("key.pem", "key.pem"),
+    "ssl_certfile": ("cert.pem", "cert.pem"),
+    "root_path": ("/llm", "/llm"),
+    "served_model_name": ("a,b", ["a", "b"]),
+    "api_key": ("secret", ["secret"]),
+    "allowed_origins": ("https://a.example", ["https://a.example"]),
+    "default_chat_template_kwargs": ('{"enable_thinking": false}', '{"enable_thinking": false}'),
+    "chat_template_kwarg_names": ("enable_thinking", ["enable_thinking"]),
+    "max_body_size": ("1000", 1000),
+    "max_headers": ("10", 10),
+    "max_header_size": ("1000", 1000),
+    "request_timeout": ("5", 5.0),
+    "keep_alive_timeout": ("1", 1.0),
+    "max_n": ("4", 4),
+    "max_prompts": ("4", 4),
+    "max_stop_strings": ("4", 4),
+    "sse_keep_alive_interval": ("1", 1.0),
+    "shutdown_timeout": ("0", 0.0),
+    "zmq_control": ("1", True),
+    "zmq_control_endpoint": ("ipc:///run/control", "ipc:///run/control"),
+    "log_format": ("json", "json"),
+    "log_level": ("INFO", "info"),
+    "access_log": ("1", True),
+}
+OTHERS = [(PoolConfig, name, *value) for name, value in POOL_VALUES.items()] + [
+    (ServerConfig, name, *value) for name, value in SERVER_VALUES.items()
+]
 
 
 def test_every_default() -> None:
@@ -94,6 +149,43 @@ def test_every_option_is_read_from_the_environment(option: str) -> None:
 def test_every_variable_of_the_family(variable: str, option: str) -> None:
     text, value = VALUES[option]
     assert getattr(EngineConfig.from_env({variable: text}), option) == value
+
+
+@pytest.mark.parametrize(("config", "option", "text", "value"), OTHERS)
+def test_every_option_of_pool_and_server_is_read_from_the_environment(
+    config: type[Options], option: str, text: str, value: Any
+) -> None:
+    aliases = [name for name, target in config.environment_aliases.items() if target == option]
+    for variable in (f"NANOVLLM_{option.upper()}", *aliases):
+        assert getattr(config.from_env({variable: text}), option) == value
+
+
+def test_all_options_of_pool_and_server_have_a_value_above() -> None:
+    assert PoolConfig.names() == list(POOL_VALUES)
+    assert ServerConfig.names() == list(SERVER_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (PoolConfig, {"replicas": 0}, "replicas must be at least 1, got 0"),
+        (PoolConfig, {"queue_coalesce_ms": 51}, r"queue_coalesce_ms must be in \[0, 50\]"),
+        (PoolConfig, {"devices": [0, 0]}, "devices must be different device numbers"),
+        (PoolConfig, {"devices": [0, 1], "replicas": 3}, "leave replicas=3 out"),
+        (ServerConfig, {"port": 70000}, r"port must be in \[0, 65535\], got 70000"),
+        (ServerConfig, {"log_level": "loud"}, "log_level must be one of debug, info"),
+        (ServerConfig, {"api_key": [""]}, "api_key must not be empty"),
+    ],
+)
+def test_values_of_pool_and_server_out_of_range_are_refused(
+    config: type[Options], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        config.from_options(**options)
+
+
+def test_a_key_does_not_show_where_a_config_is_printed() -> None:
+    assert "secret" not in repr(ServerConfig(api_key=["secret"]))
 
 
 def test_our_own_variable_wins_over_the_family_s() -> None:
@@ -124,8 +216,10 @@ def test_unreadable_variables_are_named(variable: str, text: str, kind: str) -> 
 
 @pytest.mark.parametrize(("alias", "option"), ALIASES.items())
 def test_every_alias(alias: str, option: str) -> None:
-    value = VALUES[option][1]
-    assert EngineConfig.from_options(**{alias: value}) == EngineConfig(**{option: value})
+    value = (VALUES | POOL_VALUES | SERVER_VALUES)[option][1]
+    configs = split_options({alias: value}, EngineConfig, PoolConfig)
+    assert configs == split_options({option: value}, EngineConfig, PoolConfig)
+    assert configs != [EngineConfig(), PoolConfig()] or option == "tensor_parallel_size"
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.config import ALIASES, EngineConfig
+from nanovllm.config import ALIASES, EngineConfig, Options, PoolConfig, ServerConfig
 
 ROOT = Path(__file__).parents[2]
+CONFIGS = (EngineConfig, PoolConfig, ServerConfig)
+OPTIONS = [(config, option) for config in CONFIGS for option in fields(config)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -20,15 +22,19 @@ def option_rows() -> dict[str, list[str]]:
 
 
 def test_every_option_has_its_row_and_no_other() -> None:
-    assert list(option_rows()) == [option.name for option in fields(EngineConfig)]
+    assert list(option_rows()) == [option.name for _, option in OPTIONS]
 
 
-@pytest.mark.parametrize("option", fields(EngineConfig), ids=lambda option: option.name)
-def test_default_variables_and_aliases_of_each_option(option: object) -> None:
+@pytest.mark.parametrize(
+    ("config", "option"), OPTIONS, ids=lambda value: getattr(value, "name", "")
+)
+def test_default_variables_and_aliases_of_each_option(
+    config: type[Options], option: object
+) -> None:
     name, default = option.name, option.default  # type: ignore[attr-defined]
     shown_default, environment, aliases, meaning = option_rows()[name]
     assert shown_default == f"`{default!r}`"
-    variables = [v for v, target in EngineConfig.environment_aliases.items() if target == name]
+    variables = [v for v, target in config.environment_aliases.items() if target == name]
     assert environment == ", ".join(f"`{v}`" for v in (f"NANOVLLM_{name.upper()}", *variables))
     assert aliases == ", ".join(f"`{a}`" for a, target in sorted(ALIASES.items()) if target == name)
     assert meaning

@@ -1,0 +1,519 @@
+"""`AsyncLLM`: a text model in worker processes, for one event loop."""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Sized
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
+
+from nanovllm.batch import EngineOutput
+from nanovllm.cluster.pool import EnginePool, PoolStats
+from nanovllm.config import EngineConfig, PoolConfig, split_options
+from nanovllm.errors import InvalidRequestError, OverloadedError, UnavailableError
+from nanovllm.models.hub import resolve_model
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.frontend import Message, TextFrontend
+from nanovllm.text.input_processor import InputProcessor, Prompt, TextInput
+from nanovllm.text.output_processor import OutputProcessor
+from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.worker.load import EngineRequest
+from nanovllm.worker.messages import News
+
+Result = TypeVar("Result")
+
+LONG_TEXT = 4096
+"""Characters from which tokenising or rendering goes to a thread; it takes the loop a millisecond
+for so many."""
+RENDER_TIMEOUT = 2.0
+"""Seconds a chat template may take."""
+
+
+class Observer(Protocol):
+    """Who watches the requests, for metrics. Times are monotonic, in seconds."""
+
+    def received(self, output: RequestOutput, params: SamplingParams) -> None:
+        """A request was accepted."""
+
+    def tokens(self, output: RequestOutput, num_new: int, now: float) -> None:
+        """A step brought so many tokens of a request, at least one."""
+
+    def finished(self, output: RequestOutput) -> None:
+        """A request has ended; its outputs have the finish reasons."""
+
+    def rejected(self, reason: str) -> None:
+        """A request was refused: "requests", "tokens", "timeout" or "not_ready"."""
+
+    def stepped(self, num_positions: int, now: float) -> None:
+        """An engine ended a step of so many positions."""
+
+
+class AsyncLLM:
+    """A text model in one or more engine processes; text is made and read in this one.
+
+    It starts at the first use, in the event loop that is running then, and belongs to it.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
+        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
+
+    Raises:
+        InvalidRequestError: An option cannot be used; the message says why.
+
+    Attributes:
+        config: The engine's options; once started, with what was found out filled in.
+        max_model_len: Longest prompt plus output; 0 until started.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        engine, pool = split_options({"model": model, **options}, EngineConfig, PoolConfig)
+        self._init(engine, pool, None)
+
+    @classmethod
+    def from_config(
+        cls,
+        engine: EngineConfig,
+        pool: PoolConfig | None = None,
+        observer: Observer | None = None,
+    ) -> "AsyncLLM":
+        """Build from configs instead of keyword options."""
+        llm = cls.__new__(cls)
+        llm._init(engine, pool or PoolConfig(), observer)
+        return llm
+
+    def _init(self, engine: EngineConfig, pool: PoolConfig, observer: Observer | None) -> None:
+        self.config = engine
+        self.pool_config = pool
+        self.max_model_len = 0
+        self._observer = observer
+        self._starting: asyncio.Future[None] | None = None
+        self._closed = False
+        self._pool: EnginePool | None = None
+        self._frontend: TextFrontend | None = None
+        self._inputs: InputProcessor | None = None
+        self._outputs: OutputProcessor | None = None
+        # Whoever holds a stream owns its request: one that is dropped is aborted.
+        self._streams: WeakValueDictionary[str, RequestStream] = WeakValueDictionary()
+        self._request_numbers = itertools.count()
+        self._recent: deque[tuple[float, float]] = deque(maxlen=pool.metric_window)
+
+    async def start(self) -> None:
+        """Load the tokenizer and start the engines; without effect if that is done.
+
+        Raises:
+            FileNotFoundError: There is no such model.
+            InvalidRequestError: An option or the checkpoint cannot be used.
+            NotEnoughMemoryError: The model or its KV cache does not fit.
+            RuntimeError: An engine process died.
+        """
+        if self._closed:
+            raise RuntimeError("this AsyncLLM is closed: build a new one")
+        if self._starting is None:
+            self._starting = asyncio.ensure_future(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        directory, frontend = await asyncio.to_thread(self._load_frontend)
+        pool = EnginePool(self.pool_config, self.config, directory, self)
+        self._pool = pool
+        started = await pool.start()
+        self.config = started.config
+        self.max_model_len = started.max_model_len
+        self._frontend = frontend
+        self._inputs = frontend.input_processor(self.max_model_len)
+        self._outputs = frontend.output_processor()
+        if self.pool_config.warm_prefixes:
+            for prefix in self.pool_config.warm_prefixes.split("||"):
+                await self.warm(prefix)
+
+    def _load_frontend(self) -> tuple[Path, TextFrontend]:
+        directory = resolve_model(self.config)
+        return directory, TextFrontend(directory, self.config)
+
+    async def close(self) -> None:
+        """End the engines and every open request; the object cannot be used afterwards."""
+        self._closed = True
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._starting
+        if self._pool is not None:
+            await self._pool.close()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait for those that run.
+
+        Returns:
+            Whether all have ended within `timeout` seconds.
+        """
+        return self._pool is None or await self._pool.drain(timeout)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._outputs is not None and self._pool is not None and self._pool.is_ready
+
+    @property
+    def model_id(self) -> str:
+        """What the model is called: the id or directory it was asked for by."""
+        if self.config.model is None:
+            return "demo_model"
+        path = Path(self.config.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.config.model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return None if self._frontend is None else self._frontend.tokenizer
+
+    def default_sampling_params(self) -> SamplingParams:
+        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
+        return self._text.default_sampling_params()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Complete a prompt; yields the output so far whenever there is news of it.
+
+        Leaving the iteration aborts the request.
+
+        Args:
+            prompt: Text, token ids, or vLLM's mapping of either.
+            sampling_params: What to sample; None is `default_sampling_params()`.
+            request_id: A name for `abort`, not that of another open request; None makes one.
+            priority: Lower runs first.
+            cache_salt: Share cached prefixes only with requests of the same salt.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter cannot be used.
+            UnavailableError: The queue is full, or the engine died; try again later.
+        """
+        await self.start()
+        inputs = await self.prepare(prompt, sampling_params or self.default_sampling_params())
+        request_ids = None if request_id is None else [request_id]
+        (stream,) = await self.submit(
+            [inputs], request_ids=request_ids, priority=priority, cache_salt=cache_salt
+        )
+        try:
+            async for output in stream:
+                yield output.snapshot()
+        finally:
+            await stream.aclose()
+
+    async def render(self, messages: Sequence[Message], **options: Any) -> str:
+        """The prompt a conversation becomes by the model's chat template.
+
+        Args:
+            messages: The conversation.
+            **options: See `TextFrontend.render`.
+
+        Raises:
+            InvalidRequestError: There is no template, it refuses the conversation, or it takes
+                too long.
+        """
+        size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str))
+        work = _in_thread_if(
+            size >= LONG_TEXT or len(messages) > 64,
+            lambda: self._text.render(messages, **options),
+        )
+        try:
+            return await asyncio.wait_for(work, RENDER_TIMEOUT)
+        except asyncio.TimeoutError as e:
+            raise InvalidRequestError(
+                f"the chat template took more than {RENDER_TIMEOUT:g} s: send a shorter "
+                "conversation",
+                "messages",
+            ) from e
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return await _in_thread_if(
+            len(text) >= LONG_TEXT, lambda: self._text.encode(text, add_special_tokens)
+        )
+
+    async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return await _in_thread_if(
+            len(token_ids) >= LONG_TEXT, lambda: self._text.decode(token_ids, skip_special_tokens)
+        )
+
+    async def prepare(
+        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
+    ) -> TextInput:
+        """Tokenise and check a request; nothing is queued yet.
+
+        Args:
+            prompt: Text, token ids, or vLLM's mapping of either.
+            params: What to sample.
+            add_special_tokens: Whether the tokenizer adds its own to a text; a rendered chat
+                template has them already.
+
+        Raises:
+            InvalidRequestError: The prompt or a parameter cannot be used with this model.
+            ContextLengthError: The prompt leaves no room for an output.
+        """
+        if self._inputs is None:
+            await self.start()
+        inputs = self._inputs
+        if inputs is None:
+            raise RuntimeError("the engines are not running")
+        return await _in_thread_if(
+            _size(prompt) >= LONG_TEXT,
+            lambda: inputs.process(prompt, params, add_special_tokens),
+        )
+
+    async def submit(
+        self,
+        inputs: Sequence[TextInput],
+        *,
+        request_ids: Sequence[str] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list["RequestStream"]:
+        """Queue prepared requests, all or none.
+
+        Args:
+            inputs: What `prepare` returned.
+            request_ids: A name for each, not that of another open request; None makes them.
+            priority: Lower runs first.
+            cache_salt: Share cached prefixes only with requests of the same salt.
+
+        Raises:
+            InvalidRequestError: A name is taken, or the requests would never fit the queue.
+            OverloadedError: The queue is full.
+            NotReadyError: No engine is running.
+        """
+        pool = self._running_pool
+        names = list(request_ids) if request_ids else [self._new_id() for _ in inputs]
+        taken = [name for i, name in enumerate(names) if name in self._streams or name in names[:i]]
+        if taken:
+            raise InvalidRequestError(
+                f"a request with the id {taken[0]!r} is still running", "request_id"
+            )
+        try:
+            pool.admit(sum(i.params.n for i in inputs), sum(len(i.token_ids) for i in inputs))
+        except UnavailableError as e:
+            if self._observer is not None:
+                self._observer.rejected(getattr(e, "reason", e.code))
+            raise
+        opened = [
+            self._open(*each, priority, cache_salt) for each in zip(names, inputs, strict=True)
+        ]
+        for request, _ in opened:
+            pool.submit(request)
+        return [stream for _, stream in opened]
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request with finish reason "abort"; False if there is none of this name."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._abort(stream.output)
+        return stream is not None
+
+    async def warm(self, prompt: Prompt) -> int:
+        """Compute a prefix on every engine, so that requests that begin with it find it cached.
+
+        Returns:
+            The number of its tokens.
+        """
+        item = await self.prepare(prompt, SamplingParams(max_tokens=1))
+        pool = self._running_pool
+        opened = [self._open(self._new_id(), item, 0, None) for _ in pool.ready_workers]
+        pool.broadcast([request for request, _ in opened])
+        for _, stream in opened:
+            async for _ in stream:
+                pass
+        return len(item.token_ids)
+
+    def stats(self) -> PoolStats:
+        """The pool as of now."""
+        latencies = [latency for latency, _ in self._recent]
+        rates = [rate for _, rate in self._recent]
+        return PoolStats(
+            self.pool_config.dispatch_policy if self._pool is None else self._pool.policy,
+            [] if self._pool is None else self._pool.worker_stats(),
+            0 if self._pool is None else self._pool.num_inflight,
+            sum(latencies) / max(len(latencies), 1),
+            sum(rates) / max(len(rates), 1),
+        )
+
+    @property
+    def _text(self) -> TextFrontend:
+        if self._frontend is None:
+            raise RuntimeError("the engines are not running: await start() first")
+        return self._frontend
+
+    @property
+    def _running_pool(self) -> EnginePool:
+        if self._pool is None or self._outputs is None:
+            raise RuntimeError("the engines are not running: await start() first")
+        return self._pool
+
+    @property
+    def _processor(self) -> OutputProcessor:
+        if self._outputs is None:
+            raise RuntimeError("the engines are not running: await start() first")
+        return self._outputs
+
+    def _new_id(self) -> str:
+        return f"request-{next(self._request_numbers)}"
+
+    def _open(
+        self, name: str, item: TextInput, priority: int, cache_salt: str | None
+    ) -> tuple[EngineRequest, "RequestStream"]:
+        """Register a request; the pool does not have it yet."""
+        first = self._running_pool.reserve(item.params.n)
+        request = EngineRequest(
+            first, item.token_ids, item.params, priority, cache_salt, item.payload
+        )
+        seq_ids = list(request.seq_ids)
+        output = self._processor.add(
+            name, seq_ids, item.prompt, item.token_ids, item.params, time.monotonic()
+        )
+        stream = RequestStream(self, output)
+        self._streams[name] = stream
+        if self._observer is not None:
+            self._observer.received(output, item.params)
+        return request, stream
+
+    def on_news(self, news: News) -> None:
+        """Take in what a step has brought, and wake whoever waits for it."""
+        now = time.monotonic()
+        if self._observer is not None and news.num_positions:
+            self._observer.stepped(news.num_positions, now)
+        outputs, stopped = self._processor.process(news.outputs)
+        if stopped:
+            self._running_pool.abort(stopped)
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is None:
+                continue  # nobody holds it: it is about to be aborted
+            num_new = stream.wake()
+            if num_new and self._observer is not None:
+                self._observer.tokens(output, num_new, now)
+            if output.finished:
+                self._forget(output)
+
+    def on_lost(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
+        """End requests whose sequences are lost; whoever waits for them gets the error."""
+        if isinstance(error, OverloadedError) and self._observer is not None:
+            self._observer.rejected(error.reason)
+        news = [EngineOutput(seq_id, None, None, "error", str(error)) for seq_id in seq_ids]
+        for output in self._processor.process(news)[0]:
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream.wake(error)
+            self._forget(output)
+
+    def _abort(self, output: RequestOutput) -> None:
+        """End a request that may have ended already."""
+        if not output.finished and not self._closed:
+            self._running_pool.abort(self._processor.abort(output.request_id))
+            if (stream := self._streams.get(output.request_id)) is not None:
+                stream.wake()
+            self._forget(output)
+
+    def _forget(self, output: RequestOutput) -> None:
+        self._streams.pop(output.request_id, None)
+        if self._observer is not None:
+            self._observer.finished(output)
+        metrics = output.metrics
+        latency = (metrics.finished_time or time.monotonic()) - metrics.arrival_time
+        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        self._recent.append((latency, num_tokens / max(latency, 1e-9)))
+
+
+class RequestStream(AsyncIterator[RequestOutput]):
+    """A request's output as it grows; ends with the finished one.
+
+    What comes is always the same object, brought up to date: who takes long to come back for it
+    finds more news at once, and nothing piles up.
+
+    Attributes:
+        output: The request's output as it stands now.
+    """
+
+    def __init__(self, llm: AsyncLLM, output: RequestOutput) -> None:
+        self.output = output
+        self._llm = llm
+        self._loop = asyncio.get_running_loop()
+        self._num_tokens = 0
+        self._has_news = False
+        self._ended = False
+        self._error: UnavailableError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """Return the output as soon as there is news of it.
+
+        Raises:
+            UnavailableError: The engine that had the request died, or none took it in time.
+        """
+        if self._ended:
+            raise StopAsyncIteration
+        if not self._has_news:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._has_news = False
+        self._ended = self.output.finished
+        if self._error is not None:
+            raise self._error
+        return self.output
+
+    async def aclose(self) -> None:
+        """Abort the request, unless it has ended."""
+        self._ended = True
+        self._llm._abort(self.output)
+
+    def wake(self, error: UnavailableError | None = None) -> int:
+        """Say that there is news; returns the number of tokens since the last time."""
+        self._has_news = True
+        self._error = error
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        num_tokens = sum(len(completion.token_ids) for completion in self.output.outputs)
+        num_new, self._num_tokens = num_tokens - self._num_tokens, num_tokens
+        return num_new
+
+    def __del__(self) -> None:
+        # The garbage collector runs in any thread; the engines belong to the loop's.
+        if not self.output.finished and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._llm._abort, self.output)
+
+
+def _size(prompt: Prompt) -> int:
+    """Characters or token ids of a prompt; it has not been checked yet."""
+    if isinstance(prompt, Mapping):
+        return max((_size(part) for part in prompt.values()), default=0)
+    return len(prompt) if isinstance(prompt, Sized) else 0
+
+
+async def _in_thread_if(long: bool, work: Callable[[], Result]) -> Result:
+    """Run work here, or in a thread if it takes long."""
+    return await asyncio.to_thread(work) if long else work()

@@ -1,0 +1,1 @@
+"""Engine processes as one: how many, who gets a request, what happens when one dies."""

@@ -1,0 +1,460 @@
+"""A pool of engine processes: placed, watched, started anew, and given requests.
+
+One engine is a pool of one. A request goes to an engine once and stays there; if that engine dies
+the request ends with an error that says to try again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from nanovllm.cluster.router import make_router, policy_name
+from nanovllm.config import EngineConfig, PoolConfig
+from nanovllm.engine.block_manager import root_hash
+from nanovllm.engine.llm_engine import EngineStats
+from nanovllm.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+    UnavailableError,
+)
+from nanovllm.kernels.cpu.threads import usable_cpus
+from nanovllm.worker.client import WorkerClient
+from nanovllm.worker.load import EngineRequest
+from nanovllm.worker.messages import News, Start, Started
+
+logger = logging.getLogger(__name__)
+
+QUEUED_PER_RUNNING = 4
+MIN_QUEUED_TOKENS = 1 << 20
+FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
+"""Seconds before an engine is started anew; doubled each time it does not come up."""
+STABLE_AFTER = 60.0
+"""Seconds after which an engine's death no longer counts as the same trouble as the last one."""
+
+
+class PoolListener(Protocol):
+    """Who hears what becomes of the requests."""
+
+    def on_news(self, news: News) -> None:
+        """An engine ended a step."""
+
+    def on_lost(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
+        """These sequences have ended without a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker as of now.
+
+    Args:
+        index: Its place in the pool.
+        state: "starting", "ready" or "dead".
+        pid: Of its process.
+        num_restarts: Times it was started anew.
+        num_inflight: Requests it has.
+        outstanding_tokens: Positions it has still to compute for them, outputs as far as expected.
+        engine: Its engine's counters.
+    """
+
+    index: int
+    state: str
+    pid: int | None
+    num_restarts: int
+    num_inflight: int
+    outstanding_tokens: int
+    engine: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """The pool as of now; the averages are over the last `metric_window` finished requests.
+
+    Args:
+        dispatch_policy: Who gets the next request.
+        workers: One a place.
+        num_inflight: Requests taken and not ended, those in line included.
+        avg_latency_s: Seconds from a request's arrival to its end.
+        avg_throughput_tok_s: Output tokens a second of one request.
+    """
+
+    dispatch_policy: str
+    workers: list[WorkerStats]
+    num_inflight: int
+    avg_latency_s: float
+    avg_throughput_tok_s: float
+
+    @property
+    def num_running(self) -> int:
+        return sum(worker.engine.num_running for worker in self.workers)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that no step has taken up, those on their way to an engine included."""
+        return sum(worker.engine.num_waiting for worker in self.workers)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that sequences hold."""
+        blocks = sum(worker.engine.num_kv_blocks for worker in self.workers)
+        return sum(worker.engine.num_used_blocks for worker in self.workers) / max(blocks, 1)
+
+
+class Worker:
+    """A place in the pool, and the engine process that fills it."""
+
+    def __init__(self, index: int, client: WorkerClient) -> None:
+        self.index = index
+        self.client = client
+        self.state = "starting"
+        self.num_restarts = 0
+
+    @property
+    def num_inflight(self) -> int:
+        return self.client.load.num_inflight
+
+    @property
+    def outstanding_tokens(self) -> int:
+        return self.client.load.outstanding_tokens
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return 0 if self.client.started is None else self.client.started.num_kv_blocks
+
+    @property
+    def block_size(self) -> int:
+        started = self.client.started
+        return 1 if started is None else started.config.block_size or 1
+
+    def stats(self) -> WorkerStats:
+        return WorkerStats(
+            self.index,
+            self.state,
+            self.client.pid,
+            self.num_restarts,
+            self.num_inflight,
+            self.outstanding_tokens,
+            self.client.stats,
+        )
+
+
+class EnginePool:
+    """The engines of one model, for one event loop.
+
+    Args:
+        config: How many there are and whom they serve.
+        engine: What each of them is.
+        directory: The checkpoint.
+        listener: Hears what becomes of the requests.
+    """
+
+    def __init__(
+        self, config: PoolConfig, engine: EngineConfig, directory: Path, listener: PoolListener
+    ) -> None:
+        self.config = config
+        self.draining = False
+        self.policy = policy_name(config.dispatch_policy)
+        self._engine_config = engine
+        self._directory = directory
+        self._listener = listener
+        # With one engine there is nothing to choose, and prompts need not be hashed.
+        self._router = make_router(self.policy if config.num_engines > 1 else "round_robin")
+        self._workers: list[Worker] = []
+        self._worker_of_seq: dict[int, Worker] = {}
+        self._line: deque[EngineRequest] = deque()
+        self._supervisors: list[asyncio.Task[None]] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._sockets = tempfile.TemporaryDirectory(prefix="nanovllm-")  # for our user alone
+        self._num_processes = 0
+        self._next_seq_id = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return not self.draining and any(worker.state == "ready" for worker in self._workers)
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._line) + sum(worker.num_inflight for worker in self._workers)
+
+    @property
+    def ready_workers(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.state == "ready"]
+
+    async def start(self) -> Started:
+        """Start all engines and wait until they are ready.
+
+        Returns:
+            What the first of them tells of itself; they are alike.
+
+        Raises:
+            InvalidRequestError: The options or the checkpoint cannot be used.
+            NotEnoughMemoryError: The engines do not fit.
+            RuntimeError: A process died.
+        """
+        self._workers = [
+            Worker(index, self._make_client(index)) for index in range(self.config.num_engines)
+        ]
+        starting = [asyncio.ensure_future(worker.client.start()) for worker in self._workers]
+        try:
+            started = await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await self.close()
+            raise
+        for worker in self._workers:
+            worker.state = "ready"
+            self._supervisors.append(asyncio.ensure_future(self._supervise(worker)))
+        return started[0]
+
+    async def close(self) -> None:
+        """End all processes and every open request."""
+        self.draining = True
+        for supervisor in self._supervisors:
+            supervisor.cancel()
+        await asyncio.gather(*self._supervisors, return_exceptions=True)
+        self._lose([*self._worker_of_seq], NotReadyError("the engines are being shut down"))
+        self._lose_line(NotReadyError("the engines are being shut down"))
+        await asyncio.gather(*(worker.client.stop() for worker in self._workers))
+        for worker in self._workers:
+            worker.state = "dead"
+        self._sockets.cleanup()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests, and wait until those in flight have ended.
+
+        Returns:
+            Whether all have ended within `timeout` seconds.
+        """
+        self.draining = True
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        return self._idle.is_set()
+
+    def reserve(self, num_sequences: int) -> int:
+        """Hand out ids for so many sequences; returns the first."""
+        first = self._next_seq_id
+        self._next_seq_id += num_sequences
+        return first
+
+    def admit(self, num_sequences: int, num_tokens: int) -> None:
+        """Check that the queue takes so many more sequences with so many prompt tokens.
+
+        Raises:
+            InvalidRequestError: They would not fit an empty queue either.
+            OverloadedError: They do not fit it now.
+            NotReadyError: No engine runs, or the pool is draining.
+        """
+        ready = [worker.client.started for worker in self.ready_workers]
+        if self.draining:
+            raise NotReadyError("the server is shutting down: send the request to another one")
+        if not ready:
+            raise NotReadyError("no engine is running: one is being started", 5.0)
+        running = sum(started.config.max_num_seqs or 1 for started in ready if started)
+        queued = self.config.max_num_queued_reqs
+        capacity = running + (QUEUED_PER_RUNNING * running if queued is None else queued)
+        if num_sequences > capacity:
+            raise InvalidRequestError(
+                f"the request asks for {num_sequences} completions and this server takes at most "
+                f"{capacity} at a time: ask for fewer",
+                "n",
+            )
+        open_sequences = len(self._worker_of_seq) + sum(r.num_open for r in self._line)
+        if open_sequences + num_sequences > capacity:
+            raise OverloadedError(
+                f"{open_sequences} completions are running or waiting and the queue is full: try "
+                "again later",
+                reason="requests",
+            )
+        waiting = sum(worker.client.load.waiting_tokens for worker in self._workers)
+        waiting += sum(len(request.token_ids) for request in self._line)
+        context = max(started.max_model_len for started in ready if started)
+        limit = self.config.max_num_queued_tokens
+        limit = max(MIN_QUEUED_TOKENS, 8 * context) if limit is None else limit
+        if waiting and waiting + num_tokens > limit:
+            raise OverloadedError(
+                f"{waiting} prompt tokens are waiting and the queue is full: try again later",
+                reason="tokens",
+            )
+
+    def submit(self, request: EngineRequest) -> None:
+        """Give a request to an engine, or a place in line while the caps are reached."""
+        if self.config.adaptive_max_new_tokens:
+            self._shorten(request)
+        self._idle.clear()
+        self._line.append(request)
+        self._move_line()
+        if request in self._line:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self.config.queue_timeout, self._give_up, request)
+
+    def broadcast(self, requests: Iterable[EngineRequest]) -> None:
+        """Give one request to each engine that is ready, past the line."""
+        for worker, request in zip(self.ready_workers, requests, strict=False):
+            self._idle.clear()
+            self._send(request, worker)
+
+    def abort(self, seq_ids: Iterable[int]) -> None:
+        """End sequences that nobody waits for any more."""
+        for seq_id in seq_ids:
+            worker = self._worker_of_seq.pop(seq_id, None)
+            if worker is not None:
+                worker.client.abort([seq_id])
+            else:
+                self._leave_line(seq_id)
+        self._move_line()
+
+    def worker_stats(self) -> list[WorkerStats]:
+        """Each worker as of now."""
+        return [worker.stats() for worker in self._workers]
+
+    def _make_client(self, index: int) -> WorkerClient:
+        devices = self.config.devices
+        start = Start(
+            self._engine_config,
+            str(self._directory),
+            None if devices is None else devices[index],
+            share_of_cpus(index, self.config.num_engines),
+            self.config.queue_coalesce_ms,
+        )
+        self._num_processes += 1
+        address = Path(self._sockets.name, f"worker-{self._num_processes}")
+        return WorkerClient(start, address, self._on_news)
+
+    async def _supervise(self, worker: Worker) -> None:
+        """Watch a worker for ever; when its process dies, end its requests and start another."""
+        backoff = FIRST_BACKOFF
+        while True:
+            started = time.monotonic()
+            ending = await worker.client.run(self.config.step_timeout)
+            worker.state = "dead"
+            lost = list(worker.client.load.sequences)
+            logger.error(
+                "engine %d died (%s) with %d sequences; another one is started",
+                worker.index,
+                ending,
+                len(lost),
+            )
+            await worker.client.kill()
+            self._router.forget(worker.index)
+            self._lose(lost, EngineDeadError("the engine died while it worked on this; try again"))
+            if time.monotonic() - started > STABLE_AFTER:
+                backoff = FIRST_BACKOFF
+            while worker.state != "ready":
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, LAST_BACKOFF)
+                await self._restart(worker)
+
+    async def _restart(self, worker: Worker) -> None:
+        worker.num_restarts += 1
+        worker.state = "starting"
+        worker.client = self._make_client(worker.index)
+        try:
+            await worker.client.start()
+        except (ValueError, OSError, ImportError, RuntimeError) as e:
+            logger.error("engine %d does not start: %s", worker.index, e)
+            worker.state = "dead"
+            await worker.client.kill()
+        else:
+            logger.info("engine %d runs again", worker.index)
+            worker.state = "ready"
+            self._move_line()
+
+    def _on_news(self, news: News) -> None:
+        for output in news.outputs:
+            if output.finish_reason is not None:
+                self._worker_of_seq.pop(output.seq_id, None)
+        self._listener.on_news(news)
+        self._move_line()
+
+    def _move_line(self) -> None:
+        """Hand requests in line to engines as far as the caps allow."""
+        config = self.config
+        while self._line:
+            if 0 < config.max_inflight_total <= self.num_inflight - len(self._line):
+                return
+            targets = [
+                worker
+                for worker in self.ready_workers
+                if not config.max_inflight_per_engine
+                or worker.num_inflight < config.max_inflight_per_engine
+            ]
+            if not targets:
+                return
+            request = self._line.popleft()
+            worker = self._router.pick(targets, request.token_ids, self._root(request))
+            self._send(request, worker)
+        if not self._worker_of_seq:
+            self._idle.set()
+
+    def _send(self, request: EngineRequest, worker: Worker) -> None:
+        self._worker_of_seq.update(dict.fromkeys(request.seq_ids, worker))
+        self._router.sent(worker, request.token_ids, self._root(request))
+        worker.client.add(request)
+
+    def _root(self, request: EngineRequest) -> bytes:
+        return root_hash(str(self._directory), None, request.cache_salt)
+
+    def _leave_line(self, seq_id: int) -> None:
+        for request in self._line:
+            if seq_id in request.seq_ids:
+                request.num_open -= 1
+                if not request.num_open:
+                    self._line.remove(request)
+                return
+
+    def _give_up(self, request: EngineRequest) -> None:
+        """Refuse a request that has waited in line for too long."""
+        if request in self._line:
+            self._line.remove(request)
+            waited = f"no engine was free within {self.config.queue_timeout:g} s: try again later"
+            self._listener.on_lost(request.seq_ids, OverloadedError(waited, reason="timeout"))
+            self._move_line()
+
+    def _lose(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
+        lost = []
+        for seq_id in seq_ids:
+            worker = self._worker_of_seq.pop(seq_id, None)
+            if worker is not None:
+                worker.client.load.close(seq_id)
+                lost.append(seq_id)
+        if lost:
+            self._listener.on_lost(lost, error)
+        self._move_line()
+
+    def _lose_line(self, error: UnavailableError) -> None:
+        lost = [seq_id for request in self._line for seq_id in request.seq_ids]
+        self._line.clear()
+        if lost:
+            self._listener.on_lost(lost, error)
+
+    def _shorten(self, request: EngineRequest) -> None:
+        """Allow less output while many requests are in flight."""
+        threshold = self.config.adaptive_max_inflight_threshold
+        if self.num_inflight <= (self.config.num_engines if threshold is None else threshold):
+            return
+        started = next(worker.client.started for worker in self._workers if worker.client.started)
+        allowed = request.params.max_tokens or started.max_model_len - len(request.token_ids)
+        shorter = max(1, int(allowed * self.config.adaptive_max_new_tokens_factor))
+        request.params = replace(request.params, max_tokens=shorter)
+
+
+def share_of_cpus(index: int, num_shares: int) -> list[int] | None:
+    """The CPUs of one of several engines that share this machine; None for a single one.
+
+    With fewer CPUs than engines some engines share one.
+    """
+    cpus = usable_cpus()
+    if num_shares == 1 or not cpus:
+        return None
+    first, last = (len(cpus) * i // num_shares for i in (index, index + 1))
+    return cpus[first:last] or [cpus[index % len(cpus)]]

@@ -1,0 +1,142 @@
+"""A model's text side: its tokenizer, chat template, defaults and checks. No tensors here."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.models.model_config import ModelConfig, read_generation_config
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.input_processor import InputProcessor
+from nanovllm.text.output_processor import OutputProcessor
+from nanovllm.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+"""A chat message: `role`, `content`, and what else the model's template reads."""
+
+GENERATION_DEFAULTS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+}
+"""Our sampling parameters that `generation_config.json` may set, and its names for them."""
+
+
+class TextFrontend:
+    """What turns a user's text into an engine's request, and its keys into text again.
+
+    Args:
+        directory: The checkpoint.
+        config: Where else the tokenizer or the chat template come from.
+
+    Raises:
+        FileNotFoundError: The tokenizer or template that an option names does not exist.
+        UnsupportedModelError: The checkpoint's files cannot be read.
+    """
+
+    def __init__(self, directory: Path, config: EngineConfig) -> None:
+        self.model_config = ModelConfig.from_directory(directory)
+        self.tokenizer = _load_tokenizer(directory, config)
+        self._generation_config = read_generation_config(directory)
+
+    def input_processor(self, max_model_len: int) -> InputProcessor:
+        """Build what checks and tokenises the requests of an engine."""
+        return InputProcessor(
+            self.tokenizer, self.model_config.vocab_size, self._eos_token_ids(), max_model_len
+        )
+
+    def output_processor(self) -> OutputProcessor:
+        """Build what turns an engine's keys into outputs."""
+        return OutputProcessor(self.tokenizer)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`.
+
+        Raises:
+            InvalidRequestError: That file has values outside their range.
+        """
+        stored = self._generation_config
+        given = {ours: stored.get(theirs) for ours, theirs in GENERATION_DEFAULTS.items()}
+        if stored.get("do_sample") is False:
+            given["temperature"] = 0.0
+        try:
+            return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+        except InvalidRequestError as e:
+            raise InvalidRequestError(f"the model's generation_config.json: {e}", e.param) from e
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt a conversation becomes by the model's chat template.
+
+        Args:
+            messages: The conversation.
+            tools: JSON schemas of functions the model may call.
+            documents: Texts for retrieval.
+            chat_template: Jinja text in place of the model's own.
+            add_generation_prompt: Whether to open a message of the assistant at the end.
+            continue_final_message: Whether to leave the last message open.
+            chat_template_kwargs: Whatever else the template reads, such as `enable_thinking`.
+
+        Raises:
+            InvalidRequestError: There is no template, or it refuses the conversation.
+        """
+        return self._require_tokenizer().apply_chat_template(
+            list(messages),
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **(chat_template_kwargs or {}),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._require_tokenizer().encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self._require_tokenizer().decode(token_ids, skip_special_tokens)
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequestError(
+                "the model's directory has no tokenizer, so no chat template either: send token "
+                "ids, or start the engine with tokenizer="
+            )
+        return self.tokenizer
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        """The checkpoint's end-of-text ids and the tokenizer's, as far as the model has them."""
+        own = self.tokenizer.eos_token_id if self.tokenizer else None
+        given = (*self.model_config.eos_token_ids, *(() if own is None else (own,)))
+        return tuple(i for i in given if 0 <= i < self.model_config.vocab_size)
+
+
+def _load_tokenizer(directory: Path, config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer; a model without one takes token ids alone."""
+    if config.tokenizer is not None:
+        directory = Path(config.tokenizer).expanduser()
+    try:
+        return Tokenizer.from_directory(directory, config.chat_template)
+    except FileNotFoundError as e:
+        if config.tokenizer is not None or config.chat_template is not None:
+            raise
+        logger.warning("prompts must be token ids: %s", e)
+        return None

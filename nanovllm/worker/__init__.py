@@ -1,0 +1,1 @@
+"""An engine: how it is loaded, and how it runs in a process of its own."""

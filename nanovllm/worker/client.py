@@ -1,0 +1,228 @@
+"""The client's end of an engine process: start it, talk to it, notice when it dies or hangs."""
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from nanovllm.engine.llm_engine import EngineStats
+from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
+from nanovllm.worker.load import EngineRequest, WorkerLoad
+from nanovllm.worker.messages import (
+    AbortSequences,
+    AddRequest,
+    Failed,
+    FromWorker,
+    LogRecord,
+    News,
+    Shutdown,
+    Start,
+    Started,
+    ToWorker,
+    decode_from_worker,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT = 5.0
+"""Seconds a process gets to end by itself."""
+
+START_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (
+        InvalidRequestError,
+        UnsupportedModelError,
+        NotEnoughMemoryError,
+        FileNotFoundError,
+        PermissionError,
+        ImportError,
+        ValueError,
+    )
+}
+"""What a worker's failure to start is raised as; anything else is a RuntimeError."""
+
+
+class WorkerClient:
+    """One engine process, from `start` to `stop` or its death. Belongs to one event loop.
+
+    Args:
+        start: What the process shall build.
+        address: Path of a Unix socket that does not exist yet, in a directory of our own.
+        on_news: Called with every step's news.
+
+    Attributes:
+        started: What the engine has told of itself; None until it is ready.
+        stats: The engine's counters as of its last news.
+        load: What it has to do.
+    """
+
+    def __init__(self, start: Start, address: Path, on_news: Callable[[News], None]) -> None:
+        self.started: Started | None = None
+        self.stats = EngineStats()
+        self.load = WorkerLoad()
+        self._start = start
+        self._address = address
+        self._on_news = on_news
+        self._process: asyncio.subprocess.Process | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._last_step = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> Started:
+        """Start the process and wait until its engine is ready.
+
+        Raises:
+            InvalidRequestError: The options or the checkpoint cannot be used.
+            NotEnoughMemoryError: The engine does not fit.
+            RuntimeError: The process died.
+        """
+        self._socket = self._context.socket(zmq.PAIR)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        # The side that connects may send at once, before the other one is there.
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 20)
+        self._socket.connect(f"ipc://{self._address}")
+        # A session of its own: Ctrl-C is for us, and we decide what becomes of the worker. Its
+        # standard input closes when we are gone, however that comes about.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "nanovllm.worker",
+            f"ipc://{self._address}",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._send(self._start)
+        died = asyncio.ensure_future(self._process.wait())
+        received = asyncio.ensure_future(self._receive())
+        try:
+            await asyncio.wait((received, died), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((received,), timeout=1)  # a dead process may have said why
+            if not received.done():
+                raise RuntimeError(f"the engine process died while starting: {self._ending()}")
+            message = received.result()
+        finally:
+            received.cancel()
+            died.cancel()
+        if isinstance(message, Failed):
+            raise START_ERRORS.get(message.kind, RuntimeError)(message.message)
+        if not isinstance(message, Started):
+            raise RuntimeError(f"a worker answers with Started, got {type(message).__name__}")
+        self.started = message
+        self.stats.num_kv_blocks = message.num_kv_blocks  # the first news may be long in coming
+        return message
+
+    async def run(self, step_timeout: float) -> str:
+        """Take news until the process is dead, and return how it ended.
+
+        Args:
+            step_timeout: Seconds without a step, while there is work, after which it is killed.
+        """
+        if self._process is None:
+            raise RuntimeError("the worker has not been started")
+        tasks = [
+            asyncio.ensure_future(coroutine)
+            for coroutine in (self._process.wait(), self._receive_news(), self._hang(step_timeout))
+        ]
+        died, _, hung = tasks
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {died}:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+        if died in done:
+            return self._ending()
+        if hung in done:
+            return f"no step ended within {step_timeout:g} s"
+        return "its link failed"
+
+    def add(self, request: EngineRequest) -> None:
+        """Send a request."""
+        if not self.load.sequences:
+            self._last_step = time.monotonic()
+        self.load.open(request)
+        self._send(
+            AddRequest(
+                request.first_seq_id,
+                request.token_ids,
+                request.params,
+                request.priority,
+                request.cache_salt,
+                request.payload,
+            )
+        )
+
+    def abort(self, seq_ids: Iterable[int]) -> None:
+        """End sequences that nobody waits for any more; those that have ended do not matter."""
+        if aborted := [seq_id for seq_id in seq_ids if self.load.close(seq_id)]:
+            self._send(AbortSequences(aborted))
+
+    async def stop(self) -> None:
+        """End the process, by force if it does not end by itself."""
+        if self._process is not None and self._process.returncode is None:
+            self._send(Shutdown())
+            try:
+                await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)
+            except asyncio.TimeoutError:
+                logger.warning("engine process %d does not end: it is killed", self._process.pid)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process by force, and the link with it."""
+        if self._process is not None:
+            if self._process.returncode is None:
+                self._process.kill()
+                await self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        self._context.term()
+        self._address.unlink(missing_ok=True)
+
+    def _send(self, message: ToWorker) -> None:
+        if self._socket is not None:
+            sending = asyncio.ensure_future(self._socket.send(encode(message), zmq.NOBLOCK))
+            sending.result()  # without a high-water mark nothing waits: it is done
+
+    async def _receive(self) -> FromWorker:
+        """Return the next message that is not just a line for the log."""
+        if self._socket is None:
+            raise RuntimeError("the link to the worker is closed")
+        while True:
+            message: FromWorker = decode_from_worker(await self._socket.recv())
+            if not isinstance(message, LogRecord):
+                return message
+            logging.getLogger(message.logger).log(message.level, "%s", message.message)
+
+    async def _receive_news(self) -> None:
+        while True:
+            message = await self._receive()
+            if isinstance(message, News):
+                self._last_step = time.monotonic()
+                self.stats = message.stats
+                self.load.take(message.outputs)
+                self._on_news(message)
+
+    async def _hang(self, step_timeout: float) -> None:
+        """Return once the engine hangs."""
+        while not self.load.sequences or time.monotonic() - self._last_step < step_timeout:
+            await asyncio.sleep(min(step_timeout / 4, 1.0))
+
+    def _ending(self) -> str:
+        code = None if self._process is None else self._process.returncode
+        return f"exit status {code}" if code is None or code >= 0 else f"killed by signal {-code}"

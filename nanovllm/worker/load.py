@@ -1,0 +1,106 @@
+"""What an engine process has been given and has not finished yet."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nanovllm.batch import EngineOutput, TextRequest
+from nanovllm.sampling_params import SamplingParams
+
+EXPECTED_OUTPUT_TOKENS = 128
+"""Output that a request is expected to have at most: most end long before they must, and one that
+may fill the context must not look like a thousand others."""
+
+
+@dataclass(slots=True, eq=False)
+class EngineRequest:
+    """A request on its way to an engine. See `LLMEngine.add`.
+
+    Args:
+        first_seq_id: Id of its first sequence; the other `n - 1` follow.
+        token_ids: The prompt.
+        params: What to sample.
+        priority: Lower runs first.
+        cache_salt: Requests share cached prefixes only with those of equal salt.
+        payload: For the runner.
+
+    Attributes:
+        num_open: Sequences that have not ended.
+        num_prompt_left: Prompt tokens, until the first result shows that they are computed.
+        num_output_left: Output tokens still expected.
+    """
+
+    first_seq_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    payload: TextRequest
+    num_open: int = field(init=False)
+    num_prompt_left: int = field(init=False)
+    num_output_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        expected = min(self.params.max_tokens or EXPECTED_OUTPUT_TOKENS, EXPECTED_OUTPUT_TOKENS)
+        self.num_open = self.params.n
+        self.num_prompt_left = len(self.token_ids)
+        self.num_output_left = expected * self.params.n
+
+    @property
+    def seq_ids(self) -> range:
+        return range(self.first_seq_id, self.first_seq_id + self.params.n)
+
+
+class WorkerLoad:
+    """The open sequences of a worker and the work they still are.
+
+    Attributes:
+        sequences: Each open sequence's request.
+        num_inflight: Requests with an open sequence.
+        outstanding_tokens: Positions still to compute: prompts, and outputs as far as expected.
+        waiting_tokens: Prompt tokens of the requests without a result yet.
+    """
+
+    def __init__(self) -> None:
+        self.sequences: dict[int, EngineRequest] = {}
+        self.num_inflight = 0
+        self.outstanding_tokens = 0
+        self.waiting_tokens = 0
+
+    def open(self, request: EngineRequest) -> None:
+        """Count a request in."""
+        self.sequences.update(dict.fromkeys(request.seq_ids, request))
+        self.num_inflight += 1
+        self.outstanding_tokens += request.num_prompt_left + request.num_output_left
+        self.waiting_tokens += request.num_prompt_left
+
+    def take(self, outputs: Iterable[EngineOutput]) -> None:
+        """Count what a step has brought."""
+        for output in outputs:
+            request = self.sequences.get(output.seq_id)
+            if request is None:
+                continue
+            if request.num_prompt_left:
+                self._prompt_done(request)
+            if output.key is not None and request.num_output_left:
+                request.num_output_left -= 1
+                self.outstanding_tokens -= 1
+            if output.finish_reason is not None:
+                self.close(output.seq_id)
+
+    def close(self, seq_id: int) -> bool:
+        """Count a sequence out; False if it is not open."""
+        request = self.sequences.pop(seq_id, None)
+        if request is None:
+            return False
+        request.num_open -= 1
+        if not request.num_open:
+            if request.num_prompt_left:
+                self._prompt_done(request)
+            self.num_inflight -= 1
+            self.outstanding_tokens -= request.num_output_left
+        return True
+
+    def _prompt_done(self, request: EngineRequest) -> None:
+        self.outstanding_tokens -= request.num_prompt_left
+        self.waiting_tokens -= request.num_prompt_left
+        request.num_prompt_left = 0

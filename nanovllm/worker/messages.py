@@ -1,0 +1,107 @@
+"""What an engine process and its client tell each other: msgpack, no code, no pickle.
+
+A client sends `Start` once, then requests. A worker answers with `Started` or `Failed`, then sends
+`News` after every step.
+"""
+
+import msgspec
+
+from nanovllm.batch import EngineOutput, TextRequest
+from nanovllm.config import EngineConfig
+from nanovllm.engine.llm_engine import EngineStats
+from nanovllm.sampling_params import SamplingParams
+
+
+class Message(msgspec.Struct, tag=True, array_like=True):
+    """The base of them all."""
+
+
+class Start(Message):
+    """Build an engine.
+
+    Args:
+        config: What to build.
+        directory: The checkpoint.
+        cuda_device: The only CUDA device the process may see; None is all of them.
+        cpus: CPUs it may run on if it computes there; None is all of them.
+        queue_coalesce_ms: How long an idle engine waits for requests to come together.
+    """
+
+    config: EngineConfig
+    directory: str
+    cuda_device: int | None
+    cpus: list[int] | None
+    queue_coalesce_ms: float
+
+
+class AddRequest(Message):
+    """Queue a request; its sequences have the ids from `first_seq_id` on. See `LLMEngine.add`."""
+
+    first_seq_id: int
+    token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    payload: TextRequest
+
+
+class AbortSequences(Message):
+    """End sequences that nobody waits for any more; there is no answer."""
+
+    seq_ids: list[int]
+
+
+class Shutdown(Message):
+    """End the process."""
+
+
+class Started(Message):
+    """The engine is ready.
+
+    Args:
+        config: Options, with what was found out filled in.
+        num_kv_blocks: Blocks of the KV cache.
+        max_model_len: Longest prompt plus output.
+    """
+
+    config: EngineConfig
+    num_kv_blocks: int
+    max_model_len: int
+
+
+class Failed(Message):
+    """The engine could not be built, for a reason that trying again does not mend."""
+
+    kind: str
+    message: str
+
+
+class News(Message):
+    """What a step brought, or what changed without one.
+
+    Args:
+        outputs: News of the sequences.
+        stats: The engine's counters.
+        num_positions: Positions the step computed; 0 if there was none.
+    """
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+    num_positions: int
+
+
+class LogRecord(Message):
+    """A line for the client's log."""
+
+    logger: str
+    level: int
+    message: str
+
+
+ToWorker = Start | AddRequest | AbortSequences | Shutdown
+FromWorker = Started | Failed | News | LogRecord
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode

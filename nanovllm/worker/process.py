@@ -1,0 +1,222 @@
+"""The engine process: takes requests from its link, steps, and reports."""
+
+import gc
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import zmq
+
+from nanovllm.batch import EngineOutput
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.errors import InvalidRequestError
+from nanovllm.worker.messages import (
+    AbortSequences,
+    AddRequest,
+    Failed,
+    FromWorker,
+    LogRecord,
+    News,
+    Shutdown,
+    Start,
+    Started,
+    ToWorker,
+    decode_to_worker,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Steps that fail one after the other before the device counts as lost."""
+
+
+class WorkerLink:
+    """The worker's end of the link, for the thread that made it.
+
+    Args:
+        address: Where the client expects us.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.bind(address)
+
+    def send(self, message: FromWorker) -> None:
+        self._socket.send(encode(message))
+
+    def receive(self, timeout: float | None) -> Iterator[ToWorker]:
+        """Yield what has arrived, waiting for the first up to `timeout` seconds; None waits on."""
+        if not self._socket.poll(None if timeout is None else math.ceil(timeout * 1000)):
+            return
+        try:
+            while True:
+                yield decode_to_worker(self._socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return
+
+    def close(self) -> None:
+        self._socket.close()
+        zmq.Context.instance().term()
+
+
+class LinkHandler(logging.Handler):
+    """Logs through the link, so that one process decides what a log looks like.
+
+    The link belongs to one thread. What others log goes out with that thread's next record, or
+    with `flush`.
+    """
+
+    def __init__(self, link: WorkerLink) -> None:
+        super().__init__()
+        self._link = link
+        self._thread = threading.get_ident()
+        self._records: deque[LogRecord] = deque()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(LogRecord(record.name, record.levelno, self.format(record)))
+        self.flush()
+
+    def flush(self) -> None:
+        while self._records and threading.get_ident() == self._thread:
+            self._link.send(self._records.popleft())
+
+
+class EngineLoop:
+    """Steps an engine while there is work, and waits for requests while there is none.
+
+    Args:
+        engine: The engine.
+        link: Where requests come from and news go to.
+        queue_coalesce_ms: How long to wait for more requests once one ends an idle time.
+    """
+
+    def __init__(self, engine: LLMEngine, link: WorkerLink, queue_coalesce_ms: float) -> None:
+        self._engine = engine
+        self._link = link
+        self._coalesce_time = queue_coalesce_ms / 1000
+        self._refused: list[EngineOutput] = []
+        self._num_failed_steps = 0
+        self._running = True
+
+    def run(self) -> None:
+        """Work until the client says `Shutdown`."""
+        while self._running:
+            self._take_requests()
+            if self._engine.has_unfinished:
+                self._step()
+            else:
+                self._report([], 0)
+
+    def _take_requests(self) -> None:
+        idle = not self._engine.has_unfinished
+        self._apply(self._link.receive(None if idle else 0))
+        if not idle or not self._engine.has_unfinished:
+            return
+        deadline = time.monotonic() + self._coalesce_time
+        while self._running and (remaining := deadline - time.monotonic()) > 0:
+            self._apply(self._link.receive(remaining))
+
+    def _apply(self, messages: Iterator[ToWorker]) -> None:
+        for message in messages:
+            if isinstance(message, AddRequest):
+                self._add(message)
+            elif isinstance(message, AbortSequences):
+                for seq_id in message.seq_ids:
+                    self._engine.abort(seq_id)
+            elif isinstance(message, Shutdown):
+                self._running = False
+
+    def _add(self, request: AddRequest) -> None:
+        try:
+            self._engine.add(
+                list(request.token_ids),
+                request.params,
+                priority=request.priority,
+                cache_salt=request.cache_salt,
+                payload=request.payload,
+                first_seq_id=request.first_seq_id,
+            )
+        except InvalidRequestError as e:  # the client checks first, so this is a bug of ours
+            logger.exception("the engine refused a request")
+            first = request.first_seq_id
+            self._refused += [
+                EngineOutput(seq_id, None, None, "error", str(e))
+                for seq_id in range(first, first + request.params.n)
+            ]
+
+    def _step(self) -> None:
+        before = self._engine.stats().num_computed_tokens
+        try:
+            outputs = self._engine.step()
+        except Exception:
+            logger.exception("a step failed; its sequences end with an error")
+            self._num_failed_steps += 1
+            if self._num_failed_steps == MAX_FAILED_STEPS:
+                raise
+            outputs = []
+        else:
+            self._num_failed_steps = 0
+        self._report(outputs, self._engine.stats().num_computed_tokens - before)
+
+    def _report(self, outputs: list[EngineOutput], num_positions: int) -> None:
+        outputs, self._refused = self._refused + outputs, []
+        self._link.send(News(outputs, self._engine.stats(), num_positions))
+
+
+def main(address: str) -> None:
+    """Run an engine until the client says so, or is gone."""
+    threading.Thread(target=_exit_with_client, daemon=True).start()
+    # A supervisor may signal the whole group; it is the client that decides when we end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    link = WorkerLink(address)
+    logging.basicConfig(level=logging.INFO, handlers=[LinkHandler(link)], format="%(message)s")
+    start = next(link.receive(None))
+    if not isinstance(start, Start):
+        raise RuntimeError(f"a worker begins with Start, got {type(start).__name__}")
+    if start.cuda_device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(start.cuda_device)
+    loop = _load(start, link)
+    if loop is not None:
+        loop.run()
+    link.close()
+
+
+def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
+    """Build the engine and say so, or say why it cannot be built."""
+    import torch
+
+    from nanovllm.runners.memory import select_device
+    from nanovllm.worker.loading import load_engine
+
+    try:
+        if start.cpus is not None and select_device(start.config.device).type == "cpu":
+            os.sched_setaffinity(0, start.cpus)
+            torch.set_num_threads(len(start.cpus))
+        engine, runner, config = load_engine(start.config, Path(start.directory))
+    except (ValueError, OSError, ImportError, RuntimeError) as e:
+        logger.debug("the engine could not be built", exc_info=True)
+        link.send(Failed(type(e).__name__, str(e)))
+        return None
+    # What is loaded stays: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    link.send(Started(config, runner.num_kv_blocks, runner.max_model_len))
+    return EngineLoop(engine, link, start.queue_coalesce_ms)
+
+
+def _exit_with_client() -> None:
+    """End at once when the client's end of our standard input closes, whatever is going on."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
