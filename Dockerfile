@@ -1,6 +1,7 @@
 # CPU image:   docker build -t nanovllm .
 # CUDA image:  docker build -t nanovllm --build-arg BASE_IMAGE=nvidia/cuda:12.8.1-base-ubuntu24.04 .
 # Run:         docker run --rm nanovllm generate "Once upon a time"
+# Serve:       docker run --rm -p 8000:8000 -e NANOVLLM_API_KEY=... nanovllm serve --host 0.0.0.0
 #
 # TORCH_INDEX names another package index to look for torch in, such as one with CPU-only builds.
 ARG BASE_IMAGE=python:3.12-slim
@@ -23,6 +24,7 @@ RUN useradd --uid 10001 --create-home nanovllm
 COPY --from=build /opt/nanovllm /opt/nanovllm
 ENV PATH=/opt/nanovllm/bin:$PATH \
     PYTHONUNBUFFERED=1
+EXPOSE 8000
 USER 10001
 WORKDIR /home/nanovllm
 ENTRYPOINT ["nanovllm"]
