@@ -22,10 +22,11 @@ from rich.table import Table
 
 from nanovllm import __version__
 from nanovllm.batch import Batch, Key, StepResult
-from nanovllm.bench.machine import cpu_model, num_usable_cores
+from nanovllm.bench.machine import cpu_model
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.kernels.cpu.threads import num_usable_cores
 from nanovllm.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16

@@ -398,7 +398,9 @@ class EnginePool:
 
     def _send(self, request: EngineRequest, worker: Worker) -> None:
         self._worker_of_seq.update(dict.fromkeys(request.seq_ids, worker))
-        self._router.sent(worker, request.token_ids, self._root(request))
+        root = self._root(request)
+        request.num_prompt_left -= self._router.num_matched(worker, request.token_ids, root)
+        self._router.sent(worker, request.token_ids, root)
         worker.client.add(request)
 
     def _root(self, request: EngineRequest) -> bytes:

@@ -25,7 +25,7 @@ class EngineRequest:
 
     Attributes:
         num_open: Sequences that have not ended.
-        num_prompt_left: Prompt tokens, until the first result shows that they are computed.
+        num_prompt_left: Prompt tokens to compute, until the first result shows that they are.
         num_output_left: Output tokens still expected.
     """
 

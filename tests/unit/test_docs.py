@@ -58,5 +58,6 @@ def test_readme_begins_with_the_two_commands() -> None:
 
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    exec(text.split("```python")[1].split("```")[0], {})
+    example = text.split("## Python")[1].split("```python")[1].split("```")[0]
+    exec(example, {})
     assert capsys.readouterr().out.count("Once upon a time") == 1
