@@ -53,13 +53,28 @@ def make_workload(vocab_size: int, small: bool = False, seed: int = 0) -> Worklo
         small: 16 sequences of 50 to 256 tokens in and 32 to 64 out, in place of 256 sequences of
             100 to 1024 in and out.
         seed: Of the draws; the family's is 0, with 142,827 tokens in and 133,966 out.
-
-    Returns:
-        All prompts are drawn before the output lengths, as nano-vllm does.
     """
-    num_seqs, input_range, output_range = (
-        (16, (50, 256), (32, 64)) if small else (256, (100, 1024), (100, 1024))
-    )
+    if small:
+        return draw_workload(vocab_size, 16, (50, 256), (32, 64), seed)
+    return draw_workload(vocab_size, 256, (100, 1024), (100, 1024), seed)
+
+
+def draw_workload(
+    vocab_size: int,
+    num_seqs: int,
+    input_range: tuple[int, int],
+    output_range: tuple[int, int],
+    seed: int = 0,
+) -> Workload:
+    """Draw so many sequences; all prompts are drawn before the output lengths, as nano-vllm does.
+
+    Args:
+        vocab_size: Ids are drawn below this, and at most 10000.
+        num_seqs: Sequences.
+        input_range: Least and most tokens of a prompt.
+        output_range: Least and most tokens to generate.
+        seed: Of the draws.
+    """
     draw = random.Random(seed).randint
     last_id = min(MAX_TOKEN_ID, vocab_size - 1)
     prompts = [[draw(0, last_id) for _ in range(draw(*input_range))] for _ in range(num_seqs)]

@@ -15,11 +15,14 @@ from cyclopts.config import Dict, Yaml
 
 from nanovllm import __version__
 from nanovllm.cli.bench import offline, quality
+from nanovllm.cli.bench import serve as bench_serve
 from nanovllm.cli.chat import chat
+from nanovllm.cli.control import drain, health, metrics, warm
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.generate import generate
 from nanovllm.cli.options import environment
-from nanovllm.config import ALIASES
+from nanovllm.cli.serve import serve
+from nanovllm.config import ALIASES, EngineConfig, Options, PoolConfig, ServerConfig
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 
 USAGE_ERROR = 2
@@ -31,6 +34,8 @@ app = App(
     version=__version__,
     default_parameter=Parameter(negative_iterable=()),
 )
+# A list flag takes several values, as vLLM's do: `--served-model-name a b`.
+app.command(serve, default_parameter=Parameter(negative_iterable=(), consume_multiple=True))
 app.command(generate)
 app.command(chat)
 app.command(doctor)
@@ -38,7 +43,14 @@ app.command(doctor)
 benches = App(name="bench", help="Measure the engine on this machine.")
 benches.command(offline)
 benches.command(quality)
+benches.command(bench_serve, name="serve")
 app.command(benches)
+
+# `--endpoint` is the socket here, not the hub that the environment may set under that name.
+controls = App(name="control", help="Operate a running server by its control socket.", config=())
+for operation in (metrics, warm, health, drain):
+    controls.command(operation)
+app.command(controls)
 app.meta.end_of_options_delimiter = ""  # a `--` is for the command
 
 
@@ -54,10 +66,10 @@ def launch(
         config: YAML file of options, named as the flags are. Flags win over it, and it wins over
             the `NANOVLLM_*` environment variables.
     """
-    sources = [Dict(environment(), source="the environment", use_commands_as_keys=False)]
-    if config is not None:
-        sources.insert(0, _read_options(config))
-    app.config = sources
+    file = [] if config is None else [_read_options(config)]
+    app.config = [*file, _environment(EngineConfig)]
+    app["bench"]["serve"].config = file  # its options are those of a client
+    app["serve"].config = [*file, _environment(EngineConfig, PoolConfig, ServerConfig)]
     app(_canonical(tokens), result_action="return_value", end_of_options_delimiter="--")
 
 
@@ -89,6 +101,16 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(message: str) -> NoReturn:
     sys.stderr.write(f"nanovllm: error: {' '.join(message.split())}\n")
     sys.exit(USAGE_ERROR)
+
+
+def _environment(*classes: type[Options]) -> Dict:
+    """The environment's options; a command may have no use for some of them."""
+    return Dict(
+        environment(*classes),
+        source="the environment",
+        allow_unknown=True,
+        use_commands_as_keys=False,
+    )
 
 
 def _read_options(path: Path) -> Dict:

@@ -2,12 +2,15 @@
 
 import json as json_format
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from nanovllm.bench.offline import make_workload, run_offline
 from nanovllm.bench.quality import quality_options, reference_config, run_quality
+from nanovllm.bench.serve_config import ServeConfig
 from nanovllm.cli.options import DEFAULT_CONFIG, Engine, open_llm
 from nanovllm.errors import InvalidRequestError
 
@@ -17,7 +20,11 @@ if TYPE_CHECKING:
     from nanovllm.bench.machine import Machine
     from nanovllm.bench.offline import OfflineResult
     from nanovllm.bench.quality import QualityResult
+    from nanovllm.bench.serve import ServeResult
+    from nanovllm.bench.stats import Distribution, LoadResult
 
+LoadTest = Annotated[ServeConfig, Parameter(name="*")]
+DEFAULT_LOAD = ServeConfig()
 RATES = ("prefill_rate", "decode_rate", "output_rate", "total_rate")
 
 
@@ -101,6 +108,42 @@ def quality(
         _show_quality(result)
 
 
+def serve(
+    *,
+    json: Annotated[list[Path] | None, Parameter(consume_multiple=(0, 1))] = None,
+    plot: Path | None = None,
+    load: LoadTest = DEFAULT_LOAD,
+) -> None:
+    """Put a server with OpenAI's API under load: latencies, throughput, goodput, errors.
+
+    Args:
+        json: File to write one JSON object to; without a name it is printed, and no table.
+        plot: File to write charts of the latencies to, as SVG.
+        load: The load.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from nanovllm.bench.plot import plot_loads
+    from nanovllm.bench.serve import run, run_serve
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawing takes time from the loop that measures, so it is done seldom.
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+        task = progress.add_task("Requests", total=load.num_requests * len(load.loads()))
+        result = run(run_serve(load, lambda done: progress.update(task, completed=done)))
+    figures = json_format.dumps(result.to_dict(), indent=2) + "\n"
+    if plot is not None:
+        plot.write_text(plot_loads(result.loads), encoding="utf-8")
+    if json == []:
+        sys.stdout.write(figures)
+        return
+    if json:
+        json[0].write_text(figures, encoding="utf-8")
+    _show_serve(result)
+
+
 def _show(result: "OfflineResult") -> None:
     from rich.console import Console
     from rich.table import Table
@@ -153,6 +196,87 @@ def _show_quality(result: "QualityResult") -> None:
     _show_facts(console, _hardware(result.machine) | facts | _versions(result.machine))
 
 
+def _show_serve(result: "ServeResult") -> None:
+    from rich.console import Console
+
+    console = Console()
+    if len(result.loads) > 1:
+        _show_sweep(console, result.loads)
+    for load in result.loads:
+        if len(result.loads) == 1:
+            _show_load(console, load)
+        _show_doubts(console, load)
+    facts = {"server": _listed(result.server), "settings": _listed(result.settings)}
+    hardware = {f"{name} of the client": value for name, value in _hardware(result.machine).items()}
+    _show_facts(console, facts | hardware | _versions(result.machine))
+
+
+def _show_load(console: "Console", result: "LoadResult") -> None:
+    from rich.table import Table
+
+    from nanovllm.bench.stats import LATENCIES
+
+    table = Table("ms", "mean", "p50", "p90", "p99", "max", title=f"Load: {result.load}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, words in LATENCIES.items():
+        table.add_row(f"{words} ({name.upper()})", *_milliseconds(getattr(result, name)))
+    console.print(table)
+    facts = {
+        "requests": f"{result.num_completed} of {result.num_requests} in {result.duration:.2f} s",
+        "tokens": f"{result.num_prompt_tokens} in ({result.num_cached_tokens} cached), "
+        f"{result.num_output_tokens} out",
+        "throughput": f"{result.request_throughput:.2f} requests/s, {result.output_throughput:.1f} "
+        f"output tokens/s, {result.total_throughput:.1f} tokens/s in and out",
+    }
+    if result.goodput is not None:
+        good = f"{result.num_good} of {result.num_requests}"
+        facts["goodput"] = f"{result.goodput:.2f} requests/s, {good}"
+    _show_facts(console, facts)
+
+
+def _show_sweep(console: "Console", results: "list[LoadResult]") -> None:
+    from rich.table import Table
+
+    headings = ["load", "requests/s", "output tokens/s"]
+    headings += [f"{name.upper()} {p}" for name in ("ttft", "tpot", "e2e") for p in ("p50", "p99")]
+    table = Table(*headings, "goodput", "failed", title="Latencies in ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for result in results:
+        latencies = []
+        for figures in (result.ttft, result.tpot, result.e2e):
+            _, p50, _, p99, _ = _milliseconds(figures)
+            latencies += [p50, p99]
+        goodput = "-" if result.goodput is None else f"{result.goodput:.2f}"
+        rates = f"{result.request_throughput:.2f}", f"{result.output_throughput:.1f}"
+        failed = str(result.num_requests - result.num_completed)
+        table.add_row(str(result.load), *rates, *latencies, goodput, failed)
+    console.print(table)
+
+
+def _milliseconds(figures: "Distribution | None") -> list[str]:
+    return ["-"] * 5 if figures is None else [f"{value * 1e3:.1f}" for value in astuple(figures)]
+
+
+def _show_doubts(console: "Console", result: "LoadResult") -> None:
+    """Say what went wrong, and whether the client was fit to measure."""
+    facts = {}
+    if result.errors:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.errors.items())
+        facts[f"failed ({result.load})"] = f"{kinds}; the first: {result.first_error}"
+    _, p50, _, p99, most = _milliseconds(result.loop_lag)
+    _, _, _, _, late = _milliseconds(result.late)
+    client = (
+        f"{result.client_cpu:.0%} of a core, event loop late by p50 {p50} p99 {p99} max {most} ms, "
+        f"requests sent up to {late} ms late"
+    )
+    if result.is_client_slow:
+        client += "; TOO SLOW to trust these latencies: give it a core or lower the load"
+    facts[f"client ({result.load})"] = client
+    _show_facts(console, facts)
+
+
 def _hardware(machine: "Machine") -> dict[str, str]:
     parts = [f"{machine.cpu_model}, {machine.num_cores} cores", *(g.name for g in machine.gpus)]
     return {"hardware": "; ".join(parts)}
@@ -163,7 +287,8 @@ def _versions(machine: "Machine") -> dict[str, str]:
 
 
 def _listed(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
+    given = {name: value for name, value in settings.items() if value is not None}
+    return ", ".join(f"{name}={value}" for name, value in given.items())
 
 
 def _show_facts(console: "Console", facts: dict[str, str]) -> None:

@@ -1,11 +1,12 @@
 """Flags that several commands share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, Options, PoolConfig, ServerConfig
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -57,15 +58,35 @@ class SamplingFlags:
 
 DEFAULT_SAMPLING = SamplingFlags()
 
+
+def _numbers(kind: type, tokens: Sequence[Token]) -> list[int]:  # noqa: ARG001
+    """Read `0,1` as well as `0 1`."""
+    return [int(number) for token in tokens for number in token.value.split(",")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolFlags(PoolConfig):  # noqa: D101  # PoolConfig's docstring is the help
+    devices: Annotated[list[int] | None, Parameter(converter=_numbers)] = None
+
+
+PoolFlags.__doc__ = PoolConfig.__doc__
+DEFAULT_POOL = PoolFlags()
+DEFAULT_SERVER = ServerConfig()
+
+Server = Annotated[ServerConfig, Parameter(name="*", group=Group("Server", sort_key=2))]
+Pool = Annotated[PoolFlags, Parameter(name="*", group=Group("Pool", sort_key=4))]
 Engine = Annotated[EngineConfig, Parameter(name="*", group=Group("Engine", sort_key=3))]
 Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling", sort_key=2))]
 
 
-def environment() -> dict[str, Any]:
+def environment(*classes: type[Options]) -> dict[str, Any]:
     """Return the options that the environment sets to something else than their default."""
-    config = EngineConfig.from_env()
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {name: v for name, v in values.items() if v != getattr(DEFAULT_CONFIG, name)}
+    given: dict[str, Any] = {}
+    for cls in classes:
+        config, default = cls.from_env(), cls()
+        values = {name: getattr(config, name) for name in cls.names()}
+        given |= {name: v for name, v in values.items() if v != getattr(default, name)}
+    return given
 
 
 def open_llm(config: EngineConfig) -> "LLM":

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from nanovllm.batch import Batch, EngineOutput, SlotStart, StepResult
+from nanovllm.batch import Batch, EngineOutput, SlotStart, StepResult, TextPayload
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 
@@ -292,7 +292,7 @@ class Scheduler:
         self,
         seq: Sequence,
         key: int | bytes | None,
-        payload: object,
+        payload: TextPayload | None,
         reason: str,
         detail: int | str | None,
     ) -> EngineOutput:

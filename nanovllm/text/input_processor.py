@@ -85,6 +85,7 @@ class InputProcessor:
         payload = TextRequest(
             frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
         )
+        _check_choice(params, payload)
         return TextInput(text, token_ids, params, payload)
 
     def _check_size(self, text: str) -> None:
@@ -144,6 +145,24 @@ class InputProcessor:
                 "prompt",
             )
         return self._tokenizer
+
+
+def _check_choice(params: SamplingParams, payload: TextRequest) -> None:
+    """Refuse a request that may at some point leave no token to choose.
+
+    Raises:
+        InvalidRequestError: All allowed tokens may be forbidden at the same time.
+    """
+    if params.allowed_token_ids is None:
+        return
+    forbidden = {word[-1] for word in payload.bad_words}
+    if params.min_tokens:
+        forbidden.update(payload.eos_token_ids, params.stop_token_ids or ())
+    if forbidden.issuperset(params.allowed_token_ids):
+        raise InvalidRequestError(
+            "allowed_token_ids must have a token that neither bad_words nor min_tokens forbid",
+            "allowed_token_ids",
+        )
 
 
 def _content(prompt: Mapping[str, Any]) -> str | Sequence[int]:

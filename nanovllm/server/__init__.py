@@ -1,0 +1,1 @@
+"""The HTTP server: a router a surface, and what protects them all."""

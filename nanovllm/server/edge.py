@@ -1,0 +1,75 @@
+"""The outermost layer of the app: it counts requests, and nothing an app raises gets past it."""
+
+import logging
+import time
+from re import Pattern
+
+from fastapi.routing import iter_route_contexts
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanovllm.server.auth import route_path
+from nanovllm.server.errors import to_api_error
+from nanovllm.server.metrics import HTTPMetrics
+
+logger = logging.getLogger(__name__)
+
+UNMATCHED = "unmatched"
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away before there was an answer; in metrics only."""
+
+NOSNIFF = (b"x-content-type-options", b"nosniff")
+METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
+
+
+class Edge:
+    """Counts every request by its route, and answers 500 for an exception nobody handled.
+
+    Args:
+        app: What comes next.
+        metrics: Where requests are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: HTTPMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._templates: list[tuple[Pattern[str], str]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        route = self._route(scope)
+        status = 0
+
+        async def send_watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = message.get("headers", ())
+                if not any(name == NOSNIFF[0] for name, _ in headers):
+                    message["headers"] = [*headers, NOSNIFF]
+            await send(message)
+
+        start = time.monotonic()
+        self._metrics.inflight.labels(route).inc()
+        try:
+            await self._app(scope, receive, send_watched)
+        except Exception as e:  # the last resort
+            logger.exception("%s %s failed", scope["method"], route)
+            self._metrics.exceptions.labels(route, type(e).__name__).inc()
+            if status == 0:
+                await to_api_error(e).response()(scope, receive, send_watched)
+        finally:
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.inflight.labels(route).dec()
+            self._metrics.requests.labels(route, method, status or CLIENT_CLOSED_REQUEST).inc()
+            self._metrics.duration.labels(route, method).observe(time.monotonic() - start)
+
+    def _route(self, scope: Scope) -> str:
+        """The template that a path is of: labels must not be what a client makes up."""
+        if not self._templates:
+            paths = {context.path for context in iter_route_contexts(scope["app"].routes)}
+            self._templates = [(compile_path(path)[0], path) for path in paths if path]
+        path = route_path(scope)
+        return next((name for regex, name in self._templates if regex.match(path)), UNMATCHED)

@@ -1,0 +1,178 @@
+"""`POST /generate`: what the engines that this one descends from answer there.
+
+One path, three dialects for text, told apart by what the request has:
+
+* `ignore_eos`, as mini-sglang's clients send it: server-sent events with the bare text, then
+  `[DONE]`.
+* `max_tokens`, `temperature`, `top_p`, `stop` or `repetition_penalty`: `{"generated_text": ...}`.
+* Anything else, such as `max_new_tokens`, `mode` or a mere `prompt`: JSON lines, each
+  `{"text_delta": ...}` and the last one `{"event": "done"}`, of type `text/event-stream`.
+
+Where `stream` is given it decides: true is JSON lines, unless `ignore_eos` makes it events, and
+false is `{"generated_text": ...}`. Errors have a `detail` beside the `error` of our other routes.
+"""
+
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from nanovllm.server.errors import ERROR_RESPONSES, APIError, to_api_error
+from nanovllm.server.json_body import JSONRoute
+from nanovllm.server.openai.answer import encode, event
+from nanovllm.server.openai.fields import (
+    RepetitionPenalty,
+    Share,
+    Stop,
+    Temperature,
+    Text,
+    TokenCount,
+    WireModel,
+    not_served,
+)
+from nanovllm.server.openai.generation import Cursor, Generation
+from nanovllm.server.openai.streaming import DONE, also_streams, stream_unless_gone, unless_gone
+from nanovllm.server.state import ServerState, State
+
+DEFAULT_MAX_TOKENS = 128
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+class FamilyRoute(JSONRoute):
+    """Writes errors as the family does."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except Exception as e:
+                error = to_api_error(e)
+                if error.status_code == 500:
+                    raise  # the app logs it
+                return error.response(detail=error.message)
+
+        return handle
+
+
+router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["the family"])
+
+
+class GenerateRequest(WireModel):
+    """A prompt to write on from, in any of the dialects."""
+
+    target_text: Annotated[None, not_served("this model writes text and does not speak")] = None
+    prompt: Text
+    max_tokens: TokenCount | None = Field(None, description="By default 128.")
+    max_new_tokens: TokenCount | None = Field(None, description="By default 512.")
+    stream: bool | None = None
+    mode: Literal["sglang", "hf"] | None = Field(None, description="There is one engine.")
+    ignore_eos: bool | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[Share, Field(gt=0)] | None = None
+    stop: Stop = None
+    repetition_penalty: RepetitionPenalty | None = None
+
+    @property
+    def dialect(self) -> Literal["lines", "events", "whole"]:
+        """How the answer is written."""
+        if self.stream is False:
+            return "whole"
+        if self.ignore_eos is not None:
+            return "events"
+        sampling = (self.max_tokens, self.temperature, self.top_p, self.stop)
+        plain = all(value is None for value in (*sampling, self.repetition_penalty))
+        return "lines" if plain or self.stream else "whole"
+
+
+class Generated(TypedDict):
+    """A text at once."""
+
+    generated_text: str
+
+
+@router.post("/generate", response_model=Generated, responses=also_streams(Generated))
+async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
+    """Write on from a prompt, in the dialect that the request is in."""
+    dialect = body.dialect
+    if dialect == "whole":
+        return await unless_gone(request, _respond_whole(body, state))
+    as_lines = dialect == "lines"
+    return await stream_unless_gone(
+        request,
+        _lines(body, state) if as_lines else _events(body, state),
+        _error_line if as_lines else _error_event,
+        # A comment is nothing that a reader of JSON lines would understand.
+        keep_alive=None if as_lines else state.config.sse_keep_alive_interval,
+    )
+
+
+async def _respond_whole(body: GenerateRequest, state: ServerState) -> Response:
+    generation = await _start(body, state)
+    try:
+        await generation.finish()
+    finally:
+        await generation.aclose()
+    text = generation.outputs[0].outputs[0].text
+    return Response(encode({"generated_text": text}), media_type="application/json")
+
+
+async def _lines(body: GenerateRequest, state: ServerState) -> AsyncGenerator[bytes, None]:
+    async with aclosing(_texts(body, state)) as texts:
+        async for text in texts:
+            yield _line({"text_delta": text})
+    yield _line({"event": "done"})
+
+
+async def _events(body: GenerateRequest, state: ServerState) -> AsyncGenerator[bytes, None]:
+    async with aclosing(_texts(body, state)) as texts:
+        async for text in texts:
+            lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+            yield "".join(f"data: {line}\n" for line in lines).encode() + b"\n"
+    yield DONE
+
+
+async def _texts(body: GenerateRequest, state: ServerState) -> AsyncGenerator[str, None]:
+    generation = await _start(body, state)
+    try:
+        output = generation.outputs[0]
+        cursor = Cursor(output, output.outputs[0], 0)
+        async for _ in generation.news():
+            if (piece := cursor.take()) is not None:
+                yield piece.text
+    finally:
+        await generation.aclose()
+
+
+async def _start(body: GenerateRequest, state: ServerState) -> Generation:
+    limit = body.max_tokens or body.max_new_tokens
+    default = DEFAULT_MAX_NEW_TOKENS if body.dialect == "lines" else DEFAULT_MAX_TOKENS
+    names = ("ignore_eos", "temperature", "top_p", "stop", "repetition_penalty")
+    given = {name: getattr(body, name) for name in names}
+    params = replace(
+        state.llm.default_sampling_params(),
+        max_tokens=limit or default,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    return await Generation.start(
+        state, uuid.uuid4().hex, [body.prompt], params, may_clip=limit is None
+    )
+
+
+def _line(body: Mapping[str, Any]) -> bytes:
+    return encode(body) + b"\n"
+
+
+def _error_line(error: APIError) -> bytes:
+    return _line({"event": "error", "detail": error.message} | error.body())
+
+
+def _error_event(error: APIError) -> bytes:
+    return event({"detail": error.message} | error.body()) + DONE

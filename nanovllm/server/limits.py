@@ -1,0 +1,92 @@
+"""How much a request may be, and how long it may take to arrive."""
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanovllm.config import ServerConfig
+from nanovllm.server.errors import APIError
+
+MAX_URL_SIZE = 8 << 10
+
+
+class RequestLimits:
+    """Takes in a whole request before the app sees it, or refuses it.
+
+    The body is read here, in one place, so that no route can forget a limit; `max_body_size`
+    bounds what that holds in memory.
+
+    Args:
+        app: What comes next.
+        config: The limits.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_head(scope)
+            body = await asyncio.wait_for(self._read(receive), self._config.request_timeout)
+        except asyncio.TimeoutError:
+            message = f"the request took longer than {self._config.request_timeout:g} s to arrive"
+            error = APIError(408, message, code="request_timeout", headers={"Connection": "close"})
+            await error.response()(scope, receive, send)
+        except APIError as e:
+            await e.response()(scope, receive, send)
+        else:
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    def _check_head(self, scope: Scope) -> None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_SIZE:
+            raise APIError(414, f"the URL has more than {MAX_URL_SIZE} bytes", code="url_too_long")
+        most, size = self._config.max_headers, self._config.max_header_size
+        if len(headers) > most:
+            raise APIError(
+                431, f"the request has more than {most} headers", code="headers_too_large"
+            )
+        if sum(len(name) + len(value) for name, value in headers) > size:
+            raise APIError(431, f"the headers exceed {size} bytes", code="headers_too_large")
+        length = dict(headers).get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._config.max_body_size:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, or None if the client went away."""
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunk: bytes = message.get("body", b"")
+            size += len(chunk)
+            if size > self._config.max_body_size:
+                raise self._too_large()
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
+
+    def _too_large(self) -> APIError:
+        message = f"the body exceeds {self._config.max_body_size} bytes"
+        return APIError(413, message, code="request_too_large")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the whole body first."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

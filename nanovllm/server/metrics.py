@@ -1,0 +1,256 @@
+"""What the server counts, for Prometheus: vLLM's names where it has one, else `nanovllm_*`."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.config import DEFAULT_BLOCK_SIZE
+from nanovllm.engine.llm_engine import EngineStats
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
+
+ENGINE_LABELS = ("model_name", "engine")
+
+# vLLM's buckets, so that its dashboards fit.
+TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+ITL_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
+    *(10.0, 20.0, 40.0, 80.0),
+)
+LATENCY_BUCKETS = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
+STEP_BUCKETS = (1, 8, *(2**e for e in range(4, 15)))
+N_BUCKETS = (1, 2, 5, 10, 20)
+
+
+class RequestMetrics:
+    """What becomes of the requests; an `Observer` of `AsyncLLM`.
+
+    Args:
+        registry: Where the series go.
+        model_name: Label of them all.
+    """
+
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._model_name = model_name
+
+        def counter(name: str, says: str) -> Counter:
+            return Counter(name, says, ["model_name"], registry=registry).labels(model_name)
+
+        def histogram(name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
+            labels = ["model_name"]
+            made = Histogram(name, says, labels, registry=registry, buckets=buckets)
+            return made.labels(model_name)
+
+        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started requests.")
+        self.cached_tokens = counter("vllm:prompt_tokens_cached", "Of these, found cached.")
+        self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
+        self.success = Counter(
+            "vllm:request_success",
+            "Requests that ended.",
+            ["model_name", "finished_reason"],
+            registry=registry,
+        )
+        self.rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused for want of room.",
+            ["model_name", "reason"],
+            registry=registry,
+        )
+        self.ttft = histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS
+        )
+        self.itl = histogram(
+            "vllm:inter_token_latency_seconds", "From one step's tokens to the next.", ITL_BUCKETS
+        )
+        self.e2e = histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end.", LATENCY_BUCKETS
+        )
+        self.queue_time = histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step.", LATENCY_BUCKETS
+        )
+        self.prefill_time = histogram(
+            "vllm:request_prefill_time_seconds",
+            "From the first step to the first token.",
+            LATENCY_BUCKETS,
+        )
+        self.decode_time = histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the end.", LATENCY_BUCKETS
+        )
+        self.request_prompt_tokens = histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens of a request.", TOKEN_BUCKETS
+        )
+        self.request_generation_tokens = histogram(
+            "vllm:request_generation_tokens", "Output tokens of a request.", TOKEN_BUCKETS
+        )
+        self.params_n = histogram("vllm:request_params_n", "n of a request.", N_BUCKETS)
+        self.params_max_tokens = histogram(
+            "vllm:request_params_max_tokens", "max_tokens of a request.", TOKEN_BUCKETS
+        )
+        self.iteration_tokens = histogram(
+            "vllm:iteration_tokens_total", "Positions computed in a step.", STEP_BUCKETS
+        )
+        self._last_news: dict[str, float] = {}
+        self.num_prefix_hits = 0
+        self.num_prefix_misses = 0
+        self.num_generation_tokens = 0
+
+    def received(self, output: RequestOutput, params: SamplingParams) -> None:
+        self.request_prompt_tokens.observe(len(output.prompt_token_ids))
+        self.params_n.observe(params.n)
+        if params.max_tokens is not None:
+            self.params_max_tokens.observe(params.max_tokens)
+
+    def tokens(self, output: RequestOutput, num_new: int, now: float) -> None:
+        self.generation_tokens.inc(num_new)
+        self.num_generation_tokens += num_new
+        last = self._last_news.get(output.request_id)
+        self._last_news[output.request_id] = now
+        if last is not None:
+            self.itl.observe(now - last)
+            return
+        self.ttft.observe(now - output.metrics.arrival_time)
+        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        self.cached_tokens.inc(output.num_cached_tokens)
+        if output.num_cached_tokens:
+            self.num_prefix_hits += 1
+        else:
+            self.num_prefix_misses += 1
+
+    def finished(self, output: RequestOutput) -> None:
+        self._last_news.pop(output.request_id, None)
+        self.success.labels(self._model_name, output.finish_reason or "abort").inc()
+        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
+        self.request_generation_tokens.observe(num_tokens)
+        times = output.metrics
+        for histogram, start, end in (
+            (self.e2e, times.arrival_time, times.finished_time),
+            (self.queue_time, times.arrival_time, times.first_scheduled_time),
+            (self.prefill_time, times.first_scheduled_time, times.first_token_time),
+            (self.decode_time, times.first_token_time, times.finished_time),
+        ):
+            if start is not None and end is not None:
+                histogram.observe(end - start)
+
+    def rejected(self, reason: str) -> None:
+        self.rejections.labels(self._model_name, reason).inc()
+
+    def stepped(self, num_positions: int, now: float) -> None:  # noqa: ARG002
+        self.iteration_tokens.observe(num_positions)
+
+
+class HTTPMetrics:
+    """What becomes of the HTTP requests; a route is always a template, never a client's text."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "nanovllm_http_requests",
+            "Requests answered; status 499 is a client that left before there was an answer.",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "nanovllm_http_request_duration_seconds",
+            "From a request's head to the end of its answer, streaming included.",
+            ["route", "method"],
+            registry=registry,
+            buckets=TTFT_BUCKETS,
+        )
+        self.inflight = Gauge(
+            "nanovllm_inflight_requests", "Requests open.", ["route"], registry=registry
+        )
+        self.exceptions = Counter(
+            "nanovllm_exceptions",
+            "Exceptions that no route has handled.",
+            ["route", "exception_type"],
+            registry=registry,
+        )
+
+
+EngineFigures = dict[str, tuple[str, Callable[[EngineStats], float]]]
+"""Names of series, what they say, and how to read them."""
+
+ENGINE_GAUGES: EngineFigures = {
+    "vllm:num_requests_running": ("Sequences that run.", lambda s: s.num_running),
+    "vllm:num_requests_waiting": ("Sequences that wait to run.", lambda s: s.num_waiting),
+    "vllm:kv_cache_usage_perc": (
+        "Share of the KV blocks in use, 1 is all.",
+        lambda s: s.num_used_blocks / max(s.num_kv_blocks, 1),
+    ),
+}
+ENGINE_COUNTERS: EngineFigures = {
+    "vllm:num_preemptions": ("Sequences that lost their blocks.", lambda s: s.num_preemptions),
+    "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda s: s.num_prompt_tokens),
+    "vllm:prefix_cache_hits": ("Prompt tokens found cached.", lambda s: s.num_cached_tokens),
+    "vllm:corrupted_requests": ("Sequences that ended in an error.", lambda s: s.num_errors),
+}
+
+
+class EngineCollector(Collector):
+    """What the engines say of themselves, read when Prometheus asks.
+
+    Args:
+        llm: The engines.
+        model_name: Label of all series; the other one is the engine's number.
+    """
+
+    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
+        self._llm = llm
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (says, read) in ENGINE_GAUGES.items():
+            yield self._fill(GaugeMetricFamily(name, says, labels=ENGINE_LABELS), read)
+        for name, (says, read) in ENGINE_COUNTERS.items():
+            yield self._fill(CounterMetricFamily(name, says, labels=ENGINE_LABELS), read)
+        facts = ("block_size", "num_gpu_blocks", "cache_dtype")
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV cache.", labels=[*ENGINE_LABELS, *facts]
+        )
+        config = self._llm.config
+        block_size = str(config.block_size or DEFAULT_BLOCK_SIZE)
+        for labels, engine in self._engines():
+            info.add_metric(
+                [*labels, block_size, str(engine.num_kv_blocks), config.kv_cache_dtype], 1
+            )
+        yield info
+
+    def _fill(self, family: Family, read: Callable[[EngineStats], float]) -> Family:
+        for labels, engine in self._engines():
+            family.add_metric(labels, read(engine))
+        return family
+
+    def _engines(self) -> Iterator[tuple[list[str], EngineStats]]:
+        for worker in self._llm.stats().workers:
+            yield [self._model_name, str(worker.index)], worker.engine
+
+
+class Metrics:
+    """All series of one server.
+
+    Args:
+        model_name: Label of what is about a model.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.model_name = model_name
+        self.http = HTTPMetrics(self.registry)
+        self.requests = RequestMetrics(self.registry, model_name)
+        ProcessCollector(registry=self.registry)
+
+    def watch(self, llm: AsyncLLM) -> None:
+        """Show what the engines say of themselves, too."""
+        self.registry.register(EngineCollector(llm, self.model_name))

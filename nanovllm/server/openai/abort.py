@@ -1,0 +1,45 @@
+"""`POST /abort`."""
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from nanovllm.server.json_body import JSONRoute
+from nanovllm.server.openai.chat import ChatAnswer
+from nanovllm.server.openai.completions import CompletionAnswer
+from nanovllm.server.openai.fields import WireModel
+from nanovllm.server.state import State
+
+router = APIRouter(route_class=JSONRoute, tags=["control"])
+
+ID_PREFIXES = tuple(f"{answer.id_prefix}-" for answer in (ChatAnswer, CompletionAnswer))
+
+
+class AbortRequest(WireModel):
+    """Which request to end: the `id` of its answer, or the `X-Request-Id` that it was sent with."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class Aborted(TypedDict):
+    """Whether there was such a request, and it had not ended yet."""
+
+    request_id: str
+    aborted: bool
+
+
+@router.post("/abort", response_model=Aborted)
+async def abort(body: AbortRequest, state: State) -> Aborted:
+    """End a request; its client gets what there is, with the finish reason "abort"."""
+    names = {body.request_id}
+    for prefix in ID_PREFIXES:
+        names.add(body.request_id.removeprefix(prefix))
+    meant = [generation for generation in state.generations if generation.request_id in names]
+    stopped = [
+        await state.llm.abort(stream_id)
+        for generation in meant
+        for stream_id in generation.stream_ids
+    ]
+    return {"request_id": body.request_id, "aborted": any(stopped)}

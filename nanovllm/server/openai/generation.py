@@ -1,0 +1,254 @@
+"""What one HTTP request has the engines generate, and how much of it has been sent."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanovllm.errors import ContextLengthError
+from nanovllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.errors import APIError
+from nanovllm.server.openai.responses import Usage
+from nanovllm.server.state import ServerState
+from nanovllm.text.input_processor import Prompt, TextInput
+
+if TYPE_CHECKING:
+    from nanovllm.async_llm import RequestStream
+
+
+class Generation:
+    """A stream for each prompt of a request.
+
+    Closing or dropping it aborts what has not ended.
+
+    Args:
+        request_id: What the client knows it by.
+        streams: One for each prompt, in order.
+        hidden: Whether nobody asked for the completions, only for what is said of the prompts.
+    """
+
+    def __init__(
+        self, request_id: str, streams: Sequence["RequestStream"], hidden: bool = False
+    ) -> None:
+        self.request_id = request_id
+        self.hidden = hidden
+        self._streams = streams
+        self.outputs = [stream.output for stream in streams]
+
+    @classmethod
+    async def start(
+        cls,
+        state: ServerState,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = True,
+        hidden: bool = False,
+        may_clip: bool = False,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> "Generation":
+        """Check all prompts, then queue all of them or none.
+
+        Args:
+            state: The server.
+            request_id: What the client knows the request by.
+            prompts: Texts or token ids.
+            params: What to sample for each.
+            add_special_tokens: Whether the tokenizer adds its own to texts.
+            hidden: See the class.
+            may_clip: Whether an output may get fewer tokens than `max_tokens` for want of room.
+            priority: Lower runs first.
+            cache_salt: Share cached prefixes only with requests of the same salt.
+
+        Raises:
+            InvalidRequestError: A prompt or a parameter cannot be used.
+            ContextLengthError: A prompt and its output would not fit the context.
+            UnavailableError: The queue is full, or no engine is running.
+        """
+        inputs = []
+        for prompt in prompts:
+            item = await state.llm.prepare(prompt, params, add_special_tokens=add_special_tokens)
+            check_room(item, state.llm.max_model_len, may_clip)
+            inputs.append(item)
+            await asyncio.sleep(0)  # many short prompts take long together
+        # Our own names: two clients, or one that tries again, may send the same X-Request-Id.
+        name = uuid.uuid4().hex
+        streams = await state.llm.submit(
+            inputs,
+            request_ids=[f"{name}-{index}" for index in range(len(inputs))],
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        generation = cls(request_id, streams, hidden)
+        state.generations.add(generation)
+        return generation
+
+    async def news(self) -> AsyncIterator[int]:
+        """Yield the index of a prompt whenever there is news of it, until all have ended.
+
+        Raises:
+            UnavailableError: The engine has died.
+            APIError: A completion could not be computed.
+        """
+        async for index in _merge(self._streams):
+            for completion in self.outputs[index].outputs:
+                if completion.finish_reason == "error":
+                    raise APIError(
+                        500, f"the generation failed: {completion.stop_reason}", "internal_error"
+                    )
+            yield index
+
+    async def finish(self) -> None:
+        """Wait until all of it is there; raises what `news` does."""
+        async for _ in self.news():
+            pass
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        num_prompt = num_cached = num_completion = 0
+        for output in self.outputs:
+            num_prompt += len(output.prompt_token_ids)
+            num_cached += output.num_cached_tokens
+            if not self.hidden:
+                num_completion += sum(len(completion.token_ids) for completion in output.outputs)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    @property
+    def stream_ids(self) -> list[str]:
+        """What the engines know its requests by."""
+        return [output.request_id for output in self.outputs]
+
+    async def aclose(self) -> None:
+        """Abort what has not ended."""
+        for stream in self._streams:
+            await stream.aclose()
+
+
+def check_room(item: TextInput, max_model_len: int, may_clip: bool = False) -> None:
+    """Refuse a prompt, or an output behind it, that does not fit the context.
+
+    Args:
+        item: The prompt and what to sample.
+        max_model_len: The length of the context.
+        may_clip: Whether one token of output is enough.
+
+    Raises:
+        ContextLengthError: It does not fit.
+    """
+    num_prompt = len(item.token_ids)
+    num_output = 1 if may_clip else item.params.max_tokens or 1
+    if num_prompt + num_output <= max_model_len:
+        return
+    raise ContextLengthError(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} for the "
+        "completion): shorten the prompt or lower max_tokens.",
+        "prompt" if num_prompt >= max_model_len else "max_tokens",
+    )
+
+
+class Piece(NamedTuple):
+    """What has been added to a completion; `logprobs` is None unless they were asked for."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+class Cursor:
+    """A completion on its way to a client, and how much of it has been taken.
+
+    Args:
+        output: The request.
+        completion: One of its completions.
+        index: Which of all of an answer's completions it is.
+        hidden: Whether to keep what is generated to ourselves.
+        by_token: Whether tokens are news even if they add no text yet.
+    """
+
+    __slots__ = (
+        "_by_token",
+        "_hidden",
+        "_num_chars",
+        "_num_tokens",
+        "closed",
+        "completion",
+        "index",
+        "opened",
+        "output",
+    )
+
+    def __init__(
+        self,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        index: int,
+        *,
+        hidden: bool = False,
+        by_token: bool = False,
+    ) -> None:
+        self.output = output
+        self.completion = completion
+        self.index = index
+        self.opened = False
+        self.closed = False
+        self._hidden = hidden
+        self._by_token = by_token
+        self._num_chars = 0
+        self._num_tokens = 0
+
+    def take(self) -> Piece | None:
+        """Take what has come since the last time; None if there is nothing."""
+        completion = self.completion
+        num_chars, num_tokens = len(completion.text), len(completion.token_ids)
+        more_tokens = self._by_token and num_tokens > self._num_tokens
+        if self._hidden or not (num_chars > self._num_chars or more_tokens):
+            return None
+        logprobs = completion.logprobs
+        piece = Piece(
+            completion.text[self._num_chars :],
+            completion.token_ids[self._num_tokens :],
+            None if logprobs is None else logprobs[self._num_tokens :],
+        )
+        self._num_chars, self._num_tokens = num_chars, num_tokens
+        return piece
+
+    @property
+    def finish_reason(self) -> str | None:
+        return "length" if self._hidden else self.completion.finish_reason
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        return None if self._hidden else self.completion.stop_reason
+
+
+async def _merge(streams: Sequence["RequestStream"]) -> AsyncIterator[int]:
+    """Yield the index of a stream whenever it has news."""
+    if len(streams) == 1:
+        async for _ in streams[0]:
+            yield 0
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                try:
+                    task.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(streams[index]))] = index
+                yield index
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

@@ -1,0 +1,75 @@
+"""`GET /v1/models` and what stands around it."""
+
+import time
+from typing import Literal
+
+from fastapi import APIRouter
+from typing_extensions import TypedDict
+
+from nanovllm.server.openai.responses import Model, ModelList
+from nanovllm.server.openai.sampling import check_model
+from nanovllm.server.state import ServerState, State
+
+router = APIRouter(tags=["OpenAI"])
+
+STARTED = int(time.time())
+"""When the models became available, as good as: they are those of the process."""
+
+
+class Greeting(TypedDict):
+    """The answer of `GET /v1`."""
+
+    status: Literal["ok"]
+
+
+@router.get("/v1", response_model=Greeting)
+async def greet() -> Greeting:
+    """Say that the API is here."""
+    return {"status": "ok"}
+
+
+@router.get(
+    "/v1/models",
+    response_model=ModelList,
+)
+async def list_models(state: State) -> ModelList:
+    """List the names that requests may use."""
+    return {"object": "list", "data": [_describe(name, state) for name in state.model_names]}
+
+
+@router.get(
+    "/v1/models/{model_id:path}",
+    response_model=Model,
+)
+async def retrieve_model(model_id: str, state: State) -> Model:
+    """Describe one model; names may contain slashes."""
+    check_model(model_id, state)
+    return _describe(model_id, state)
+
+
+def _describe(name: str, state: ServerState) -> Model:
+    return {
+        "id": name,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "nanovllm",
+        "root": state.llm.model_id,
+        "parent": None,
+        "max_model_len": state.llm.max_model_len,
+        "permission": [
+            {
+                "id": f"modelperm-{name}",
+                "object": "model_permission",
+                "created": STARTED,
+                "allow_create_engine": False,
+                "allow_sampling": True,
+                "allow_logprobs": True,
+                "allow_search_indices": False,
+                "allow_view": True,
+                "allow_fine_tuning": False,
+                "organization": "*",
+                "group": None,
+                "is_blocking": False,
+            }
+        ],
+    }

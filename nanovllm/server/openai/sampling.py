@@ -1,0 +1,87 @@
+"""From a request to what is sampled: the limits of the server, the defaults of the model."""
+
+import logging
+from dataclasses import fields, replace
+
+from nanovllm.config import ServerConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.errors import APIError
+from nanovllm.server.openai.requests import GenerationRequest
+from nanovllm.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+MAX_COMPLETIONS = 1024
+"""Of one request, over all its prompts, unless `max_n` or `max_prompts` is more."""
+SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {f.name for f in fields(SamplingParams)}
+"""What goes through as it is."""
+
+
+def check_model(name: str | None, state: ServerState) -> None:
+    """Refuse a name that is not served; none at all is the model there is.
+
+    Raises:
+        APIError: It is not.
+    """
+    if name is not None and name not in state.model_names:
+        raise APIError(
+            404,
+            f"The model `{name}` does not exist; this server has `{state.model_names[0]}`.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def sampling_params(
+    request: GenerationRequest, state: ServerState, num_prompts: int = 1
+) -> SamplingParams:
+    """Return what to sample for each prompt of a request.
+
+    Raises:
+        InvalidRequestError: The request asks for more than this server gives, or contradicts
+            itself.
+    """
+    if request.model_extra:
+        logger.debug("fields without effect in a request: %.500r", list(request.model_extra))
+    _check_consistent(request)
+    _check_limits(request, num_prompts, state.config)
+    given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
+    return replace(
+        state.llm.default_sampling_params(),
+        max_tokens=None if request.token_limit is None else max(request.token_limit, 1),
+        logprobs=request.num_logprobs,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _check_consistent(request: GenerationRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequestError("stream_options needs stream=true", "stream_options")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequestError("prompt_logprobs needs stream=false", "prompt_logprobs")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise InvalidRequestError(
+            "best_of is not supported: every completion that is generated is returned; use n",
+            "best_of",
+        )
+
+
+def _check_limits(request: GenerationRequest, num_prompts: int, config: ServerConfig) -> None:
+    n = request.n or 1
+    if n > config.max_n:
+        raise InvalidRequestError(f"n must be at most {config.max_n}, got {n}", "n")
+    if num_prompts > config.max_prompts:
+        raise InvalidRequestError(
+            f"a request may have {config.max_prompts} prompts, got {num_prompts}", "prompt"
+        )
+    most = max(MAX_COMPLETIONS, config.max_n, config.max_prompts)
+    if n * num_prompts > most:
+        raise InvalidRequestError(
+            f"n times the prompts must be at most {most}, got {n} times {num_prompts}", "n"
+        )
+    if isinstance(request.stop, list) and len(request.stop) > config.max_stop_strings:
+        raise InvalidRequestError(
+            f"a request may have {config.max_stop_strings} stop strings, got {len(request.stop)}",
+            "stop",
+        )

@@ -1,0 +1,104 @@
+"""Requests to a server in this process, and what comes of them."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from nanovllm.config import ServerConfig
+from nanovllm.server.app import create_app
+from tests.fake_llm import FakeLLM
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def build(llm: FakeLLM, **options: Any) -> FastAPI:
+    return create_app(ServerConfig(**options), llm=llm)  # type: ignore[arg-type]
+
+
+def post(client: TestClient, path: str, **body: Any) -> Any:
+    """A success's body."""
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
+    """A bad request's error."""
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+def events_of(text: str) -> list[Any]:
+    """The objects of a stream, without the end that they must have."""
+    lines = [line for line in text.split("\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+def stream(client: TestClient, path: str, **body: Any) -> list[Any]:
+    response = client.post(path, json={"stream": True, **body})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return events_of(response.text)
+
+
+async def call(
+    app: FastAPI,
+    path: str,
+    body: dict[str, Any],
+    leave_when: Callable[[bytes], bool] | None = None,
+) -> tuple[int, bytes]:
+    """Send a request straight to the application, and maybe leave before the answer is whole."""
+    gone = asyncio.Event()
+    status, answer, sent = 0, b"", False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if not sent:
+            sent = True
+            return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        nonlocal status, answer
+        status = message.get("status", status)
+        answer += message.get("body", b"")
+        if leave_when is not None and leave_when(answer):
+            gone.set()
+
+    async def leave_early() -> None:
+        await asyncio.sleep(0.05)
+        if leave_when is not None and leave_when(b""):
+            gone.set()
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+    }
+    leaving = asyncio.ensure_future(leave_early())
+    await asyncio.wait_for(app(scope, receive, send), 10)
+    leaving.cancel()
+    return status, answer

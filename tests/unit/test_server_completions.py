@@ -1,0 +1,263 @@
+"""`/v1/completions`, over a model that says what it is told to."""
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from tests.fake_llm import EOS, FakeLLM
+from tests.server_client import TEXT, build, post, refused, stream
+
+
+@pytest.fixture
+def llm() -> FakeLLM:
+    return FakeLLM()
+
+
+@pytest.fixture
+def client(llm: FakeLLM) -> TestClient:
+    return TestClient(build(llm))
+
+
+def test_a_whole_answer(client: TestClient) -> None:
+    body = post(client, TEXT, prompt="Once")
+    assert body["object"] == "text_completion"
+    assert body["id"].startswith("cmpl-")
+    assert body["choices"] == [
+        {
+            "index": 0,
+            "text": " upon a time",
+            "logprobs": None,
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ]
+
+
+def test_a_stream_says_the_same(client: TestClient) -> None:
+    chunks = stream(client, TEXT, prompt="Once")
+    assert "".join(c["choices"][0]["text"] for c in chunks) == " upon a time"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_prompts"),
+    [
+        ("Once", 1),
+        ([2182, 686], 1),
+        (["Once", "Twice"], 2),
+        ([[2182], [686, 258], [1]], 3),
+        (["Once", [686]], 2),
+    ],
+)
+@pytest.mark.parametrize("streams", [False, True])
+def test_prompts(
+    client: TestClient, llm: FakeLLM, prompt: Any, num_prompts: int, streams: bool
+) -> None:
+    if streams:
+        chunks = stream(client, TEXT, prompt=prompt, n=2)
+        ended = [c["choices"][0]["index"] for c in chunks if c["choices"][0]["finish_reason"]]
+        assert sorted(ended) == list(range(2 * num_prompts))
+    else:
+        body = post(client, TEXT, prompt=prompt, n=2)
+        assert [c["index"] for c in body["choices"]] == list(range(2 * num_prompts))
+        assert body["usage"]["completion_tokens"] == 8 * num_prompts
+    assert len(llm.submitted) == num_prompts
+    assert llm.num_open == 0
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("prompt", ["Once", [2182]])
+def test_echo(client: TestClient, prompt: Any, streams: bool) -> None:
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 2}
+    if streams:
+        chunks = [c["choices"][0] for c in stream(client, TEXT, **body)]
+    else:
+        chunks = post(client, TEXT, **body)["choices"]
+    assert "".join(chunk["text"] for chunk in chunks) == "Once upon a"
+    joined: dict[str, list[Any]] = {}
+    for logprobs in (chunk["logprobs"] for chunk in chunks if chunk["logprobs"]):
+        for name, values in logprobs.items():
+            joined.setdefault(name, []).extend(values)
+    assert joined["tokens"] == ["Once", " upon", " a"]
+    assert joined["token_logprobs"] == [None, -1.0, -1.0]
+    assert joined["top_logprobs"] == [
+        None,
+        {" upon": -1.0, "per": -0.5},
+        {" a": -1.0, "per": -0.5},
+    ]
+    assert joined["text_offset"] == [0, 4, 9]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_scoring_without_generating(client: TestClient, streams: bool) -> None:
+    body = {"prompt": [2182, 686], "echo": True, "logprobs": 0, "max_tokens": 0}
+    if streams:
+        choices = [c["choices"][0] for c in stream(client, TEXT, **body)]
+    else:
+        choices = post(client, TEXT, **body)["choices"]
+    assert choices[0]["text"] == "Once upon"
+    assert choices[0]["logprobs"]["token_logprobs"] == [None, -1.0]
+    assert choices[0]["logprobs"]["top_logprobs"] == [None, {" upon": -1.0}]
+    assert choices[-1]["finish_reason"] == "length"
+    assert all(choice["text"] == "" for choice in choices[1:])
+
+
+def test_scores_count_no_output(client: TestClient) -> None:
+    usage = post(client, TEXT, prompt="Once", max_tokens=0)["usage"]
+    assert (usage["completion_tokens"], usage["total_tokens"]) == (0, 1)
+
+
+def test_a_truncated_prompt_is_echoed_so(client: TestClient) -> None:
+    choice = post(client, TEXT, prompt="Once upon a", truncate_prompt_tokens=1, echo=True)
+    assert choice["choices"][0]["text"] == " a upon a time"
+
+
+def test_tokens_called_by_id(client: TestClient) -> None:
+    body = {"prompt": "Once", "logprobs": 1, "return_tokens_as_token_ids": True}
+    logprobs = post(client, TEXT, **body)["choices"][0]["logprobs"]
+    assert logprobs["tokens"][0] == "token_id:686"
+
+
+def test_token_ids_of_a_stream(client: TestClient, llm: FakeLLM) -> None:
+    choices = [c["choices"][0] for c in stream(client, TEXT, prompt="Once", return_token_ids=True)]
+    assert choices[0]["prompt_token_ids"] == [2182]
+    assert [i for c in choices for i in c.get("token_ids", [])] == [*llm.reply_ids, EOS]
+
+
+def test_what_is_asked_for_reaches_the_engine(client: TestClient, llm: FakeLLM) -> None:
+    post(
+        client,
+        TEXT,
+        prompt="Once",
+        temperature=0,
+        top_k=5,
+        min_p=0.1,
+        seed=7,
+        logit_bias={"12": -100, "13": 2.5},
+        min_tokens=2,
+        ignore_eos=True,
+        max_tokens=6,
+        stop_token_ids=[9],
+        bad_words=["foo"],
+        allowed_token_ids=[1, 2],
+        priority=-3,
+        cache_salt="pepper",
+        skip_special_tokens=False,
+        include_stop_str_in_output=True,
+    )
+    item, priority, cache_salt = llm.submitted[0]
+    params = item.params
+    assert (params.temperature, params.top_k, params.min_p, params.seed) == (0, 5, 0.1, 7)
+    assert params.logit_bias == {12: -100, 13: 2.5}
+    assert (params.min_tokens, params.max_tokens, params.ignore_eos) == (2, 6, True)
+    assert (params.stop_token_ids, params.bad_words) == ([9], ["foo"])
+    assert params.allowed_token_ids == [1, 2]
+    assert (priority, cache_salt) == (-3, "pepper")
+    assert not params.skip_special_tokens
+    assert params.include_stop_str_in_output
+
+
+def test_defaults_are_the_models(client: TestClient, llm: FakeLLM) -> None:
+    post(client, TEXT, prompt="Once", top_p=None)
+    params = llm.submitted[0][0].params
+    assert (params.temperature, params.top_p, params.max_tokens) == (0.8, 0.95, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [""]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": ["a", [1, "b"]]}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [4096]}, "prompt"),
+        ({"prompt": [2**70]}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"n": 100, "prompt": ["a"] * 100}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
+        ({"temperature": 1e308}, "temperature"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 256}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": "a" * 257}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1": None}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [686], "bad_words": ["upon"]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
+        (
+            {"allowed_token_ids": [EOS, 5], "stop_token_ids": [5], "min_tokens": 1},
+            "allowed_token_ids",
+        ),
+        ({"bad_words": ["a"] * 129}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words.0"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": "yes"}, "stream"),
+        ({"echo": 1}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"suffix": ""}, "suffix"),
+        ({"prompt_embeds": "x"}, "prompt_embeds"),
+        ({"request_id": "a\r\nb"}, "request_id"),
+        ({"cache_salt": ""}, "cache_salt"),
+        ({"model": 5}, "model"),
+    ],
+)
+def test_refused_by_name(
+    client: TestClient, llm: FakeLLM, body: dict[str, Any], param: str
+) -> None:
+    error = refused(client, TEXT, **{"prompt": "Once", **body})
+    assert (error["param"] or "").startswith(param)
+    assert param in error["message"]
+    assert not llm.submitted
+
+
+def test_a_prompt_that_is_too_long(client: TestClient) -> None:
+    error = refused(client, TEXT, prompt=[1] * 256)
+    assert error["code"] == "context_length_exceeded"
+    assert "This model's maximum context length is 256 tokens" in error["message"]
+    assert error["param"] == "prompt"
+    assert len(post(client, TEXT, prompt=[1] * 255)["choices"]) == 1
+
+
+def test_all_prompts_or_none(client: TestClient, llm: FakeLLM) -> None:
+    refused(client, TEXT, prompt=["Once", [9999]])
+    assert not llm.submitted

@@ -1,0 +1,216 @@
+"""How the server starts: its command line, its application, its logs."""
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from nanovllm.cli import main
+from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
+from nanovllm.server.app import create_app
+from nanovllm.server.logs import JSONFormatter, configure_logging
+from nanovllm.server.serve import serve
+from tests.fake_llm import FakeLLM
+
+KEY = "sk-one"
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, Any]]:
+    """Run `nanovllm serve` up to the point where it would serve; return its options."""
+    for variable in ("API_KEY", "MODEL", "PORT", "HOST"):
+        monkeypatch.delenv(f"NANOVLLM_{variable}", raising=False)
+    given: list[Any] = []
+
+    def remember(*options: Any) -> int:
+        given.append(options)
+        return 0
+
+    monkeypatch.setattr("nanovllm.server.serve.serve", remember)
+
+    def run(*arguments: str) -> tuple[Any, Any, Any]:
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", *arguments])
+        assert caught.value.code == 0
+        options: tuple[Any, Any, Any] = given.pop()
+        return options
+
+    return run
+
+
+Served = Callable[..., tuple[ServerConfig, EngineConfig, PoolConfig]]
+
+
+class TestCommandLine:
+    def test_flags_of_all_three(self, served: Served) -> None:
+        server, engine, pool = served(
+            "some/model",
+            *("--served-model-name", "a", "b", "--api-key", "k", "--api-key", "l"),
+            *("--port", "0", "--max-model-len", "128", "--no-enable-prefix-caching"),
+            *("--devices", "0,1", "--dispatch-policy", "rr"),
+        )
+        assert engine.model == "some/model"
+        assert (engine.max_model_len, engine.enable_prefix_caching) == (128, False)
+        assert (server.served_model_name, server.api_key) == (["a", "b"], ["k", "l"])
+        assert server.port == 0
+        assert (pool.devices, pool.dispatch_policy) == ([0, 1], "rr")
+
+    def test_nothing_given(self, served: Served) -> None:
+        server, engine, pool = served()
+        assert (server, engine) == (ServerConfig(), EngineConfig())
+        assert pool.num_engines == 1
+        assert server.host == "127.0.0.1"
+
+    def test_the_model_by_flag_and_the_familys_names(self, served: Served) -> None:
+        _, engine, pool = served(
+            "--model=m", "--max-running-requests", "3", "--data-parallel-size=2"
+        )
+        assert (engine.model, engine.max_num_seqs, pool.replicas) == ("m", 3, 2)
+
+    def test_the_environment_and_a_file(
+        self, served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    ) -> None:
+        monkeypatch.setenv("NANOVLLM_API_KEY", "a,b")
+        monkeypatch.setenv("NANOVLLM_PORT", "1234")
+        monkeypatch.setenv("NANOVLLM_REPLICAS", "2")
+        monkeypatch.setenv("NANOVLLM_MAX_NUM_SEQS", "5")
+        options = tmp_path / "options.yaml"
+        options.write_text("port: 4321\nmodel: m\nserved-model-name: [x, y]\nqueue_timeout: 3\n")
+        server, engine, pool = served("--config", str(options), "--max-num-seqs", "6")
+        assert (server.api_key, server.port) == (["a", "b"], 4321)
+        assert server.served_model_name == ["x", "y"]
+        assert (engine.model, engine.max_num_seqs) == ("m", 6)
+        assert (pool.replicas, pool.queue_timeout) == (2, 3)
+
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (["--max-model-length", "3"], "--max-model-len"),
+            (["--port", "70000"], "port must be in [0, 65535], got 70000"),
+            (["--replicas", "0"], "replicas must be at least 1"),
+            (["--log-format", "xml"], "log-format"),
+        ],
+    )
+    def test_mistakes(
+        self, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+    ) -> None:
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", *arguments])
+        assert caught.value.code == 2
+        shown = capsys.readouterr().err
+        assert says in shown
+        assert shown.count("\n") == 1
+
+
+class TestApplication:
+    def test_importing_it_starts_nothing_and_app_is_what_the_environment_says(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = importlib.import_module("nanovllm.server.app")
+        assert "app" in dir(module)
+        monkeypatch.setenv("NANOVLLM_API_KEY", KEY)
+        module._app_of_environment.cache_clear()
+        try:
+            app = module.app
+            assert app is module.app
+            assert app.state.server.config.api_key == [KEY]
+            assert not app.state.server.loaded
+        finally:
+            module._app_of_environment.cache_clear()
+        with pytest.raises(AttributeError):
+            _ = module.nothing
+
+    def test_no_key_in_what_is_shown_of_the_options(self) -> None:
+        assert KEY not in repr(ServerConfig(api_key=[KEY]))
+
+    def test_it_starts_and_closes_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        events = []
+
+        class StartingLLM(FakeLLM):
+            @classmethod
+            def from_config(cls, *args: Any) -> "StartingLLM":
+                return cls()
+
+            async def start(self) -> None:
+                events.append("start")
+
+            async def close(self) -> None:
+                events.append("close")
+
+        monkeypatch.setattr("nanovllm.server.app.AsyncLLM", StartingLLM)
+        app = create_app(ServerConfig(), EngineConfig(), PoolConfig())
+        with TestClient(app) as client:
+            assert client.get("/ready").status_code == 200
+        assert events == ["start", "close"]
+
+
+@pytest.fixture
+def _logging_as_before() -> Iterator[None]:
+    names = (None, "nanovllm", "uvicorn", "uvicorn.access")
+    levels = {name: logging.getLogger(name).level for name in names}
+    handlers = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = handlers
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_logging_as_before")
+class TestLogs:
+    def test_one_object_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        configure_logging(ServerConfig(log_format="json"))
+        logger = logging.getLogger("nanovllm.x")
+        logger.info("two\nlines of %s", "text")
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logger.exception("failed")
+        logging.getLogger("uvicorn.error").warning("theirs")
+        logging.getLogger("uvicorn.error").info("unsaid")
+        lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+        assert [line["message"] for line in lines] == ["two\nlines of text", "failed", "theirs"]
+        assert lines[0]["level"] == "info"
+        assert lines[0]["logger"] == "nanovllm.x"
+        assert "ValueError: why" in lines[1]["exception"]
+
+    def test_a_record_that_cannot_be_encoded(self) -> None:
+        record = logging.LogRecord("x", logging.INFO, "", 0, "\ud800", None, None)
+        assert json.loads(JSONFormatter().format(record))["message"] == "\ud800"
+
+
+class TestServe:
+    @pytest.fixture(autouse=True)
+    def _not_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("nanovllm.server.serve.configure_logging", lambda config: None)
+        monkeypatch.setattr("nanovllm.server.serve.DrainingServer.run", lambda self: None)
+
+    @pytest.mark.parametrize(
+        ("options", "warned"),
+        [
+            ({"host": "0.0.0.0"}, True),
+            ({"host": "example.org"}, True),
+            ({"host": "::"}, True),
+            ({"host": "0.0.0.0", "api_key": [KEY]}, False),
+            ({"host": "127.0.0.2"}, False),
+            ({"host": "::1"}, False),
+            ({"host": "localhost"}, False),
+            ({"host": "0.0.0.0", "uds": "/tmp/x"}, False),
+        ],
+    )
+    def test_a_warning_where_everybody_may_come(
+        self, caplog: pytest.LogCaptureFixture, options: dict[str, Any], warned: bool
+    ) -> None:
+        assert serve(ServerConfig(**options), EngineConfig(), PoolConfig()) == 0
+        assert ("--api-key" in caplog.text) == warned
+
+
+def test_the_server_needs_no_torch() -> None:
+    import subprocess
+
+    code = "import nanovllm.server.serve, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,191 @@
+"""How answers end: failures, clients that leave, aborts; and how long silence may last."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from starlette.types import Message
+
+from nanovllm.errors import EngineDeadError
+from nanovllm.server.openai.streaming import EventStream
+from tests.fake_llm import FakeLLM
+from tests.server_client import CHAT, HI, TEXT, build, call, events_of, post, stream
+
+
+@pytest.fixture
+def llm() -> FakeLLM:
+    return FakeLLM()
+
+
+@pytest.fixture
+def app(llm: FakeLLM) -> FastAPI:
+    return build(llm)
+
+
+@pytest.fixture
+def client(app: FastAPI) -> TestClient:
+    return TestClient(app)
+
+
+class TestFailures:
+    def test_an_error_before_the_first_token_is_a_status(
+        self, client: TestClient, llm: FakeLLM
+    ) -> None:
+        llm.fail_after = 0
+        for streams in (False, True):
+            response = client.post(TEXT, json={"prompt": "Once", "stream": streams})
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "engine_died"
+
+    def test_an_error_after_it_is_an_event(self, client: TestClient, llm: FakeLLM) -> None:
+        llm.fail_after = 2
+        *chunks, last = stream(client, TEXT, prompt="Once")
+        assert "".join(c["choices"][0]["text"] for c in chunks) == " upon a"
+        assert last["error"]["code"] == "engine_died"
+        assert client.post(TEXT, json={"prompt": "Once"}).status_code == 503
+        assert llm.num_open == 0
+
+    def test_a_completion_that_cannot_be_computed(self, client: TestClient, llm: FakeLLM) -> None:
+        llm.failure, llm.fail_after = "NaN logits", 0
+        for streams in (False, True):
+            response = client.post(CHAT, json={"messages": HI, "stream": streams})
+            assert response.status_code == 500
+            assert "NaN logits" in response.json()["error"]["message"]
+        llm.fail_after = 1
+        assert stream(client, CHAT, messages=HI)[-1]["error"]["type"] == "internal_error"
+
+    def test_internals_stay_inside(self, client: TestClient, llm: FakeLLM) -> None:
+        llm.failure, llm.fail_after = KeyError("/root/secret"), 1
+        last = stream(client, CHAT, messages=HI)[-1]
+        assert last["error"]["type"] == "internal_error"
+        assert "secret" not in json.dumps(last)
+
+    def test_a_full_queue(self, client: TestClient, llm: FakeLLM) -> None:
+        llm.overloaded = True
+        response = client.post(CHAT, json={"messages": HI, "stream": True})
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "overloaded"
+
+    @pytest.mark.parametrize(("path", "body"), [(TEXT, {"prompt": "a"}), (CHAT, {"messages": HI})])
+    def test_an_unknown_model(self, client: TestClient, path: str, body: dict[str, Any]) -> None:
+        response = client.post(path, json={"model": "gpt-4", **body})
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        post(client, path, model="demo_model", **body)
+        post(client, path, model="", **body)
+
+
+class TestRequestIds:
+    def test_header_and_field(self, client: TestClient) -> None:
+        response = client.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "mine"})
+        assert response.json()["id"] == "cmpl-mine"
+        assert response.headers["x-request-id"] == "mine"
+        response = client.post(CHAT, json={"messages": HI, "request_id": "r", "stream": True})
+        assert events_of(response.text)[0]["id"] == "chatcmpl-r"
+        assert response.headers["x-request-id"] == "r"
+
+    def test_ids_that_cannot_be_sent_back(self, client: TestClient) -> None:
+        response = client.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "x" * 257})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "request_id"
+
+    @pytest.mark.parametrize("name", ["mine", "cmpl-mine"])
+    def test_abort(self, app: FastAPI, llm: FakeLLM, name: str) -> None:
+        llm.delay = 0.01
+        llm.reply_ids = [686] * 200
+        body = {"prompt": ["a", "b"], "n": 2, "request_id": "mine"}
+
+        async def run() -> tuple[Any, Any, Any]:
+            answer = asyncio.ensure_future(call(app, TEXT, body))
+            while llm.num_open < 2:
+                await asyncio.sleep(0.01)
+            aborted = await call(app, "/abort", {"request_id": name})
+            return await answer, aborted, await call(app, "/abort", {"request_id": name})
+
+        (status, text), (_, first), (_, second) = asyncio.run(run())
+        assert status == 200
+        reasons = [choice["finish_reason"] for choice in json.loads(text)["choices"]]
+        assert reasons == ["abort"] * 4
+        assert json.loads(first)["aborted"]
+        assert not json.loads(second)["aborted"]
+
+
+class TestClientsThatLeave:
+    @pytest.mark.parametrize("streams", [False, True])
+    @pytest.mark.parametrize("prompt", ["a", ["a", "b"]])
+    def test_before_the_first_token(
+        self, app: FastAPI, llm: FakeLLM, prompt: Any, streams: bool
+    ) -> None:
+        llm.delay = 60
+
+        async def run() -> None:
+            body = {"prompt": prompt, "stream": streams}
+            await call(app, TEXT, body, leave_when=lambda answer: not answer)
+            assert llm.submitted
+            assert llm.num_open == 0
+
+        asyncio.run(run())
+
+    def test_in_the_middle_of_a_stream(self, app: FastAPI, llm: FakeLLM) -> None:
+        llm.delay = 0.001
+        llm.reply_ids = [686] * 200
+
+        async def run() -> None:
+            body = {"messages": HI, "stream": True, "n": 2}
+            _, answer = await call(app, CHAT, body, lambda answer: answer.count(b"data:") > 9)
+            assert b"[DONE]" not in answer
+            assert llm.num_open == 0
+
+        asyncio.run(run())
+
+    def test_just_before_the_first_event_is_sent(self) -> None:
+        closed = []
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                yield b"one"
+                yield b"two"
+            finally:
+                closed.append(True)
+
+        async def receive() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            await asyncio.sleep(0)
+
+        async def run() -> None:
+            pieces = events()
+            first = asyncio.ensure_future(anext(pieces))
+            await asyncio.sleep(0.01)
+            stream = EventStream(first, pieces, lambda error: b"", None)
+            await stream({"type": "http"}, receive, send)
+            assert closed
+
+        asyncio.run(run())
+
+
+class TestKeepAlive:
+    def test_comments_fill_the_silence(self, llm: FakeLLM) -> None:
+        llm.delay = 0.07
+        app = build(llm, sse_keep_alive_interval=0.05)
+        _, answer = asyncio.run(call(app, CHAT, {"messages": HI, "stream": True}))
+        assert answer.startswith(b": keep-alive\n\n")
+        assert answer.count(b": keep-alive\n\n") >= 4
+        assert answer.endswith(b"data: [DONE]\n\n")
+        chunks = events_of(answer.decode())
+        texts = [c["choices"][0]["delta"].get("content", "") for c in chunks]
+        assert "".join(texts) == " upon a time"
+
+    def test_errors_behind_a_comment_are_events(self, llm: FakeLLM) -> None:
+        llm.delay, llm.fail_after = 0.1, 0
+        llm.failure = EngineDeadError("it died")
+        app = build(llm, sse_keep_alive_interval=0.05)
+        status, answer = asyncio.run(call(app, CHAT, {"messages": HI, "stream": True}))
+        assert status == 200
+        assert events_of(answer.decode())[-1]["error"]["code"] == "engine_died"
