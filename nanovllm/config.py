@@ -1,5 +1,6 @@
 """Options of engine, pool and server, and the only place that reads the environment."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -442,8 +443,22 @@ class ServerConfig(Options):
         self._check_range(0, "shutdown_timeout")
         if any(not key for key in self.api_key or []):
             raise InvalidRequestError("api_key must not be empty", "api_key")
+        if not isinstance(_json(self.default_chat_template_kwargs or "{}"), dict):
+            raise InvalidRequestError(
+                "default_chat_template_kwargs must be a JSON object, got "
+                f"{self.default_chat_template_kwargs!r}",
+                "default_chat_template_kwargs",
+            )
         if self.served_model_name is not None and not all(self.served_model_name):
             raise InvalidRequestError("served_model_name must not be empty", "served_model_name")
+
+
+def _json(text: str) -> Any:
+    """The value of a JSON text; None if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _parse(variable: str, text: str, hint: Any) -> Any:

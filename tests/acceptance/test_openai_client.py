@@ -34,6 +34,8 @@ GREEDY: dict[str, Any] = {
     "extra_body": ON_AND_ON,
 }
 ENDLESS = {"max_tokens": 3000}
+ENDING: dict[str, Any] = {"max_tokens": None, "extra_body": {}}
+SPELLED_OUT = {"extra_body": ON_AND_ON | {"skip_special_tokens": False}}
 CHAT: dict[str, Any] = {**GREEDY, "messages": ASKED}
 TEXT: dict[str, Any] = {**GREEDY, "prompt": "Once upon a time"}
 
@@ -141,7 +143,7 @@ class TestChat:
         assert ask() == first
 
     def test_logprobs(self, client: OpenAI) -> None:
-        answer = client.chat.completions.create(**CHAT, logprobs=True, top_logprobs=4)
+        answer = client.chat.completions.create(**CHAT | SPELLED_OUT, logprobs=True, top_logprobs=4)
         (choice,) = answer.choices
         assert choice.logprobs is not None
         tokens = choice.logprobs.content or []
@@ -156,7 +158,7 @@ class TestChat:
 
     def test_the_model_ends_it_by_itself(self, client: OpenAI) -> None:
         answer = client.chat.completions.create(
-            **CHAT | {"max_tokens": None, "extra_body": {}}, logit_bias={eos_token(client): 100}
+            **CHAT | ENDING, logit_bias={eos_token(client): 100}
         )
         assert answer.choices[0].finish_reason == "stop"
         assert answer.usage is not None
@@ -235,9 +237,10 @@ class TestChatStream:
         assert texts == [choice.message.content for choice in whole.choices]
 
     def test_logprobs(self, client: OpenAI) -> None:
-        text, tokens = "", []
+        text = ""
+        tokens: list[ChatCompletionTokenLogprob] = []
         for chunk in client.chat.completions.create(
-            **CHAT, logprobs=True, top_logprobs=2, stream=True
+            **CHAT | SPELLED_OUT, logprobs=True, top_logprobs=2, stream=True
         ):
             text += chunk.choices[0].delta.content or ""
             if (logprobs := chunk.choices[0].logprobs) is not None:
@@ -246,15 +249,22 @@ class TestChatStream:
         check_chat_logprobs(tokens, text, num_top=2)
 
     def test_stream_helper(self, client: OpenAI) -> None:
-        whole = client.chat.completions.create(**CHAT)
-        with client.chat.completions.stream(**CHAT) as stream:
+        whole = client.chat.completions.create(**CHAT | ENDING)
+        with client.chat.completions.stream(**CHAT | ENDING) as stream:
             events = list(stream)
             final = stream.get_final_completion()
         deltas = [event.delta for event in events if event.type == "content.delta"]
         (done,) = [event for event in events if event.type == "content.done"]
         assert "".join(deltas) == done.content == whole.choices[0].message.content
         assert final.choices[0].message.content == done.content
-        assert final.choices[0].finish_reason == "length"
+        assert final.choices[0].finish_reason == "stop"
+
+    def test_stream_helper_is_told_of_a_cut(self, client: OpenAI) -> None:
+        with (
+            pytest.raises(openai.LengthFinishReasonError),
+            client.chat.completions.stream(**CHAT) as stream,
+        ):
+            list(stream)
 
     def test_streamed_response_as_text(self, client: OpenAI) -> None:
         with client.chat.completions.with_streaming_response.create(
@@ -506,7 +516,7 @@ class TestAsync:
     def test_stream_helper(self, server: Server) -> None:
         async def use() -> None:
             async with AsyncOpenAI(**options(server)) as client:
-                async with client.chat.completions.stream(**CHAT) as stream:
+                async with client.chat.completions.stream(**CHAT | ENDING) as stream:
                     deltas = [
                         event.delta async for event in stream if event.type == "content.delta"
                     ]

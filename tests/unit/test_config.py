@@ -175,6 +175,12 @@ def test_all_options_of_pool_and_server_have_a_value_above() -> None:
         (ServerConfig, {"port": 70000}, r"port must be in \[0, 65535\], got 70000"),
         (ServerConfig, {"log_level": "loud"}, "log_level must be one of debug, info"),
         (ServerConfig, {"api_key": [""]}, "api_key must not be empty"),
+        (
+            ServerConfig,
+            {"default_chat_template_kwargs": "[]"},
+            "must be a JSON object, got '\\[\\]'",
+        ),
+        (ServerConfig, {"default_chat_template_kwargs": "{"}, "must be a JSON object"),
     ],
 )
 def test_values_of_pool_and_server_out_of_range_are_refused(
