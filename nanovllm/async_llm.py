@@ -179,11 +179,8 @@ class AsyncLLM:
 
     @property
     def model_id(self) -> str:
-        """What the model is called: the id or directory it was asked for by."""
-        if self.config.model is None:
-            return "demo_model"
-        path = Path(self.config.model).expanduser()
-        return path.resolve().name if path.is_dir() else self.config.model
+        """What the model is called: its id on the hub, or the name of its directory."""
+        return self.config.model_id
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -258,6 +258,14 @@ class EngineConfig(Options):
                 "max_num_batched_tokens",
             )
 
+    @property
+    def model_id(self) -> str:
+        """What the model is called: its id on the hub, or the name of its directory."""
+        if self.model is None:
+            return DEMO_MODEL.name
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
     def resolved_for(self, device_type: str) -> "EngineConfig":
         """Return a copy with the defaults that depend on the device filled in."""
         on_cpu = device_type == "cpu"
@@ -427,6 +435,7 @@ class ServerConfig(Options):
     access_log: bool = False
 
     environment_aliases: ClassVar[Mapping[str, str]] = {
+        "VLLM_API_KEY": "api_key",
         "LOG_LEVEL": "log_level",
         "ZMQ_CONTROL": "zmq_control",
         "ZMQ_CONTROL_ENDPOINT": "zmq_control_endpoint",

@@ -121,16 +121,16 @@ FAULTS = [
     ),
     Fault(
         "hash without salt",
-        ENGINE,
-        "repr((self._model_id, adapter_id, cache_salt))",
-        "repr((self._model_id, adapter_id))",
+        BLOCKS,
+        "repr((model_id, adapter_id, cache_salt))",
+        "repr((model_id, adapter_id))",
         SCHEDULING,
     ),
     Fault(
         "hash without adapter",
-        ENGINE,
-        "repr((self._model_id, adapter_id, cache_salt))",
-        "repr((self._model_id, cache_salt))",
+        BLOCKS,
+        "repr((model_id, adapter_id, cache_salt))",
+        "repr((model_id, cache_salt))",
         SCHEDULING,
     ),
     Fault(

@@ -5,10 +5,10 @@ and for it:
 
     outstanding_tokens + num_prompt_tokens - num_matched_tokens
 
-Then the fewest requests in flight win, then whose turn it is. Prefix and load have one unit, so no
-threshold says when a worker is too busy for a prefix: when its queue is longer than the others' by
-more than the prefix would save. That worker computes the prefix, has it from then on, and shares
-the load: requests that all have one prefix spread over all workers.
+Then the fewest requests in flight win, then whose turn it is. Prefix and load have one unit, so it
+takes no threshold to say when a worker is too busy for a prefix it has: once another would be done
+sooner although it has to compute it. That one has the prefix from then on and shares the load, so
+requests that all have one prefix spread over all workers.
 
 What a worker has cached is guessed from what it was sent: the hashes of the prompts' full blocks,
 forgotten in least-recently-sent order once there are more than the worker has KV blocks.

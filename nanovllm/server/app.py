@@ -52,7 +52,7 @@ def create_app(
     server = server or ServerConfig.from_env()
     engine = engine or EngineConfig.from_env()
     pool = pool or PoolConfig.from_env()
-    model_id = (llm or AsyncLLM.from_config(engine, pool)).model_id
+    model_id = engine.model_id if llm is None else llm.model_id
     metrics = Metrics((server.served_model_name or [model_id])[0])
     state = ServerState(
         server,

@@ -68,15 +68,7 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and params.truncate_prompt_tokens is None:
             self._check_size(text)
-        token_ids = self._token_ids(prompt, add_special_tokens)
-        if not token_ids:
-            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
-        kept = params.truncate_prompt_tokens
-        if kept is not None:
-            room = self._max_model_len - (params.max_tokens or 1)
-            token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
-        if len(token_ids) >= self._max_model_len:
-            raise ContextLengthError.of_prompt(self._max_model_len, len(token_ids))
+        token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_ids(name, list(getattr(params, name) or ()))
         if params.stop_strings:
@@ -87,6 +79,18 @@ class InputProcessor:
         )
         _check_choice(params, payload)
         return TextInput(text, token_ids, params, payload)
+
+    def _fitted(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt, cut where that is asked for, with room for the output in the context."""
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
+        kept = params.truncate_prompt_tokens
+        if kept is not None:
+            room = self._max_model_len - (params.max_tokens or 1)
+            token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
+        if len(token_ids) >= self._max_model_len:
+            raise ContextLengthError.of_prompt(self._max_model_len, len(token_ids))
+        return token_ids
 
     def _check_size(self, text: str) -> None:
         """Refuse a text that cannot fit, without the second a million characters take."""

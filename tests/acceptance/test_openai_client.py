@@ -261,10 +261,10 @@ class TestChatStream:
 
     def test_stream_helper_is_told_of_a_cut(self, client: OpenAI) -> None:
         with (
-            pytest.raises(openai.LengthFinishReasonError),
             client.chat.completions.stream(**CHAT) as stream,
+            pytest.raises(openai.LengthFinishReasonError),
         ):
-            list(stream)
+            stream.get_final_completion()
 
     def test_streamed_response_as_text(self, client: OpenAI) -> None:
         with client.chat.completions.with_streaming_response.create(

@@ -261,3 +261,8 @@ def test_a_prompt_that_is_too_long(client: TestClient) -> None:
 def test_all_prompts_or_none(client: TestClient, llm: FakeLLM) -> None:
     refused(client, TEXT, prompt=["Once", [9999]])
     assert not llm.submitted
+
+
+def test_more_tokens_at_least_than_there_is_room_for(client: TestClient) -> None:
+    error = refused(client, TEXT, prompt=[1] * 200, min_tokens=100)
+    assert "you requested 300 tokens (200 in the prompt, 100" in error["message"]

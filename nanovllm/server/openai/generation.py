@@ -144,7 +144,7 @@ def check_room(item: TextInput, max_model_len: int, may_clip: bool = False) -> N
         ContextLengthError: It does not fit.
     """
     num_prompt = len(item.token_ids)
-    num_output = 1 if may_clip else item.params.max_tokens or 1
+    num_output = 1 if may_clip else max(item.params.max_tokens or 1, item.params.min_tokens)
     if num_prompt + num_output <= max_model_len:
         return
     raise ContextLengthError(
