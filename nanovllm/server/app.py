@@ -19,7 +19,7 @@ from nanovllm.async_llm import AsyncLLM
 from nanovllm.cluster.control import ControlServer
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
 from nanovllm.errors import InvalidRequestError, UnavailableError
-from nanovllm.server import family, health, openai, playground, tokens
+from nanovllm.server import family, health, info, openai, playground, tokens
 from nanovllm.server.auth import Authenticate
 from nanovllm.server.edge import Edge
 from nanovllm.server.errors import to_api_error
@@ -30,7 +30,7 @@ from nanovllm.server.state import ServerState, require_loaded
 
 logger = logging.getLogger(__name__)
 
-MODEL_ROUTERS = (openai.router, tokens.router, family.router)
+MODEL_ROUTERS = (openai.router, tokens.router, info.router, family.router)
 HANDLED_ERRORS = (HTTPException, RequestValidationError, InvalidRequestError, UnavailableError)
 
 

@@ -104,3 +104,10 @@ def test_errors_in_the_middle(client: TestClient, llm: FakeLLM) -> None:
     text = client.post("/generate", json={"prompt": "Once", "ignore_eos": True}).text
     assert '"engine_died"' in text
     assert text.endswith("data: [DONE]\n\n")
+
+
+def test_info_tells_what_is_served(client: TestClient, llm: FakeLLM) -> None:
+    info = client.get("/info").json()
+    assert info["model"]["served_model_names"] == ["demo_model"]
+    assert info["model"]["max_model_len"] == llm.max_model_len
+    assert info["lora"] == {"enabled": False, "registered_names": [], "loaded": []}

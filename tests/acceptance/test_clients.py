@@ -1,0 +1,22 @@
+"""litellm and langchain-openai on a live server; `clients/use_*.py` is what their users do."""
+
+import pytest
+
+from tests.environments import CLIENTS, environment
+from tests.serving import serve
+
+pytestmark = [pytest.mark.accept, pytest.mark.slow]
+
+MODEL, KEY = "org/tale-1B", "sk-test"
+
+
+def test_litellm() -> None:
+    with serve(served_model_name=MODEL) as server:
+        environment("litellm").run(
+            CLIENTS / "use_litellm.py", server.url, MODEL, LITELLM_LOCAL_MODEL_COST_MAP="True"
+        )
+
+
+def test_langchain() -> None:
+    with serve(served_model_name=MODEL, api_key=KEY) as server:
+        environment("langchain").run(CLIENTS / "use_langchain.py", server.url, MODEL, KEY)

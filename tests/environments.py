@@ -1,0 +1,84 @@
+"""Clients that none of us wrote, each in an environment of its own: their requirements clash."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+CLIENTS = Path(__file__).parent / "acceptance" / "clients"
+"""Lists of requirements, and scripts that use what they install."""
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nanovllm-accept"
+INSTALL_TIMEOUT = 1200.0
+RUN_TIMEOUT = 900.0
+
+
+@cache
+def environment(name: str, over_ours: bool = False) -> "Environment":
+    """The one `Environment` of these arguments."""
+    return Environment(name, over_ours)
+
+
+class Environment:
+    """A Python environment with what `clients/NAME.txt` lists; made once and then kept.
+
+    Args:
+        name: Of the list.
+        over_ours: Whether what runs the tests can be imported too. Something as large as torch is
+            then neither fetched nor kept twice, and is surely the same.
+    """
+
+    def __init__(self, name: str, over_ours: bool = False) -> None:
+        requirements = CLIENTS / f"{name}.txt"
+        ours = sysconfig.get_path("purelib") if over_ours else ""
+        key = hashlib.sha256(f"{sys.version}{ours}{requirements.read_text()}".encode()).hexdigest()
+        self._directory = CACHE / f"{name}-{key[:12]}"
+        complete = self._directory / "complete"
+        if complete.exists():
+            return
+        shutil.rmtree(self._directory, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(self._directory)], INSTALL_TIMEOUT)
+        if over_ours:
+            purelib = _run([self.python, "-c", "import site; print(site.getsitepackages()[0])"])
+            (Path(purelib.strip()) / "ours.pth").write_text(ours)
+        _run([self.python, "-m", "pip", "install", "-q", "-r", str(requirements)], INSTALL_TIMEOUT)
+        complete.touch()
+
+    @property
+    def python(self) -> str:
+        return str(self._directory / "bin" / "python")
+
+    def run(
+        self, *arguments: str | Path, statuses: tuple[int, ...] = (0,), **variables: str
+    ) -> str:
+        """Run its interpreter, with more environment variables if given; return what it printed.
+
+        The test fails if it ends with another status than expected.
+        """
+        command = [self.python, *map(str, arguments)]
+        return _run(command, statuses=statuses, env=os.environ | variables)
+
+
+def _run(
+    command: list[str],
+    timeout: float = RUN_TIMEOUT,
+    statuses: tuple[int, ...] = (0,),
+    env: dict[str, str] | None = None,
+) -> str:
+    ran = subprocess.run(
+        command,
+        env=env,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if ran.returncode not in statuses:
+        pytest.fail(f"{' '.join(command)} ended with {ran.returncode}:\n{ran.stdout}")
+    return ran.stdout
