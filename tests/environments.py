@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -54,14 +55,20 @@ class Environment:
         return str(self._directory / "bin" / "python")
 
     def run(
-        self, *arguments: str | Path, statuses: tuple[int, ...] = (0,), **variables: str
+        self,
+        arguments: Iterable[str | Path],
+        variables: Mapping[str, str] | None = None,
+        statuses: tuple[int, ...] = (0,),
     ) -> str:
-        """Run its interpreter, with more environment variables if given; return what it printed.
+        """Run its interpreter and return what it printed.
 
-        The test fails if it ends with another status than expected.
+        Args:
+            arguments: What the interpreter is told to do.
+            variables: Environment variables to set besides ours.
+            statuses: How it may end; the test fails if it ends otherwise.
         """
         command = [self.python, *map(str, arguments)]
-        return _run(command, statuses=statuses, env=os.environ | variables)
+        return _run(command, statuses=statuses, env=os.environ | dict(variables or {}))
 
 
 def _run(

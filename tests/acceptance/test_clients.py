@@ -13,10 +13,11 @@ MODEL, KEY = "org/tale-1B", "sk-test"
 def test_litellm() -> None:
     with serve(served_model_name=MODEL) as server:
         environment("litellm").run(
-            CLIENTS / "use_litellm.py", server.url, MODEL, LITELLM_LOCAL_MODEL_COST_MAP="True"
+            (CLIENTS / "use_litellm.py", server.url, MODEL),
+            {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else it asks the network for one
         )
 
 
 def test_langchain() -> None:
     with serve(served_model_name=MODEL, api_key=KEY) as server:
-        environment("langchain").run(CLIENTS / "use_langchain.py", server.url, MODEL, KEY)
+        environment("langchain").run((CLIENTS / "use_langchain.py", server.url, MODEL, KEY))

@@ -51,7 +51,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     },
 }
-WORDS = "a the king queen wolf hen wood was went to saw and said old little gold never home".split()
+WORDS = "a the king queen wolf hen wood was went to saw and said old little gold never home"
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,12 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([" ".join(WORDS)] * 10, trainer)
+    bpe.train_from_iterator([WORDS] * 10, trainer)
     make_checkpoint(directory, "Qwen3", head_dim=32, vocab_size=VOCAB_SIZE, eos_token_id=0)
-    transformers.PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, eos_token="<|end|>", chat_template=TEMPLATE
-    ).save_pretrained(directory)
+    )
+    tokenizer.save_pretrained(directory)
     return directory
 
 
@@ -82,7 +83,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
 
     def sentence(num_words: int) -> str:
-        return " ".join(rng.choices(WORDS, k=num_words))
+        return " ".join(rng.choices(WORDS.split(), k=num_words))
 
     documents = [
         {
@@ -130,11 +131,12 @@ class Evaluation:
         options: tuple[str, ...] = (),
     ) -> None:
         environment("lm_eval", over_ours=True).run(
-            *("-m", "lm_eval", "--model", model, "--tasks", ",".join(names)),
-            *("--model_args", ",".join(f"{name}={value}" for name, value in model_args.items())),
-            *("--include_path", tasks, "--output_path", output, "--log_samples", *options),
-            **OFFLINE,
-            HF_HOME=str(tasks / "cache"),
+            [
+                *("-m", "lm_eval", "--model", model, "--tasks", ",".join(names)),
+                *("--model_args", ",".join(f"{key}={value}" for key, value in model_args.items())),
+                *("--include_path", tasks, "--output_path", output, "--log_samples", *options),
+            ],
+            OFFLINE | {"HF_HOME": str(tasks / "cache")},
         )
         (results,) = output.rglob("results_*.json")
         self.metrics = {
