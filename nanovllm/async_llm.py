@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterator,
     Callable,
     Iterable,
     Mapping,
@@ -20,11 +19,13 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from nanovllm.batch import EngineOutput
-from nanovllm.cluster.pool import EnginePool, PoolStats
+from nanovllm.cluster.pool import EnginePool
+from nanovllm.cluster.stats import PoolStats
 from nanovllm.config import EngineConfig, PoolConfig, split_options
 from nanovllm.errors import InvalidRequestError, OverloadedError, UnavailableError
 from nanovllm.models.hub import resolve_model
 from nanovllm.outputs import RequestOutput
+from nanovllm.request_stream import RequestStream
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import InputProcessor, Prompt, TextInput
@@ -295,7 +296,7 @@ class AsyncLLM:
         request_ids: Sequence[str] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> list["RequestStream"]:
+    ) -> list[RequestStream]:
         """Queue prepared requests, all or none.
 
         Args:
@@ -386,7 +387,7 @@ class AsyncLLM:
 
     def _open(
         self, name: str, item: TextInput, priority: int, cache_salt: str | None
-    ) -> tuple[EngineRequest, "RequestStream"]:
+    ) -> tuple[EngineRequest, RequestStream]:
         """Register a request; the pool does not have it yet."""
         first = self._running_pool.reserve(item.params.n)
         request = EngineRequest(
@@ -396,7 +397,7 @@ class AsyncLLM:
         output = self._processor.add(
             name, seq_ids, item.prompt, item.token_ids, item.params, time.monotonic()
         )
-        stream = RequestStream(self, output)
+        stream = RequestStream(output, self._abort)
         self._streams[name] = stream
         if self._observer is not None:
             self._observer.received(output, item.params)
@@ -446,70 +447,6 @@ class AsyncLLM:
         latency = (metrics.finished_time or time.monotonic()) - metrics.arrival_time
         num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         self._recent.append((latency, num_tokens / max(latency, 1e-9)))
-
-
-class RequestStream(AsyncIterator[RequestOutput]):
-    """A request's output as it grows; ends with the finished one.
-
-    What comes is always the same object, brought up to date: who takes long to come back for it
-    finds more news at once, and nothing piles up.
-
-    Attributes:
-        output: The request's output as it stands now.
-    """
-
-    def __init__(self, llm: AsyncLLM, output: RequestOutput) -> None:
-        self.output = output
-        self._llm = llm
-        self._loop = asyncio.get_running_loop()
-        self._num_tokens = 0
-        self._has_news = False
-        self._ended = False
-        self._error: UnavailableError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> "RequestStream":
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        """Return the output as soon as there is news of it.
-
-        Raises:
-            UnavailableError: The engine that had the request died, or none took it in time.
-        """
-        if self._ended:
-            raise StopAsyncIteration
-        if not self._has_news:
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        self._has_news = False
-        self._ended = self.output.finished
-        if self._error is not None:
-            raise self._error
-        return self.output
-
-    async def aclose(self) -> None:
-        """Abort the request, unless it has ended."""
-        self._ended = True
-        self._llm._abort(self.output)
-
-    def wake(self, error: UnavailableError | None = None) -> int:
-        """Say that there is news; returns the number of tokens since the last time."""
-        self._has_news = True
-        self._error = error
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-        num_tokens = sum(len(completion.token_ids) for completion in self.output.outputs)
-        num_new, self._num_tokens = num_tokens - self._num_tokens, num_tokens
-        return num_new
-
-    def __del__(self) -> None:
-        # The garbage collector runs in any thread; the engines belong to the loop's.
-        if not self.output.finished and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._llm._abort, self.output)
 
 
 def _size(prompt: Prompt) -> int:

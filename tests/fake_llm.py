@@ -9,7 +9,7 @@ from typing import Any
 
 import nanovllm
 from nanovllm.batch import EngineOutput, TextPayload, TokenScores
-from nanovllm.cluster.pool import PoolStats
+from nanovllm.cluster.stats import PoolStats
 from nanovllm.config import EngineConfig
 from nanovllm.errors import EngineDeadError, OverloadedError
 from nanovllm.outputs import RequestOutput

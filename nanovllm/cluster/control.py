@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from nanovllm.cluster.pool import PoolStats
+from nanovllm.cluster.stats import PoolStats
 from nanovllm.errors import InvalidRequestError, UnavailableError
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from nanovllm.cluster.router import make_router, policy_name
+from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.engine.block_manager import root_hash
-from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -49,63 +49,6 @@ class PoolListener(Protocol):
 
     def on_lost(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
         """These sequences have ended without a result."""
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStats:
-    """A worker as of now.
-
-    Args:
-        index: Its place in the pool.
-        state: "starting", "ready" or "dead".
-        pid: Of its process.
-        num_restarts: Times it was started anew.
-        num_inflight: Requests it has.
-        outstanding_tokens: Positions it has still to compute for them, outputs as far as expected.
-        engine: Its engine's counters.
-    """
-
-    index: int
-    state: str
-    pid: int | None
-    num_restarts: int
-    num_inflight: int
-    outstanding_tokens: int
-    engine: EngineStats
-
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    """The pool as of now; the averages are over the last `metric_window` finished requests.
-
-    Args:
-        dispatch_policy: Who gets the next request.
-        workers: One a place.
-        num_inflight: Requests taken and not ended, those in line included.
-        avg_latency_s: Seconds from a request's arrival to its end.
-        avg_throughput_tok_s: Output tokens a second of one request.
-    """
-
-    dispatch_policy: str
-    workers: list[WorkerStats]
-    num_inflight: int
-    avg_latency_s: float
-    avg_throughput_tok_s: float
-
-    @property
-    def num_running(self) -> int:
-        return sum(worker.engine.num_running for worker in self.workers)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that no step has taken up, those on their way to an engine included."""
-        return sum(worker.engine.num_waiting for worker in self.workers)
-
-    @property
-    def kv_usage(self) -> float:
-        """Share of the KV blocks that sequences hold."""
-        blocks = sum(worker.engine.num_kv_blocks for worker in self.workers)
-        return sum(worker.engine.num_used_blocks for worker in self.workers) / max(blocks, 1)
 
 
 class Worker:
@@ -165,8 +108,7 @@ class EnginePool:
         self._engine_config = engine
         self._directory = directory
         self._listener = listener
-        # With one engine there is nothing to choose, and prompts need not be hashed.
-        self._router = make_router(self.policy if config.num_engines > 1 else "round_robin")
+        self._router = make_router(self._effective_policy(engine))
         self._workers: list[Worker] = []
         self._worker_of_seq: dict[int, Worker] = {}
         self._line: deque[EngineRequest] = deque()
@@ -317,6 +259,14 @@ class EnginePool:
         """Each worker as of now."""
         return [worker.stats() for worker in self._workers]
 
+    def _effective_policy(self, engine: EngineConfig) -> str:
+        """The policy, but one that hashes no prompts where that is for nothing."""
+        if self.config.num_engines == 1:
+            return "round_robin"
+        if self.policy == "cache_aware" and not engine.enable_prefix_caching:
+            return "least_loaded"
+        return self.policy
+
     def _make_client(self, index: int) -> WorkerClient:
         devices = self.config.devices
         start = Start(
@@ -398,9 +348,8 @@ class EnginePool:
 
     def _send(self, request: EngineRequest, worker: Worker) -> None:
         self._worker_of_seq.update(dict.fromkeys(request.seq_ids, worker))
-        root = self._root(request)
-        request.num_prompt_left -= self._router.num_matched(worker, request.token_ids, root)
-        self._router.sent(worker, request.token_ids, root)
+        num_cached = self._router.sent(worker, request.token_ids, self._root(request))
+        request.num_prompt_left -= num_cached
         worker.client.add(request)
 
     def _root(self, request: EngineRequest) -> bytes:

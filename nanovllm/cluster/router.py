@@ -73,7 +73,7 @@ class Router:
         """
         raise NotImplementedError
 
-    def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:  # noqa: ARG002  see cache_aware
+    def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:  # noqa: ARG002
         """Note that the target got this prompt.
 
         Returns:
@@ -83,9 +83,6 @@ class Router:
 
     def forget(self, index: int, /) -> None:
         """Note that this worker was restarted, and so has nothing cached any more."""
-
-    def num_matched(self, *_: object) -> int:
-        return 0
 
     def _cheapest(self, targets: Sequence[T], cost: Callable[[T], Cost]) -> T:
         chosen = min(targets, key=lambda t: (cost(t), t.index <= self._last, t.index))
@@ -144,13 +141,13 @@ class CacheAwareRouter(Router):
 
     def pick(self, targets: Sequence[T], token_ids: Sequence[int], root: bytes, /) -> T:
         def cost(target: T) -> Cost:
-            num_uncached = len(token_ids) - self.num_matched(target, token_ids, root)
+            num_uncached = len(token_ids) - self._num_matched(target, token_ids, root)
             return target.outstanding_tokens + num_uncached, target.num_inflight
 
         return self._cheapest(targets, cost)
 
     def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:
-        num_matched = self.num_matched(target, token_ids, root)
+        num_matched = self._num_matched(target, token_ids, root)
         known = self._known.setdefault(target.index, OrderedDict())
         for digest in reversed(self._hashes_of(token_ids, root, target.block_size)):
             known[digest] = None
@@ -162,9 +159,7 @@ class CacheAwareRouter(Router):
     def forget(self, index: int, /) -> None:
         self._known.pop(index, None)
 
-    def num_matched(  # type: ignore[override]
-        self, target: Target, token_ids: Sequence[int], root: bytes, /
-    ) -> int:
+    def _num_matched(self, target: Target, token_ids: Sequence[int], root: bytes) -> int:
         """Positions of a prompt that the target is believed to have, always short of the last."""
         known = self._known.get(target.index)
         if not known:

@@ -7,7 +7,7 @@ from prometheus_client.exposition import choose_encoder
 from pydantic import BaseModel, Field
 
 from nanovllm import __version__
-from nanovllm.cluster.pool import WorkerStats
+from nanovllm.cluster.stats import WorkerStats
 from nanovllm.errors import NotReadyError
 from nanovllm.server.errors import COMMON_ERROR_RESPONSES, ErrorInfo, to_api_error
 from nanovllm.server.state import ServerState, State

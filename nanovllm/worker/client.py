@@ -171,8 +171,9 @@ class WorkerClient:
             self._send(AbortSequences(aborted))
 
     async def stop(self) -> None:
-        """End the process, by force if it does not end by itself."""
-        if self._process is not None and self._process.returncode is None:
+        """End the process, by force if it does not end by itself or is still loading."""
+        running = self._process is not None and self._process.returncode is None
+        if self._process is not None and running and self.started is not None:
             self._send(Shutdown())
             try:
                 await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)

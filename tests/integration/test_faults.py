@@ -20,12 +20,14 @@ from typing import Any
 
 import pytest
 
-from tests.serving import Server
+from nanovllm.cluster.control import send_control_request
+from tests.serving import Server, free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
 LONG = {"max_tokens": 3000, "ignore_eos": True}
 STEP_TIMEOUT = 2.0
+CONTROL = f"tcp://127.0.0.1:{free_port()}"
 DEADLINE, SLOW_DEADLINE = 90.0, 500.0
 """Seconds after which a test counts as hung."""
 
@@ -191,8 +193,14 @@ def memory(server: Server) -> int:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Server]:
-    """A server of two engines that counts an engine as hung soon."""
-    with Server(replicas=2, step_timeout=STEP_TIMEOUT, max_num_seqs=64) as server:
+    """A server of two engines that counts an engine as hung soon, with a control socket."""
+    with Server(
+        replicas=2,
+        step_timeout=STEP_TIMEOUT,
+        max_num_seqs=64,
+        zmq_control=True,
+        zmq_control_endpoint=CONTROL,
+    ) as server:
         yield server
 
 
@@ -248,6 +256,19 @@ async def leave(server: Server, num_clients: int) -> None:
     await asyncio.gather(*(one(index) for index in range(num_clients)))
     assert {outcome.kind for outcome in await outcomes} <= {"length", "stop"}
     await settled(server)
+
+
+def test_the_control_socket_tells_of_the_engines(pair: Server) -> None:
+    health = send_control_request(CONTROL, {"cmd": "health"})
+    assert health["status"] == "ready"
+    assert sorted(worker["pid"] for worker in health["workers"]) == workers(pair)
+    assert send_control_request(CONTROL, {"cmd": "metrics"}).keys() == (
+        pair.get("/metrics.json")[1].keys()
+    )
+    warmed = send_control_request(CONTROL, {"cmd": "warm", "tokens": 320})
+    assert warmed == {"num_tokens": 320}
+    engines = pair.get("/metrics.json")[1]["engines"]
+    assert not any(engine["num_inflight"] for engine in engines)
 
 
 def test_disconnects_at_random_moments(pair: Server) -> None:

@@ -21,7 +21,7 @@ from nanovllm.cluster.control import (
     ControlServer,
     send_control_request,
 )
-from nanovllm.cluster.pool import PoolStats, WorkerStats
+from nanovllm.cluster.stats import PoolStats, WorkerStats
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import EngineDeadError, InvalidRequestError
 

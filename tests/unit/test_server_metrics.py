@@ -4,7 +4,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.testclient import TestClient
 
 from nanovllm import __version__
-from nanovllm.cluster.pool import PoolStats, WorkerStats
+from nanovllm.cluster.stats import PoolStats, WorkerStats
 from nanovllm.config import ServerConfig
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput

@@ -14,7 +14,7 @@ from nanovllm.server.state import ServerState
 from nanovllm.text.input_processor import Prompt, TextInput
 
 if TYPE_CHECKING:
-    from nanovllm.async_llm import RequestStream
+    from nanovllm.request_stream import RequestStream
 
 
 class Generation:

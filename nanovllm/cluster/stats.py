@@ -1,0 +1,62 @@
+"""What a pool and its engines are doing, as plain data."""
+
+from dataclasses import dataclass
+
+from nanovllm.engine.llm_engine import EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """A worker as of now.
+
+    Args:
+        index: Its place in the pool.
+        state: "starting", "ready" or "dead".
+        pid: Of its process.
+        num_restarts: Times it was started anew.
+        num_inflight: Requests it has.
+        outstanding_tokens: Positions it has still to compute for them, outputs as far as expected.
+        engine: Its engine's counters.
+    """
+
+    index: int
+    state: str
+    pid: int | None
+    num_restarts: int
+    num_inflight: int
+    outstanding_tokens: int
+    engine: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """The pool as of now; the averages are over the last `metric_window` finished requests.
+
+    Args:
+        dispatch_policy: Who gets the next request.
+        workers: One a place.
+        num_inflight: Requests taken and not ended, those in line included.
+        avg_latency_s: Seconds from a request's arrival to its end.
+        avg_throughput_tok_s: Output tokens a second of one request.
+    """
+
+    dispatch_policy: str
+    workers: list[WorkerStats]
+    num_inflight: int
+    avg_latency_s: float
+    avg_throughput_tok_s: float
+
+    @property
+    def num_running(self) -> int:
+        return sum(worker.engine.num_running for worker in self.workers)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that no step has taken up, those on their way to an engine included."""
+        return sum(worker.engine.num_waiting for worker in self.workers)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the KV blocks that sequences hold."""
+        blocks = sum(worker.engine.num_kv_blocks for worker in self.workers)
+        return sum(worker.engine.num_used_blocks for worker in self.workers) / max(blocks, 1)

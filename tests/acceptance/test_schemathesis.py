@@ -1,0 +1,44 @@
+"""schemathesis holds every answer against the API's own description, `/openapi.json`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.environments import CLIENTS, environment
+from tests.serving import serve
+
+pytestmark = [pytest.mark.accept, pytest.mark.slow]
+
+NUM_CASES = 2000
+SEED = 1
+KEY = "sk-test"
+
+
+@pytest.mark.parametrize("keys", [[], [KEY]], ids=["open", "with a key"])
+def test_the_description_holds(keys: list[str], tmp_path: Path) -> None:
+    """No 5xx, no answer that is not described, nothing refused that is described as right.
+
+    A short context keeps the answers short where a request sets no limit.
+    """
+    report = tmp_path / "report.json"
+    with serve(api_key=keys, max_model_len=128) as server:
+        output = environment("schemathesis").run(
+            [
+                *("-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),
+                *("--checks", "all", "--exclude-checks", "positive_data_acceptance"),
+                *("--max-examples", "60", "--seed", str(SEED), "--generation-database", "none"),
+                *("--request-timeout", "60", "--max-response-time", "60"),
+                *("--continue-on-failure", "--report-json-path", str(report)),
+                *(f"--header=Authorization: Bearer {key}" for key in keys),
+            ],
+            {"SCHEMATHESIS_HOOKS": "schemathesis_checks", "PYTHONPATH": str(CLIENTS)},
+            statuses=(0, 1),
+        )
+        summary = json.loads(report.read_text())
+        assert summary["exit_code"] == 0, output
+        assert summary["complete"]
+        assert not summary["errors"]
+        assert summary["operations"]["tested"] == summary["operations"]["total"] >= 15
+        assert summary["test_cases"]["generated"] >= NUM_CASES
+        assert server.get("/ready")[0] == 200
