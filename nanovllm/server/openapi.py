@@ -25,4 +25,14 @@ class DescribedAPI(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 components["schemas"].pop(name, None)
             components["securitySchemes"] = {KEY_SCHEME: {"type": "http", "scheme": "bearer"}}
+            self.openapi_schema = _exact(schema)
         return super().openapi()
+
+
+def _exact(value: Any) -> Any:
+    """Spell out integers: FastAPI makes each bound a float, and 2**63 is then printed rounded."""
+    if isinstance(value, dict):
+        return {key: _exact(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_exact(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -11,7 +11,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.conversation import render
-from nanovllm.server.openai.fields import OrSay, TokenId, WireModel
+from nanovllm.server.openai.fields import WHOLE, OrSay, TokenId, WireModel
 from nanovllm.server.openai.requests import ChatTemplateOptions
 from nanovllm.server.openai.sampling import check_model
 from nanovllm.server.state import ServerState, State
@@ -75,7 +75,7 @@ class DetokenizeRequest(WireModel):
     """Tokens to make a text of."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], WHOLE]
 
 
 class Detokenized(TypedDict):

@@ -37,17 +37,44 @@ def not_served(why: str) -> OrSay:
     return OrSay(f"not supported: {why}")
 
 
+@dataclass(frozen=True)
+class WholeNumbers:
+    """Takes 16.0 for the integer 16, as JSON does, also in lists and in lists of those.
+
+    Strictness stays: no text and no truth value is a number. What needs no change costs nothing.
+    """
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
+
+    def _validate(self, value: Any, handler: core_schema.ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            return handler(_as_integers(value))
+
+
+def _as_integers(value: Any, depth: int = 2) -> Any:
+    if isinstance(value, list) and depth:
+        return [_as_integers(item, depth - 1) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class WireModel(BaseModel):
     """What a client sends: JSON types as they are, no infinite numbers, unknown fields ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1)]
+WHOLE = WholeNumbers()
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE]
+TokenCount = Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
+NumTokens = Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+NumLogprobs = Annotated[int, Field(ge=0, le=20), WHOLE]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=1e6)]

@@ -6,10 +6,12 @@ from pydantic import ConfigDict, Field
 
 from nanovllm.server.openai.fields import (
     MAX_LIST_LENGTH,
+    WHOLE,
     BadWords,
     Int64,
     LogitBias,
     NumLogprobs,
+    NumTokens,
     Off,
     OrSay,
     Penalty,
@@ -66,26 +68,26 @@ class GenerationRequest(WireModel):
     best_of: TokenCount | None = Field(None, description="Only the same as `n`.")
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
     min_p: Share | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: RepetitionPenalty | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST_LENGTH)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST_LENGTH), WHOLE] | None = None
+    min_tokens: NumTokens | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: LogitBias | None = None
     bad_words: BadWords | None = None
-    allowed_token_ids: TokenIds | None = None
+    allowed_token_ids: Annotated[TokenIds, WHOLE] | None = None
     prompt_logprobs: NumLogprobs | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
-        None, description="Keep so many last tokens of the prompt; -1 is as many as fit."
-    )
+    truncate_prompt_tokens: Annotated[
+        TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")
+    ] = Field(None, description="Keep so many last tokens of the prompt; -1 is as many as fit.")
     priority: Int64 | None = Field(0, description="Lower runs first.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         None, description="Share cached prefixes only with requests of the same salt."
@@ -130,6 +132,7 @@ class GenerationRequest(WireModel):
 
 Prompt = Annotated[
     Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)],
+    WHOLE,
     OrSay("must be text, a list of token ids, or a list of those; none of them empty"),
 ]
 
@@ -138,7 +141,7 @@ class CompletionRequest(GenerationRequest):
     """A prompt to write on from, or several."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+    max_tokens: NumTokens | None = Field(
         None, description="0 only scores the prompt: see `echo` and `logprobs`."
     )
     logprobs: NumLogprobs | None = None

@@ -9,17 +9,6 @@ from starlette.testclient import TestClient
 from tests.fake_llm import FakeLLM
 from tests.server_client import build
 
-
-@pytest.fixture
-def llm() -> FakeLLM:
-    return FakeLLM()
-
-
-@pytest.fixture
-def client(llm: FakeLLM) -> TestClient:
-    return TestClient(build(llm))
-
-
 LINES = [{"text_delta": " upon"}, {"text_delta": " a"}, {"text_delta": " time"}, {"event": "done"}]
 
 

@@ -16,21 +16,6 @@ from tests.fake_llm import FakeLLM
 from tests.server_client import CHAT, HI, TEXT, build, call, events_of, post, stream
 
 
-@pytest.fixture
-def llm() -> FakeLLM:
-    return FakeLLM()
-
-
-@pytest.fixture
-def app(llm: FakeLLM) -> FastAPI:
-    return build(llm)
-
-
-@pytest.fixture
-def client(app: FastAPI) -> TestClient:
-    return TestClient(app)
-
-
 class TestFailures:
     def test_an_error_before_the_first_token_is_a_status(
         self, client: TestClient, llm: FakeLLM

@@ -6,17 +6,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.fake_llm import FakeLLM
-from tests.server_client import HI, build
-
-
-@pytest.fixture
-def llm() -> FakeLLM:
-    return FakeLLM()
-
-
-@pytest.fixture
-def client(llm: FakeLLM) -> TestClient:
-    return TestClient(build(llm))
+from tests.server_client import HI
 
 
 def test_there_and_back(client: TestClient) -> None:

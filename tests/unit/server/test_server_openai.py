@@ -10,16 +10,6 @@ from tests.fake_llm import EOS, OTHER, FakeLLM
 from tests.server_client import CHAT, HI, TEXT, build, post, refused, stream
 
 
-@pytest.fixture
-def llm() -> FakeLLM:
-    return FakeLLM()
-
-
-@pytest.fixture
-def client(llm: FakeLLM) -> TestClient:
-    return TestClient(build(llm))
-
-
 class TestChat:
     def test_a_whole_answer(self, client: TestClient) -> None:
         body = post(client, CHAT, messages=HI)

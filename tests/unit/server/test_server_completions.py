@@ -6,17 +6,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.fake_llm import EOS, FakeLLM
-from tests.server_client import TEXT, build, post, refused, stream
-
-
-@pytest.fixture
-def llm() -> FakeLLM:
-    return FakeLLM()
-
-
-@pytest.fixture
-def client(llm: FakeLLM) -> TestClient:
-    return TestClient(build(llm))
+from tests.server_client import TEXT, post, refused, stream
 
 
 def test_a_whole_answer(client: TestClient) -> None:

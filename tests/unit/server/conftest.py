@@ -1,0 +1,23 @@
+"""A server in this process, over a model that says what it is told to."""
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from tests.fake_llm import FakeLLM
+from tests.server_client import build
+
+
+@pytest.fixture
+def llm() -> FakeLLM:
+    return FakeLLM()
+
+
+@pytest.fixture
+def app(llm: FakeLLM) -> FastAPI:
+    return build(llm)
+
+
+@pytest.fixture
+def client(app: FastAPI) -> TestClient:
+    return TestClient(app)
