@@ -12,15 +12,13 @@ import argparse
 import http.client
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from local_server import HOST, PORT, put_under_load, serving
 from rich.console import Console
 from rich.table import Table
 
@@ -28,9 +26,7 @@ from nanovllm import __version__
 from nanovllm.bench.machine import cpu_model
 from nanovllm.kernels.cpu.threads import num_usable_cores
 
-HOST, PORT = "127.0.0.1", 8799
 PROBE_INTERVAL = 0.02
-START_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -69,39 +65,21 @@ class Probe(threading.Thread):
         return self.seconds
 
 
-def wait_until_ready() -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        try:
-            connection = http.client.HTTPConnection(HOST, PORT)
-            connection.request("GET", "/ready")
-            if connection.getresponse().status == 200:
-                return
-        except OSError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError("the server is not ready")
-
-
 def run_round(process: psutil.Process, args: argparse.Namespace) -> Figures:
     """Put the server under load once."""
-    with tempfile.TemporaryDirectory() as directory:
-        result = Path(directory, "result.json")
-        load = ["--concurrency", args.concurrency, "--num-requests", args.num_requests]
-        load += ["--input-len", 16, "--output-len", args.output_len, "--json", result]
-        command = [sys.executable, "-m", "nanovllm", "bench", "serve", *map(str, load)]
-        command += ["--url", f"http://{HOST}:{PORT}"]
-        idle = Probe()
-        idle.start()
-        time.sleep(1)
-        baseline = statistics.median(idle.stop())
-        probe = Probe()
-        probe.start()
-        before = process.cpu_times()
-        subprocess.run(command, check=True, capture_output=True)
-        after = process.cpu_times()
-        lags = sorted(1000 * max(s - baseline, 0) for s in probe.stop())
-        measured = json.loads(result.read_text())["loads"][0]
+    idle = Probe()
+    idle.start()
+    time.sleep(1)
+    baseline = statistics.median(idle.stop())
+    probe = Probe()
+    probe.start()
+    before = process.cpu_times()
+    measured = put_under_load(
+        *("--concurrency", args.concurrency, "--num-requests", args.num_requests),
+        *("--input-len", 16, "--output-len", args.output_len),
+    )
+    after = process.cpu_times()
+    lags = sorted(1000 * max(s - baseline, 0) for s in probe.stop())
     cpu = after.user + after.system - before.user - before.system
     num_tokens = measured["num_output_tokens"]
     return Figures(
@@ -123,15 +101,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     args = parser.parse_args()
-    options = ["--port", str(PORT), "--cpu-threads", "1", "--log-level", "warning"]
-    server = subprocess.Popen([sys.executable, "-m", "nanovllm", "serve", *options])
-    try:
-        wait_until_ready()
-        process = psutil.Process(server.pid)
+    with serving("--cpu-threads", "1") as process:
         rounds = [run_round(process, args) for _ in range(args.rounds)]
-    finally:
-        server.terminate()
-        server.wait()
     console = Console()
     console.print(
         f"{cpu_model()}, {num_usable_cores()} cores; nanovllm {__version__}; "
