@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import random
 import time
 from collections import deque
 from collections.abc import (
@@ -13,6 +14,7 @@ from collections.abc import (
     Sequence,
     Sized,
 )
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -109,6 +111,8 @@ class AsyncLLM:
         # Whoever holds a stream owns its request: one that is dropped is aborted.
         self._streams: WeakValueDictionary[str, RequestStream] = WeakValueDictionary()
         self._request_numbers = itertools.count()
+        # Drawn here, so that they depend neither on the dispatch nor on an engine's life.
+        self._seeds = random.Random(engine.seed)
         self._recent: deque[tuple[float, float]] = deque(maxlen=pool.metric_window)
 
     async def start(self) -> None:
@@ -389,13 +393,13 @@ class AsyncLLM:
         self, name: str, item: TextInput, priority: int, cache_salt: str | None
     ) -> tuple[EngineRequest, RequestStream]:
         """Register a request; the pool does not have it yet."""
-        first = self._running_pool.reserve(item.params.n)
-        request = EngineRequest(
-            first, item.token_ids, item.params, priority, cache_salt, item.payload
-        )
-        seq_ids = list(request.seq_ids)
+        params = item.params
+        if params.seed is None:
+            params = replace(params, seed=self._seeds.getrandbits(64))
+        first = self._running_pool.reserve(params.n)
+        request = EngineRequest(first, item.token_ids, params, priority, cache_salt, item.payload)
         output = self._processor.add(
-            name, seq_ids, item.prompt, item.token_ids, item.params, time.monotonic()
+            name, list(request.seq_ids), item.prompt, item.token_ids, params, time.monotonic()
         )
         stream = RequestStream(output, self._abort)
         self._streams[name] = stream

@@ -325,11 +325,14 @@ def test_replicas_share_the_work_and_the_cores() -> None:
             await finish(stream)
         workers = llm.stats().workers
         assert [worker.engine.num_output_tokens for worker in workers] == [8, 8]
+        unseeded = await llm.prepare(PROMPT, SamplingParams(max_tokens=8, ignore_eos=True))
+        texts = [(await finish(s))["text"] for s in await llm.submit([unseeded] * 2)]
+        assert texts[0] != texts[1]
         cores = [os.sched_getaffinity(worker.pid or 0) for worker in workers]
         if len(os.sched_getaffinity(0)) >= 2:
             assert not cores[0] & cores[1]
         assert await llm.warm("The wolf said to the child and to all the others in the wood") > 8
-        assert all(worker.engine.num_output_tokens == 9 for worker in llm.stats().workers)
+        assert all(worker.engine.num_output_tokens == 17 for worker in llm.stats().workers)
 
     run_alone(scenario, replicas=2, dispatch_policy="rr", cpu_threads=None)
 
