@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -45,8 +46,9 @@ class Environment:
         shutil.rmtree(self._directory, ignore_errors=True)
         _run([sys.executable, "-m", "venv", str(self._directory)], INSTALL_TIMEOUT)
         if over_ours:
-            purelib = _run([self.python, "-c", "import site; print(site.getsitepackages()[0])"])
-            (Path(purelib.strip()) / "ours.pth").write_text(ours)
+            ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            theirs = _run([self.python, "-c", ask], INSTALL_TIMEOUT).strip()
+            (Path(theirs) / "ours.pth").write_text(ours)
         _run([self.python, "-m", "pip", "install", "-q", "-r", str(requirements)], INSTALL_TIMEOUT)
         complete.touch()
 
@@ -60,7 +62,7 @@ class Environment:
         variables: Mapping[str, str] | None = None,
         statuses: tuple[int, ...] = (0,),
     ) -> str:
-        """Run its interpreter and return what it printed.
+        """Run its interpreter, in an empty directory, and return what it printed.
 
         Args:
             arguments: What the interpreter is told to do.
@@ -68,18 +70,21 @@ class Environment:
             statuses: How it may end; the test fails if it ends otherwise.
         """
         command = [self.python, *map(str, arguments)]
-        return _run(command, statuses=statuses, env=os.environ | dict(variables or {}))
+        with tempfile.TemporaryDirectory() as directory:
+            return _run(command, RUN_TIMEOUT, statuses, directory, variables)
 
 
 def _run(
     command: list[str],
-    timeout: float = RUN_TIMEOUT,
+    timeout: float,
     statuses: tuple[int, ...] = (0,),
-    env: dict[str, str] | None = None,
+    directory: str | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> str:
     ran = subprocess.run(
         command,
-        env=env,
+        cwd=directory,
+        env=os.environ | dict(variables or {}),
         timeout=timeout,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -17,9 +17,8 @@ from tests.conftest import make_checkpoint
 from tests.environments import environment
 from tests.serving import Server, serve
 
-pytestmark = [pytest.mark.accept, pytest.mark.slow]
+pytestmark = pytest.mark.accept
 
-VOCAB_SIZE = 400
 WINDOW = 96
 """Tokens that a model is shown at most, so that long texts are scored in several windows."""
 NUM_DOCS = 12
@@ -56,19 +55,24 @@ WORDS = "a the king queen wolf hen wood was went to saw and said old little gold
 
 @pytest.fixture(scope="module")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Qwen3 whose tokenizer knows the words of our documents."""
+    """A random Qwen3 whose tokenizer knows the words of our documents.
+
+    It has no bytes beyond ASCII: of half a character at the end of a text transformers makes
+    U+FFFD, and we, as vLLM does, nothing.
+    """
     directory = tmp_path_factory.mktemp("lm_eval") / "checkpoint"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
         special_tokens=["<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[chr(code) for code in range(0x21, 0x7F)],
         show_progress=False,
     )
     bpe.train_from_iterator([WORDS] * 10, trainer)
-    make_checkpoint(directory, "Qwen3", head_dim=32, vocab_size=VOCAB_SIZE, eos_token_id=0)
+    make_checkpoint(
+        directory, "Qwen3", head_dim=32, vocab_size=bpe.get_vocab_size(), eos_token_id=0
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=bpe, eos_token="<|end|>", chat_template=TEMPLATE
     )
@@ -90,7 +94,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "question": sentence(rng.randint(1, 30)),
             "options": [f" {sentence(rng.randint(1, 4))}" for _ in range(4)],
             "label": rng.randrange(4),
-            "text": sentence(rng.randint(1, 150)).capitalize() + ", süß!",
+            "text": sentence(rng.randint(1, 150)).capitalize() + "!",
         }
         for _ in range(NUM_DOCS)
     ]
@@ -134,7 +138,8 @@ class Evaluation:
             [
                 *("-m", "lm_eval", "--model", model, "--tasks", ",".join(names)),
                 *("--model_args", ",".join(f"{key}={value}" for key, value in model_args.items())),
-                *("--include_path", tasks, "--output_path", output, "--log_samples", *options),
+                *("--include_path", str(tasks), "--output_path", str(output)),
+                *("--log_samples", *options),
             ],
             OFFLINE | {"HF_HOME": str(tasks / "cache")},
         )

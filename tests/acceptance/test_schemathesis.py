@@ -8,7 +8,7 @@ import pytest
 from tests.environments import CLIENTS, environment
 from tests.serving import serve
 
-pytestmark = [pytest.mark.accept, pytest.mark.slow]
+pytestmark = pytest.mark.accept
 
 NUM_CASES = 2000
 SEED = 1

@@ -1,0 +1,37 @@
+"""A check for schemathesis: what the description allows is accepted, but for what it cannot say."""
+
+# mypy: disable-error-code="import-not-found, untyped-decorator"
+
+import re
+from typing import Any
+
+import schemathesis
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+BEYOND_A_SCHEMA = re.compile(
+    # Fields that depend on each other.
+    r"stream_options needs stream=true"
+    r"|prompt_logprobs needs stream=false"
+    r"|top_logprobs needs logprobs=true"
+    r"|best_of is not supported: .* use n"
+    r"|tools are not supported: .* with tool_choice='none'"
+    r"|min_tokens must be at most max_tokens"
+    r"|add_generation_prompt and continue_final_message exclude each other"
+    # The model served, and its tokenizer and template.
+    r"|This model's maximum context length is"
+    r"|is out of range: the vocabulary has"
+    r"|the chat template"
+    r"|chat_template_kwargs must not have"
+    # Limits of the server, which are options.
+    r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|stop strings)"
+    # JSON inside JSON.
+    r"|the arguments of a tool call must be a JSON object"
+)
+
+
+@schemathesis.check
+def schema_tells_what_is_accepted(ctx: Any, response: Any, case: Any) -> bool | None:
+    """`positive_data_acceptance`, unless the refusal is for a reason that no schema has."""
+    if response.status_code == 400 and BEYOND_A_SCHEMA.search(response.text):
+        return None
+    return positive_data_acceptance(ctx, response, case)  # type: ignore[no-any-return]
