@@ -21,10 +21,15 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from nanovllm.batch import EngineOutput
-from nanovllm.cluster.pool import EnginePool
+from nanovllm.cluster.pool import EnginePool, Worker
 from nanovllm.cluster.stats import PoolStats
 from nanovllm.config import EngineConfig, PoolConfig, split_options
-from nanovllm.errors import InvalidRequestError, OverloadedError, UnavailableError
+from nanovllm.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    OverloadedError,
+    UnavailableError,
+)
 from nanovllm.models.hub import resolve_model
 from nanovllm.outputs import RequestOutput
 from nanovllm.request_stream import RequestStream
@@ -34,7 +39,7 @@ from nanovllm.text.input_processor import InputProcessor, Prompt, TextInput
 from nanovllm.text.output_processor import OutputProcessor
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.worker.load import EngineRequest
-from nanovllm.worker.messages import News
+from nanovllm.worker.messages import AddRequest, News
 
 Result = TypeVar("Result")
 
@@ -110,6 +115,7 @@ class AsyncLLM:
         self._outputs: OutputProcessor | None = None
         # Whoever holds a stream owns its request: one that is dropped is aborted.
         self._streams: WeakValueDictionary[str, RequestStream] = WeakValueDictionary()
+        self._background: set[asyncio.Task[None]] = set()
         self._request_numbers = itertools.count()
         # Drawn here, so that they depend neither on the dispatch nor on an engine's life.
         self._seeds = random.Random(engine.seed)
@@ -132,31 +138,39 @@ class AsyncLLM:
 
     async def _start(self) -> None:
         directory, frontend = await asyncio.to_thread(self._load_frontend)
+        frontend.default_sampling_params()  # a mistake in its file shows now, not in every request
         pool = EnginePool(self.pool_config, self.config, directory, self)
-        self._pool = pool
         started = await pool.start()
+        self._pool = pool
         self.config = started.config
         self.max_model_len = started.max_model_len
         self._frontend = frontend
         self._inputs = frontend.input_processor(self.max_model_len)
         self._outputs = frontend.output_processor()
-        if self.pool_config.warm_prefixes:
-            for prefix in self.pool_config.warm_prefixes.split("||"):
-                await self.warm(prefix)
+        try:
+            for worker in pool.ready_workers:
+                await self._warm_up(worker)
+        except BaseException:
+            await pool.close()
+            raise
 
     def _load_frontend(self) -> tuple[Path, TextFrontend]:
         directory = resolve_model(self.config)
         return directory, TextFrontend(directory, self.config)
 
-    async def close(self) -> None:
-        """End the engines and every open request; the object cannot be used afterwards."""
+    async def close(self, force: bool = False) -> None:
+        """End the engines and every open request; the object cannot be used afterwards.
+
+        Args:
+            force: Whether to kill the engines without asking them to end.
+        """
         self._closed = True
         if self._starting is not None:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._starting
         if self._pool is not None:
-            await self._pool.close()
+            await self._pool.close(force)
 
     async def __aenter__(self) -> "AsyncLLM":
         await self.start()
@@ -327,9 +341,7 @@ class AsyncLLM:
             if self._observer is not None:
                 self._observer.rejected(getattr(e, "reason", e.code))
             raise
-        opened = [
-            self._open(*each, priority, cache_salt) for each in zip(names, inputs, strict=True)
-        ]
+        opened = self._open(names, inputs, priority, cache_salt)
         for request, _ in opened:
             pool.submit(request)
         return [stream for _, stream in opened]
@@ -346,14 +358,16 @@ class AsyncLLM:
 
         Returns:
             The number of its tokens.
+
+        Raises:
+            InvalidRequestError: The prompt cannot be used.
+            UnavailableError: No engine is running, or one died.
         """
         item = await self.prepare(prompt, SamplingParams(max_tokens=1))
         pool = self._running_pool
-        opened = [self._open(self._new_id(), item, 0, None) for _ in pool.ready_workers]
-        pool.broadcast([request for request, _ in opened])
-        for _, stream in opened:
-            async for _ in stream:
-                pass
+        if not pool.is_ready:
+            raise NotReadyError("no engine takes requests now")
+        await asyncio.gather(*(self._compute_on(worker, item) for worker in pool.ready_workers))
         return len(item.token_ids)
 
     def stats(self) -> PoolStats:
@@ -364,6 +378,7 @@ class AsyncLLM:
             self.pool_config.dispatch_policy if self._pool is None else self._pool.policy,
             [] if self._pool is None else self._pool.worker_stats(),
             0 if self._pool is None else self._pool.num_inflight,
+            0 if self._pool is None else self._pool.num_open_sequences,
             sum(latencies) / max(len(latencies), 1),
             sum(rates) / max(len(rates), 1),
         )
@@ -390,22 +405,63 @@ class AsyncLLM:
         return f"request-{next(self._request_numbers)}"
 
     def _open(
-        self, name: str, item: TextInput, priority: int, cache_salt: str | None
-    ) -> tuple[EngineRequest, RequestStream]:
-        """Register a request; the pool does not have it yet."""
-        params = item.params
-        if params.seed is None:
-            params = replace(params, seed=self._seeds.getrandbits(64))
-        first = self._running_pool.reserve(params.n)
-        request = EngineRequest(first, item.token_ids, params, priority, cache_salt, item.payload)
-        output = self._processor.add(
-            name, list(request.seq_ids), item.prompt, item.token_ids, params, time.monotonic()
-        )
-        stream = RequestStream(output, self._abort)
-        self._streams[name] = stream
-        if self._observer is not None:
-            self._observer.received(output, item.params)
-        return request, stream
+        self,
+        names: Sequence[str],
+        inputs: Sequence[TextInput],
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[tuple[EngineRequest, RequestStream]]:
+        """Register requests, all or none; the pool does not have them yet."""
+        now = time.monotonic()
+        requests = [self._pack(item, priority, cache_salt) for item in inputs]
+        opened = []
+        for name, item, request in zip(names, inputs, requests, strict=True):
+            params = request.message.params
+            output = self._processor.add(
+                name, list(request.seq_ids), item.prompt, item.token_ids, params, now
+            )
+            stream = RequestStream(output, self._abort)
+            self._streams[name] = stream
+            if self._observer is not None:
+                self._observer.received(output, params)
+            opened.append((request, stream))
+        return opened
+
+    def _pack(self, item: TextInput, priority: int, cache_salt: str | None) -> EngineRequest:
+        """Make a request that is ready to be sent."""
+        pool = self._running_pool
+        params = pool.adapt(item.params, len(item.token_ids))
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
+        params = replace(params, seed=seed)
+        first = pool.reserve(params.n)
+        message = AddRequest(first, item.token_ids, params, priority, cache_salt, item.payload)
+        try:
+            return EngineRequest(message)
+        except OverflowError as e:
+            raise InvalidRequestError("a number in the request has more than 64 bits") from e
+        except UnicodeEncodeError as e:
+            raise InvalidRequestError("a text in the request is not valid Unicode") from e
+
+    async def _warm_up(self, worker: Worker) -> None:
+        """Compute the prefixes of the options on one engine."""
+        for prefix in (self.pool_config.warm_prefixes or "").split("||"):
+            if prefix:
+                item = await self.prepare(prefix, SamplingParams(max_tokens=1))
+                await self._compute_on(worker, item)
+
+    async def _compute_on(self, worker: Worker, item: TextInput) -> None:
+        ((request, stream),) = self._open([self._new_id()], [item])
+        self._running_pool.submit_to(worker, request)
+        async for _ in stream:
+            pass
+
+    def on_restarted(self, worker: Worker) -> None:
+        """Warm up an engine that runs again; it serves meanwhile."""
+        task = asyncio.ensure_future(self._warm_up(worker))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        # It may well die once more, and that is told elsewhere.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def on_news(self, news: News) -> None:
         """Take in what a step has brought, and wake whoever waits for it."""
@@ -417,11 +473,10 @@ class AsyncLLM:
             self._running_pool.abort(stopped)
         for output in outputs:
             stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue  # nobody holds it: it is about to be aborted
-            num_new = stream.wake()
-            if num_new and self._observer is not None:
-                self._observer.tokens(output, num_new, now)
+            if stream is not None:  # otherwise nobody holds it, and it is about to be aborted
+                num_new = stream.wake()
+                if num_new and self._observer is not None:
+                    self._observer.tokens(output, num_new, now)
             if output.finished:
                 self._forget(output)
 

@@ -104,7 +104,7 @@ class FakeLLM:
         return True
 
     def stats(self) -> PoolStats:
-        return PoolStats("cache_aware", [], self.num_open, 0.0, 0.0)
+        return PoolStats("cache_aware", [], self.num_open, self.num_open, 0.0, 0.0)
 
 
 class FakeStream:

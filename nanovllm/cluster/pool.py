@@ -15,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import zmq.asyncio
+
 from nanovllm.cluster.router import make_router, policy_name
 from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.engine.block_manager import root_hash
+from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -27,6 +30,7 @@ from nanovllm.errors import (
     UnavailableError,
 )
 from nanovllm.kernels.cpu.threads import usable_cpus
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.worker.client import WorkerClient
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import News, Start, Started
@@ -37,6 +41,10 @@ QUEUED_PER_RUNNING = 4
 MIN_QUEUED_TOKENS = 1 << 20
 FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
 """Seconds before an engine is started anew; doubled each time it does not come up."""
+LEAST_START_TIMEOUT = 120.0
+"""Seconds an engine may take to start anew at least; ten times as long as the first one took."""
+MAX_DIRECTORY_PATH = 70
+"""Characters, so that 107 are enough for the whole path of a socket."""
 STABLE_AFTER = 60.0
 """Seconds after which an engine's death no longer counts as the same trouble as the last one."""
 
@@ -49,6 +57,9 @@ class PoolListener(Protocol):
 
     def on_lost(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
         """These sequences have ended without a result."""
+
+    def on_restarted(self, worker: "Worker") -> None:
+        """An engine that had died runs again, with an empty cache."""
 
 
 class Worker:
@@ -84,6 +95,7 @@ class Worker:
             self.client.pid,
             self.num_restarts,
             self.num_inflight,
+            len(self.client.load.sequences),
             self.outstanding_tokens,
             self.client.stats,
         )
@@ -115,8 +127,11 @@ class EnginePool:
         self._supervisors: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
-        self._sockets = tempfile.TemporaryDirectory(prefix="nanovllm-")  # for our user alone
+        self._context = zmq.asyncio.Context()
+        self._sockets = _private_directory()
         self._num_processes = 0
+        self._expiry: asyncio.TimerHandle | None = None
+        self._start_timeout = LEAST_START_TIMEOUT
         self._next_seq_id = 0
 
     @property
@@ -126,6 +141,11 @@ class EnginePool:
     @property
     def num_inflight(self) -> int:
         return len(self._line) + sum(worker.num_inflight for worker in self._workers)
+
+    @property
+    def num_open_sequences(self) -> int:
+        """Completions that run, wait in an engine or stand in line."""
+        return len(self._worker_of_seq) + sum(request.num_open for request in self._line)
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -142,6 +162,7 @@ class EnginePool:
             NotEnoughMemoryError: The engines do not fit.
             RuntimeError: A process died.
         """
+        begun = time.monotonic()
         self._workers = [
             Worker(index, self._make_client(index)) for index in range(self.config.num_engines)
         ]
@@ -153,22 +174,31 @@ class EnginePool:
                 task.cancel()
             await self.close()
             raise
+        self._start_timeout = max(LEAST_START_TIMEOUT, 10 * (time.monotonic() - begun))
         for worker in self._workers:
             worker.state = "ready"
             self._supervisors.append(asyncio.ensure_future(self._supervise(worker)))
         return started[0]
 
-    async def close(self) -> None:
-        """End all processes and every open request."""
+    async def close(self, force: bool = False) -> None:
+        """End all processes and every open request.
+
+        Args:
+            force: Whether to kill the processes without asking them to end.
+        """
         self.draining = True
+        if self._expiry is not None:
+            self._expiry.cancel()
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
         self._lose([*self._worker_of_seq], NotReadyError("the engines are being shut down"))
         self._lose_line(NotReadyError("the engines are being shut down"))
-        await asyncio.gather(*(worker.client.stop() for worker in self._workers))
+        clients = [worker.client for worker in self._workers]
+        await asyncio.gather(*(client.kill() if force else client.stop() for client in clients))
         for worker in self._workers:
             worker.state = "dead"
+        self._context.term()
         self._sockets.cleanup()
 
     async def drain(self, timeout: float | None = None) -> bool:
@@ -196,63 +226,72 @@ class EnginePool:
             OverloadedError: They do not fit it now.
             NotReadyError: No engine runs, or the pool is draining.
         """
-        ready = [worker.client.started for worker in self.ready_workers]
+        ready = [worker.client.started for worker in self.ready_workers if worker.client.started]
         if self.draining:
             raise NotReadyError("the server is shutting down: send the request to another one")
         if not ready:
             raise NotReadyError("no engine is running: one is being started", 5.0)
-        running = sum(started.config.max_num_seqs or 1 for started in ready if started)
-        queued = self.config.max_num_queued_reqs
-        capacity = running + (QUEUED_PER_RUNNING * running if queued is None else queued)
-        if num_sequences > capacity:
+        per_engine = ready[0].config.max_num_seqs or 1
+        most = self._capacity(per_engine * len(self._workers))
+        if num_sequences > most:
             raise InvalidRequestError(
                 f"the request asks for {num_sequences} completions and this server takes at most "
-                f"{capacity} at a time: ask for fewer",
+                f"{most} at a time: ask for fewer",
                 "n",
             )
-        open_sequences = len(self._worker_of_seq) + sum(r.num_open for r in self._line)
-        if open_sequences + num_sequences > capacity:
+        if self.num_open_sequences + num_sequences > self._capacity(per_engine * len(ready)):
             raise OverloadedError(
-                f"{open_sequences} completions are running or waiting and the queue is full: try "
-                "again later",
+                f"{self.num_open_sequences} completions are running or waiting and the queue is "
+                "full: try again later",
                 reason="requests",
             )
         waiting = sum(worker.client.load.waiting_tokens for worker in self._workers)
         waiting += sum(len(request.token_ids) for request in self._line)
-        context = max(started.max_model_len for started in ready if started)
         limit = self.config.max_num_queued_tokens
-        limit = max(MIN_QUEUED_TOKENS, 8 * context) if limit is None else limit
+        if limit is None:
+            limit = max(MIN_QUEUED_TOKENS, 8 * ready[0].max_model_len)
         if waiting and waiting + num_tokens > limit:
             raise OverloadedError(
                 f"{waiting} prompt tokens are waiting and the queue is full: try again later",
                 reason="tokens",
             )
 
+    def adapt(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+        """Allow a request less output while many are in flight, if that is wanted."""
+        threshold = self.config.adaptive_max_inflight_threshold
+        threshold = self.config.num_engines if threshold is None else threshold
+        ready = [worker.client.started for worker in self.ready_workers if worker.client.started]
+        if not self.config.adaptive_max_new_tokens or self.num_inflight <= threshold or not ready:
+            return params
+        allowed = params.max_tokens or ready[0].max_model_len - num_prompt_tokens
+        shorter = int(allowed * self.config.adaptive_max_new_tokens_factor)
+        return replace(params, max_tokens=max(shorter, params.min_tokens, 1))
+
     def submit(self, request: EngineRequest) -> None:
         """Give a request to an engine, or a place in line while the caps are reached."""
-        if self.config.adaptive_max_new_tokens:
-            self._shorten(request)
         self._idle.clear()
+        request.deadline = time.monotonic() + self.config.queue_timeout
         self._line.append(request)
         self._move_line()
-        if request in self._line:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self.config.queue_timeout, self._give_up, request)
+        if self._line and self._expiry is None:
+            self._expire()
 
-    def broadcast(self, requests: Iterable[EngineRequest]) -> None:
-        """Give one request to each engine that is ready, past the line."""
-        for worker, request in zip(self.ready_workers, requests, strict=False):
-            self._idle.clear()
-            self._send(request, worker)
+    def submit_to(self, worker: Worker, request: EngineRequest) -> None:
+        """Give a request to this engine, past the line."""
+        self._idle.clear()
+        self._send(request, worker)
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """End sequences that nobody waits for any more."""
+        by_worker: dict[Worker, list[int]] = {}
         for seq_id in seq_ids:
             worker = self._worker_of_seq.pop(seq_id, None)
             if worker is not None:
-                worker.client.abort([seq_id])
+                by_worker.setdefault(worker, []).append(seq_id)
             else:
                 self._leave_line(seq_id)
+        for worker, aborted in by_worker.items():
+            worker.client.abort(aborted)
         self._move_line()
 
     def worker_stats(self) -> list[WorkerStats]:
@@ -278,7 +317,7 @@ class EnginePool:
         )
         self._num_processes += 1
         address = Path(self._sockets.name, f"worker-{self._num_processes}")
-        return WorkerClient(start, address, self._on_news)
+        return WorkerClient(start, address, self._context, self._on_news)
 
     async def _supervise(self, worker: Worker) -> None:
         """Watch a worker for ever; when its process dies, end its requests and start another."""
@@ -294,9 +333,11 @@ class EnginePool:
                 ending,
                 len(lost),
             )
-            await worker.client.kill()
-            self._router.forget(worker.index)
+            # Whoever waits must not wait for a process that is stuck to be reaped.
             self._lose(lost, EngineDeadError("the engine died while it worked on this; try again"))
+            self._router.forget(worker.index)
+            worker.client.stats = EngineStats()
+            await worker.client.kill()
             if time.monotonic() - started > STABLE_AFTER:
                 backoff = FIRST_BACKOFF
             while worker.state != "ready":
@@ -309,14 +350,16 @@ class EnginePool:
         worker.state = "starting"
         worker.client = self._make_client(worker.index)
         try:
-            await worker.client.start()
-        except (ValueError, OSError, ImportError, RuntimeError) as e:
-            logger.error("engine %d does not start: %s", worker.index, e)
+            await asyncio.wait_for(worker.client.start(), self._start_timeout)
+        except Exception as e:  # noqa: BLE001  # whatever it is, the next attempt may succeed
+            reason = str(e) or f"not within {self._start_timeout:g} s"
+            logger.error("engine %d does not start: %s", worker.index, reason)
             worker.state = "dead"
             await worker.client.kill()
         else:
             logger.info("engine %d runs again", worker.index)
             worker.state = "ready"
+            self._listener.on_restarted(worker)
             self._move_line()
 
     def _on_news(self, news: News) -> None:
@@ -353,7 +396,7 @@ class EnginePool:
         worker.client.add(request)
 
     def _root(self, request: EngineRequest) -> bytes:
-        return root_hash(str(self._directory), None, request.cache_salt)
+        return root_hash(str(self._directory), None, request.message.cache_salt)
 
     def _leave_line(self, seq_id: int) -> None:
         for request in self._line:
@@ -363,13 +406,20 @@ class EnginePool:
                     self._line.remove(request)
                 return
 
-    def _give_up(self, request: EngineRequest) -> None:
-        """Refuse a request that has waited in line for too long."""
-        if request in self._line:
-            self._line.remove(request)
+    def _expire(self) -> None:
+        """Refuse the requests that have waited in line for too long, now and when it is time."""
+        now = time.monotonic()
+        expired: list[int] = []
+        while self._line and self._line[0].deadline <= now:
+            expired += self._line.popleft().seq_ids
+        if expired:
             waited = f"no engine was free within {self.config.queue_timeout:g} s: try again later"
-            self._listener.on_lost(request.seq_ids, OverloadedError(waited, reason="timeout"))
-            self._move_line()
+            self._listener.on_lost(expired, OverloadedError(waited, reason="timeout"))
+        self._expiry = None
+        if self._line:
+            delay = self._line[0].deadline - now
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
+        self._move_line()
 
     def _lose(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
         lost = []
@@ -388,15 +438,10 @@ class EnginePool:
         if lost:
             self._listener.on_lost(lost, error)
 
-    def _shorten(self, request: EngineRequest) -> None:
-        """Allow less output while many requests are in flight."""
-        threshold = self.config.adaptive_max_inflight_threshold
-        if self.num_inflight <= (self.config.num_engines if threshold is None else threshold):
-            return
-        started = next(worker.client.started for worker in self._workers if worker.client.started)
-        allowed = request.params.max_tokens or started.max_model_len - len(request.token_ids)
-        shorter = max(1, int(allowed * self.config.adaptive_max_new_tokens_factor))
-        request.params = replace(request.params, max_tokens=shorter)
+    def _capacity(self, num_running: int) -> int:
+        """Completions let in when so many can run at a time."""
+        queued = self.config.max_num_queued_reqs
+        return num_running + (QUEUED_PER_RUNNING * num_running if queued is None else queued)
 
 
 def share_of_cpus(index: int, num_shares: int) -> list[int] | None:
@@ -409,3 +454,10 @@ def share_of_cpus(index: int, num_shares: int) -> list[int] | None:
         return None
     first, last = (len(cpus) * i // num_shares for i in (index, index + 1))
     return cpus[first:last] or [cpus[index % len(cpus)]]
+
+
+def _private_directory() -> "tempfile.TemporaryDirectory[str]":
+    """A directory for our user alone, with a path short enough for sockets in it."""
+    directory = tempfile.gettempdir()
+    too_long = len(directory) > MAX_DIRECTORY_PATH
+    return tempfile.TemporaryDirectory(prefix="nanovllm-", dir="/tmp" if too_long else directory)

@@ -15,6 +15,7 @@ class WorkerStats:
         pid: Of its process.
         num_restarts: Times it was started anew.
         num_inflight: Requests it has.
+        num_open_sequences: Their completions that have not ended.
         outstanding_tokens: Positions it has still to compute for them, outputs as far as expected.
         engine: Its engine's counters.
     """
@@ -24,8 +25,14 @@ class WorkerStats:
     pid: int | None
     num_restarts: int
     num_inflight: int
+    num_open_sequences: int
     outstanding_tokens: int
     engine: EngineStats
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that do not run: waiting in the engine, or on their way to it."""
+        return max(self.num_open_sequences - self.engine.num_running, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,7 @@ class PoolStats:
         dispatch_policy: Who gets the next request.
         workers: One a place.
         num_inflight: Requests taken and not ended, those in line included.
+        num_open_sequences: Their completions that have not ended.
         avg_latency_s: Seconds from a request's arrival to its end.
         avg_throughput_tok_s: Output tokens a second of one request.
     """
@@ -43,6 +51,7 @@ class PoolStats:
     dispatch_policy: str
     workers: list[WorkerStats]
     num_inflight: int
+    num_open_sequences: int
     avg_latency_s: float
     avg_throughput_tok_s: float
 
@@ -52,8 +61,8 @@ class PoolStats:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that no step has taken up, those on their way to an engine included."""
-        return sum(worker.engine.num_waiting for worker in self.workers)
+        """Sequences that do not run: in line, on their way to an engine, or waiting there."""
+        return max(self.num_open_sequences - self.num_running, 0)
 
     @property
     def kv_usage(self) -> float:

@@ -134,8 +134,8 @@ class LLMEngine:
             adapter_id: LoRA adapter.
             schedules_ahead: Whether a step may be scheduled before the last result is known.
             payload: Handed to the runner when the sequences start.
-            first_seq_id: Id of its first sequence, above all before; the others follow. None
-                counts on.
+            first_seq_id: Id of its first sequence, and the others follow; no open one has them.
+                None counts on. Among equals in priority, lower ids run first.
 
         Returns:
             The ids of its sequences, one a completion.
@@ -155,8 +155,8 @@ class LLMEngine:
             max_keys = min(max_keys, len(keys) + params.max_tokens)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         first_seq_id = self._next_seq_id if first_seq_id is None else first_seq_id
-        if first_seq_id < self._next_seq_id:
-            raise ValueError(f"sequence id {first_seq_id} is not above those before it")
+        if any(self.scheduler.is_open(first_seq_id + index) for index in range(params.n)):
+            raise ValueError(f"a sequence with an id from {first_seq_id} on is still open")
         sequences = [
             Sequence(
                 first_seq_id + index,
@@ -175,7 +175,7 @@ class LLMEngine:
             )
             for index in range(params.n)
         ]
-        self._next_seq_id = first_seq_id + params.n
+        self._next_seq_id = max(self._next_seq_id, first_seq_id + params.n)
         for seq in sequences:
             self.scheduler.add(seq)
         return [seq.seq_id for seq in sequences]

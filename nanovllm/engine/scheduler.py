@@ -77,6 +77,10 @@ class Scheduler:
     def num_free_slots(self) -> int:
         return len(self._free_slots)
 
+    def is_open(self, seq_id: int) -> bool:
+        """Whether a sequence has been added and has not ended."""
+        return seq_id in self._sequences
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self._sequences[seq.seq_id] = seq

@@ -21,6 +21,10 @@ from nanovllm.text.chat_template import (
 REPLACEMENT = "\ufffd"
 """What a decoder makes of bytes that are no UTF-8, so also of half a character."""
 
+LONG_TEXT = 4096
+"""Characters from which it matters that other threads go on: encoding a batch lets them, encoding
+a single text does not."""
+
 
 class Tokenizer:
     """A checkpoint's tokenizer, its special tokens by name and its chat templates.
@@ -81,6 +85,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Encode a text; `add_special_tokens` lets the tokenizer put its own around it."""
+        if len(text) >= LONG_TEXT:
+            return self.encode_batch([text], add_special_tokens)[0]
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

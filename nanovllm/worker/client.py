@@ -15,7 +15,6 @@ from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError, Unsupport
 from nanovllm.worker.load import EngineRequest, WorkerLoad
 from nanovllm.worker.messages import (
     AbortSequences,
-    AddRequest,
     Failed,
     FromWorker,
     LogRecord,
@@ -23,7 +22,6 @@ from nanovllm.worker.messages import (
     Shutdown,
     Start,
     Started,
-    ToWorker,
     decode_from_worker,
     encode,
 )
@@ -54,6 +52,7 @@ class WorkerClient:
     Args:
         start: What the process shall build.
         address: Path of a Unix socket that does not exist yet, in a directory of our own.
+        context: Makes the socket; a pool's clients share it.
         on_news: Called with every step's news.
 
     Attributes:
@@ -62,7 +61,13 @@ class WorkerClient:
         load: What it has to do.
     """
 
-    def __init__(self, start: Start, address: Path, on_news: Callable[[News], None]) -> None:
+    def __init__(
+        self,
+        start: Start,
+        address: Path,
+        context: zmq.asyncio.Context,
+        on_news: Callable[[News], None],
+    ) -> None:
         self.started: Started | None = None
         self.stats = EngineStats()
         self.load = WorkerLoad()
@@ -70,9 +75,11 @@ class WorkerClient:
         self._address = address
         self._on_news = on_news
         self._process: asyncio.subprocess.Process | None = None
-        self._context = zmq.asyncio.Context()
+        self._context = context
         self._socket: zmq.asyncio.Socket | None = None
-        self._last_step = 0.0
+        self._num_sent = 0
+        self._num_handled = 0
+        self._last_sign = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -103,7 +110,7 @@ class WorkerClient:
             stdout=asyncio.subprocess.DEVNULL,
             start_new_session=True,
         )
-        self._send(self._start)
+        self._send(encode(self._start))
         died = asyncio.ensure_future(self._process.wait())
         received = asyncio.ensure_future(self._receive())
         try:
@@ -124,10 +131,11 @@ class WorkerClient:
         return message
 
     async def run(self, step_timeout: float) -> str:
-        """Take news until the process is dead, and return how it ended.
+        """Take news until the process is dead or of no use any more, and return what happened.
 
         Args:
-            step_timeout: Seconds without a step, while there is work, after which it is killed.
+            step_timeout: Seconds without a sign of life, while there is work, after which it
+                counts as hung.
         """
         if self._process is None:
             raise RuntimeError("the worker has not been started")
@@ -135,46 +143,40 @@ class WorkerClient:
             asyncio.ensure_future(coroutine)
             for coroutine in (self._process.wait(), self._receive_news(), self._hang(step_timeout))
         ]
-        died, _, hung = tasks
+        died, receiving, _ = tasks
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {died}:
-                task.result()
         finally:
             for task in tasks:
                 task.cancel()
         if died in done:
             return self._ending()
-        if hung in done:
-            return f"no step ended within {step_timeout:g} s"
-        return "its link failed"
+        if receiving in done:
+            # It ends by an exception alone. Whatever went wrong, nobody may wait for ever.
+            logger.error("the news of an engine cannot be taken", exc_info=receiving.exception())
+            return "its news cannot be taken"
+        return f"no step ended within {step_timeout:g} s"
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a sign of life is due: there is work, or something is unanswered."""
+        return bool(self.load.sequences) or self._num_sent > self._num_handled
 
     def add(self, request: EngineRequest) -> None:
         """Send a request."""
-        if not self.load.sequences:
-            self._last_step = time.monotonic()
+        self._post(request.packed)
         self.load.open(request)
-        self._send(
-            AddRequest(
-                request.first_seq_id,
-                request.token_ids,
-                request.params,
-                request.priority,
-                request.cache_salt,
-                request.payload,
-            )
-        )
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """End sequences that nobody waits for any more; those that have ended do not matter."""
         if aborted := [seq_id for seq_id in seq_ids if self.load.close(seq_id)]:
-            self._send(AbortSequences(aborted))
+            self._post(encode(AbortSequences(aborted)))
 
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself or is still loading."""
         running = self._process is not None and self._process.returncode is None
         if self._process is not None and running and self.started is not None:
-            self._send(Shutdown())
+            self._send(encode(Shutdown()))
             try:
                 await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)
             except asyncio.TimeoutError:
@@ -183,21 +185,31 @@ class WorkerClient:
 
     async def kill(self) -> None:
         """End the process by force, and the link with it."""
-        if self._process is not None:
-            if self._process.returncode is None:
-                self._process.kill()
-                await self._process.wait()
-            if self._process.stdin is not None:
-                self._process.stdin.close()
         if self._socket is not None:
             self._socket.close()
             self._socket = None
-        self._context.term()
         self._address.unlink(missing_ok=True)
+        if self._process is None:
+            return
+        if self._process.returncode is None:
+            self._process.kill()
+            try:
+                await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)
+            except asyncio.TimeoutError:  # stuck in the kernel, such as in a driver
+                logger.error("engine process %d cannot be killed", self._process.pid)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
-    def _send(self, message: ToWorker) -> None:
+    def _post(self, packed: bytes) -> None:
+        """Send what is answered by news."""
+        if not self.is_busy:
+            self._last_sign = time.monotonic()
+        self._num_sent += 1
+        self._send(packed)
+
+    def _send(self, packed: bytes) -> None:
         if self._socket is not None:
-            sending = asyncio.ensure_future(self._socket.send(encode(message), zmq.NOBLOCK))
+            sending = asyncio.ensure_future(self._socket.send(packed, zmq.NOBLOCK))
             sending.result()  # without a high-water mark nothing waits: it is done
 
     async def _receive(self) -> FromWorker:
@@ -214,14 +226,15 @@ class WorkerClient:
         while True:
             message = await self._receive()
             if isinstance(message, News):
-                self._last_step = time.monotonic()
+                self._last_sign = time.monotonic()
+                self._num_handled = message.num_handled
                 self.stats = message.stats
                 self.load.take(message.outputs)
                 self._on_news(message)
 
     async def _hang(self, step_timeout: float) -> None:
         """Return once the engine hangs."""
-        while not self.load.sequences or time.monotonic() - self._last_step < step_timeout:
+        while not self.is_busy or time.monotonic() - self._last_sign < step_timeout:
             await asyncio.sleep(min(step_timeout / 4, 1.0))
 
     def _ending(self) -> str:

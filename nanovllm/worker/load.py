@@ -1,53 +1,60 @@
 """What an engine process has been given and has not finished yet."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
-from nanovllm.batch import EngineOutput, TextRequest
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.batch import EngineOutput
+from nanovllm.worker.messages import AddRequest, encode
 
 EXPECTED_OUTPUT_TOKENS = 128
 """Output that a request is expected to have at most: most end long before they must, and one that
 may fill the context must not look like a thousand others."""
 
 
-@dataclass(slots=True, eq=False)
 class EngineRequest:
-    """A request on its way to an engine. See `LLMEngine.add`.
+    """A request on its way to an engine, packed, and what is left of it to do.
 
     Args:
-        first_seq_id: Id of its first sequence; the other `n - 1` follow.
-        token_ids: The prompt.
-        params: What to sample.
-        priority: Lower runs first.
-        cache_salt: Requests share cached prefixes only with those of equal salt.
-        payload: For the runner.
+        message: What the engine is told.
+
+    Raises:
+        OverflowError: A number of it does not fit 64 bits.
+        UnicodeEncodeError: A string of it is no Unicode.
 
     Attributes:
+        packed: The message on the wire; packed here, where a failure harms nobody else.
         num_open: Sequences that have not ended.
         num_prompt_left: Prompt tokens to compute, until the first result shows that they are.
         num_output_left: Output tokens still expected.
+        deadline: Monotonic time until which it may wait in line.
     """
 
-    first_seq_id: int
-    token_ids: list[int]
-    params: SamplingParams
-    priority: int
-    cache_salt: str | None
-    payload: TextRequest
-    num_open: int = field(init=False)
-    num_prompt_left: int = field(init=False)
-    num_output_left: int = field(init=False)
+    __slots__ = (
+        "deadline",
+        "message",
+        "num_open",
+        "num_output_left",
+        "num_prompt_left",
+        "packed",
+    )
 
-    def __post_init__(self) -> None:
-        expected = min(self.params.max_tokens or EXPECTED_OUTPUT_TOKENS, EXPECTED_OUTPUT_TOKENS)
-        self.num_open = self.params.n
-        self.num_prompt_left = len(self.token_ids)
-        self.num_output_left = expected * self.params.n
+    def __init__(self, message: AddRequest) -> None:
+        params = message.params
+        expected = min(params.max_tokens or EXPECTED_OUTPUT_TOKENS, EXPECTED_OUTPUT_TOKENS)
+        self.message = message
+        self.packed = encode(message)
+        self.num_open = params.n
+        self.num_prompt_left = len(message.token_ids)
+        self.num_output_left = expected * params.n
+        self.deadline = 0.0
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.message.token_ids
 
     @property
     def seq_ids(self) -> range:
-        return range(self.first_seq_id, self.first_seq_id + self.params.n)
+        first = self.message.first_seq_id
+        return range(first, first + self.message.params.n)
 
 
 class WorkerLoad:

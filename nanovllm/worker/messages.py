@@ -70,7 +70,12 @@ class Started(Message):
 
 
 class Failed(Message):
-    """The engine could not be built, for a reason that trying again does not mend."""
+    """The engine could not be built.
+
+    Args:
+        kind: Name of the exception's class.
+        message: Its text.
+    """
 
     kind: str
     message: str
@@ -83,11 +88,13 @@ class News(Message):
         outputs: News of the sequences.
         stats: The engine's counters.
         num_positions: Positions the step computed; 0 if there was none.
+        num_handled: Messages of the client that have been dealt with since the start.
     """
 
     outputs: list[EngineOutput]
     stats: EngineStats
     num_positions: int
+    num_handled: int
 
 
 class LogRecord(Message):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import zmq
@@ -106,6 +107,7 @@ class EngineLoop:
         self._link = link
         self._coalesce_time = queue_coalesce_ms / 1000
         self._refused: list[EngineOutput] = []
+        self._num_handled = 0
         self._num_failed_steps = 0
         self._running = True
 
@@ -113,7 +115,7 @@ class EngineLoop:
         """Work until the client says `Shutdown`."""
         while self._running:
             self._take_requests()
-            if self._engine.has_unfinished:
+            if self._running and self._engine.has_unfinished:
                 self._step()
             else:
                 self._report([], 0)
@@ -129,6 +131,7 @@ class EngineLoop:
 
     def _apply(self, messages: Iterator[ToWorker]) -> None:
         for message in messages:
+            self._num_handled += 1
             if isinstance(message, AddRequest):
                 self._add(message)
             elif isinstance(message, AbortSequences):
@@ -147,7 +150,7 @@ class EngineLoop:
                 payload=request.payload,
                 first_seq_id=request.first_seq_id,
             )
-        except InvalidRequestError as e:  # the client checks first, so this is a bug of ours
+        except ValueError as e:  # the client checks first, so this is a bug of ours
             logger.exception("the engine refused a request")
             first = request.first_seq_id
             self._refused += [
@@ -156,7 +159,8 @@ class EngineLoop:
             ]
 
     def _step(self) -> None:
-        before = self._engine.stats().num_computed_tokens
+        stats = self._engine.stats()
+        num_computed, num_steps = stats.num_computed_tokens, stats.num_steps
         try:
             outputs = self._engine.step()
         except Exception:
@@ -165,13 +169,14 @@ class EngineLoop:
             if self._num_failed_steps == MAX_FAILED_STEPS:
                 raise
             outputs = []
-        else:
+        stats = self._engine.stats()
+        if stats.num_steps > num_steps:  # a call may also just report what failed before
             self._num_failed_steps = 0
-        self._report(outputs, self._engine.stats().num_computed_tokens - before)
+        self._report(outputs, stats.num_computed_tokens - num_computed)
 
     def _report(self, outputs: list[EngineOutput], num_positions: int) -> None:
         outputs, self._refused = self._refused + outputs, []
-        self._link.send(News(outputs, self._engine.stats(), num_positions))
+        self._link.send(News(outputs, self._engine.stats(), num_positions, self._num_handled))
 
 
 def main(address: str) -> None:
@@ -185,8 +190,6 @@ def main(address: str) -> None:
     start = next(link.receive(None))
     if not isinstance(start, Start):
         raise RuntimeError(f"a worker begins with Start, got {type(start).__name__}")
-    if start.cuda_device is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(start.cuda_device)
     loop = _load(start, link)
     if loop is not None:
         loop.run()
@@ -195,16 +198,25 @@ def main(address: str) -> None:
 
 def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     """Build the engine and say so, or say why it cannot be built."""
+    try:
+        if start.cuda_device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(start.cuda_device)
+    except InvalidRequestError as e:
+        link.send(Failed(type(e).__name__, str(e)))
+        return None
     import torch
 
     from nanovllm.runners.memory import select_device
     from nanovllm.worker.loading import load_engine
 
+    config = start.config
+    if start.cuda_device is not None and config.device == "auto":
+        config = replace(config, device="cuda")
     try:
-        if start.cpus is not None and select_device(start.config.device).type == "cpu":
+        if start.cpus is not None and select_device(config.device).type == "cpu":
             os.sched_setaffinity(0, start.cpus)
             torch.set_num_threads(len(start.cpus))
-        engine, runner, config = load_engine(start.config, Path(start.directory))
+        engine, runner, config = load_engine(config, Path(start.directory))
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         logger.debug("the engine could not be built", exc_info=True)
         link.send(Failed(type(e).__name__, str(e)))
@@ -214,6 +226,24 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     gc.freeze()
     link.send(Started(config, runner.num_kv_blocks, runner.max_model_len))
     return EngineLoop(engine, link, start.queue_coalesce_ms)
+
+
+def visible_device(index: int) -> str:
+    """The CUDA device of this number among those that we may use.
+
+    Raises:
+        InvalidRequestError: There are not so many.
+    """
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if ours is None:
+        return str(index)
+    devices = [device.strip() for device in ours.split(",") if device.strip()]
+    if index >= len(devices):
+        raise InvalidRequestError(
+            f"device {index} is not among the {len(devices)} of CUDA_VISIBLE_DEVICES={ours}",
+            "devices",
+        )
+    return devices[index]
 
 
 def _exit_with_client() -> None:

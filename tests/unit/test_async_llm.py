@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.errors import (
@@ -211,6 +213,8 @@ def test_caps_hold_requests_in_line() -> None:
         streams = await llm.submit([inputs] * 4)
         assert llm.stats().workers[0].num_inflight == 1
         assert llm.stats().num_inflight == 4
+        assert llm.stats().num_waiting >= 3
+        assert await llm.warm(PROMPT) > 0  # does not wait in line
         await streams[3].aclose()
         for stream in streams[:3]:
             assert (await finish(stream)).finish_reason == "length"
@@ -231,12 +235,16 @@ def test_who_waits_in_line_for_too_long_is_told_to_come_back() -> None:
 
 def test_outputs_shrink_under_load_if_asked_to() -> None:
     async def scenario(llm: AsyncLLM) -> list[int]:
-        inputs = await llm.prepare(PROMPT, SamplingParams(max_tokens=10, ignore_eos=True))
-        outputs = [await finish(stream) for stream in await llm.submit([inputs] * 3)]
+        params = SamplingParams(max_tokens=10, ignore_eos=True)
+        inputs = await llm.prepare(PROMPT, params)
+        wanting = await llm.prepare(PROMPT, replace(params, min_tokens=8))
+        streams = await llm.submit([inputs] * 2)
+        streams += await llm.submit([inputs, wanting])
+        outputs = [await finish(stream) for stream in streams]
         return [len(output.outputs[0].token_ids) for output in outputs]
 
     options = {"adaptive_max_new_tokens": True, "adaptive_max_new_tokens_factor": 0.5}
-    assert run_alone(scenario, **options) == [10, 10, 5]
+    assert run_alone(scenario, **options) == [10, 10, 5, 8]
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
@@ -284,6 +292,95 @@ def test_an_engine_that_dies_or_hangs_ends_its_requests_and_comes_back(number: i
         assert worker.pid != pid
 
     run_alone(scenario, step_timeout=1.0)
+
+
+def test_an_engine_that_hangs_is_found_even_if_nobody_waits_for_it() -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        stream, _ = await first(llm)
+        pid = llm.stats().workers[0].pid or 0
+        os.kill(pid, signal.SIGSTOP)
+        await stream.aclose()  # type: ignore[attr-defined]
+        while llm.stats().workers[0].pid == pid or not llm.is_ready:
+            await asyncio.sleep(0.05)
+
+    run_alone(scenario, step_timeout=0.5)
+
+
+def test_news_that_cannot_be_taken_end_the_requests_they_were_for() -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        stream, _ = await first(llm)
+        process = llm._processor.process
+
+        def broken(outputs: Any) -> Any:
+            llm._processor.process = process  # type: ignore[method-assign]
+            raise KeyError("a bug")
+
+        llm._processor.process = broken  # type: ignore[method-assign]
+        with pytest.raises(EngineDeadError):
+            await finish(stream)
+        while not llm.is_ready:
+            await asyncio.sleep(0.05)
+        output = await finish(llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True)))
+        assert output.finish_reason == "length"
+
+    run_alone(scenario)
+
+
+def test_warm_prefixes_are_warm_again_after_a_restart() -> None:
+    prefix = "Once upon a time there was a king who had three sons, and the youngest of them was"
+
+    async def num_cached(llm: AsyncLLM) -> int:
+        params = SamplingParams(max_tokens=1, ignore_eos=True)
+        return (await finish(llm.generate(prefix + " called Hans.", params))).num_cached_tokens
+
+    async def scenario(llm: AsyncLLM) -> None:
+        warm = await num_cached(llm)
+        assert warm >= 16
+        os.kill(llm.stats().workers[0].pid or 0, signal.SIGKILL)
+        while not llm.stats().workers[0].num_restarts:
+            await asyncio.sleep(0.01)
+        while not llm.stats().workers[0].engine.num_steps or llm.stats().num_inflight:
+            await asyncio.sleep(0.01)
+        assert await num_cached(llm) == warm
+
+    run_alone(scenario, warm_prefixes=f"||{prefix}||")
+
+
+def test_a_prefix_that_cannot_be_warmed_leaves_no_engine_behind() -> None:
+    async def main() -> None:
+        llm = AsyncLLM(**SMALL, warm_prefixes="tale " * 1000)
+        with pytest.raises(ContextLengthError):
+            await llm.start()
+        assert [worker.state for worker in llm.stats().workers] == ["dead"]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"max_tokens": 2**70}, {"stop": ["\ud800"]}, {"logit_bias": {3: 1.0}, "top_k": 2**70}],
+)
+def test_what_no_message_can_hold_is_refused(run: Run, params: dict[str, Any]) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        with pytest.raises(InvalidRequestError):
+            await finish(llm.generate(PROMPT, SamplingParams(**params)))
+
+    run(scenario)
+
+
+def test_any_seed_will_do(run: Run) -> None:
+    async def scenario(llm: AsyncLLM) -> list[str]:
+        params = SamplingParams(max_tokens=8, ignore_eos=True, seed=-(2**63) - 1)
+        return [(await finish(llm.generate(PROMPT, params))).outputs[0].text for _ in range(2)]
+
+    first_text, second_text = run(scenario)
+    assert first_text == second_text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are devices")
+def test_devices_are_refused_where_there_are_none() -> None:
+    with pytest.raises(InvalidRequestError, match="'cuda' is not available"):
+        asyncio.run(AsyncLLM(devices=[0, 1]).start())
 
 
 def test_closing_ends_open_requests_and_the_processes() -> None:

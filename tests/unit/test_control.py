@@ -29,10 +29,11 @@ METRICS = {"scheduler": "cache_aware", "inflight_per_engine": [3, 0], "avg_laten
 STATS = PoolStats(
     dispatch_policy="cache_aware",
     workers=[
-        WorkerStats(0, "ready", 4711, 0, 3, 900, EngineStats()),
-        WorkerStats(1, "starting", None, 2, 0, 0, EngineStats()),
+        WorkerStats(0, "ready", 4711, 0, 3, 3, 900, EngineStats()),
+        WorkerStats(1, "starting", None, 2, 0, 0, 0, EngineStats()),
     ],
     num_inflight=4,
+    num_open_sequences=4,
     avg_latency_s=1.5,
     avg_throughput_tok_s=20.0,
 )

@@ -12,6 +12,7 @@ from nanovllm.batch import EngineOutput, TextPayload, TextRequest, TokenScores
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import EngineStats, LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import InvalidRequestError
 from nanovllm.worker.load import EXPECTED_OUTPUT_TOKENS, EngineRequest, WorkerLoad
 from nanovllm.worker.messages import (
     AbortSequences,
@@ -28,7 +29,7 @@ from nanovllm.worker.messages import (
     decode_to_worker,
     encode,
 )
-from nanovllm.worker.process import MAX_FAILED_STEPS, EngineLoop
+from nanovllm.worker.process import MAX_FAILED_STEPS, EngineLoop, visible_device
 from tests.fake_runners import AsyncFakeRunner, FakeText, InjectedError
 
 PARAMS = SamplingParams(
@@ -63,6 +64,7 @@ def test_what_goes_to_a_worker_comes_out_as_it_went_in(message: ToWorker) -> Non
             ],
             EngineStats(num_running=3),
             17,
+            2,
         ),
         LogRecord("nanovllm.x", 20, "hello"),
     ],
@@ -73,7 +75,8 @@ def test_what_comes_from_a_worker_comes_out_as_it_went_in(message: FromWorker) -
 
 def request(first_seq_id: int = 0, num_prompt: int = 10, **params: Any) -> EngineRequest:
     sampling = SamplingParams(**({"max_tokens": 4} | params))
-    return EngineRequest(first_seq_id, [1] * num_prompt, sampling, 0, None, TextRequest())
+    message = AddRequest(first_seq_id, [1] * num_prompt, sampling, 0, None, TextRequest())
+    return EngineRequest(message)
 
 
 def books(load: WorkerLoad) -> tuple[int, int, int]:
@@ -186,6 +189,42 @@ def test_an_abort_frees_what_the_sequence_holds() -> None:
     assert (last.stats.num_running, last.stats.num_used_blocks) == (0, 0)
 
 
+def test_every_message_is_answered_with_how_many_there_were() -> None:
+    loop, link, _ = make_loop([[add(0, max_tokens=1)], [AbortSequences([7]), AbortSequences([8])]])
+    loop.run()
+    handled = [message.num_handled for message in link.sent if isinstance(message, News)]
+    assert handled == [1, 3, 4]
+
+
+def test_an_id_may_be_below_those_before_it() -> None:
+    """Requests that stood in line have lower ids than those that passed them."""
+    loop, link, _ = make_loop([[add(5, max_tokens=2), add(0)], [], [], []])
+    loop.run()
+    assert outcomes(link) == {5: "length", 0: "length"}
+
+
+def test_an_id_that_is_taken_is_refused() -> None:
+    loop, link, _ = make_loop([[add(5), add(4, n=2)]])
+    loop.run()
+    assert outcomes(link)[4] == "error"
+
+
+def test_what_no_message_can_hold_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(OverflowError):
+        request(max_tokens=2**70)
+    with pytest.raises(UnicodeEncodeError):
+        request(stop=["\ud800"])
+
+
+def test_a_device_is_one_of_those_we_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_device(1) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5")
+    assert visible_device(1) == "GPU-5"
+    with pytest.raises(InvalidRequestError, match="device 2 is not among the 2"):
+        visible_device(2)
+
+
 def test_a_request_that_the_engine_refuses_ends_with_an_error() -> None:
     loop, link, _ = make_loop([[add(0, num_prompt=99, n=2)]])
     loop.run()
@@ -199,8 +238,13 @@ def test_a_failed_step_ends_its_sequences_and_the_loop_goes_on() -> None:
     assert outcomes(link) == {0: "error", 3: "length"}
 
 
-def test_steps_that_all_fail_end_the_worker() -> None:
-    loop, _, runner = make_loop([[add(i)] for i in range(2 * MAX_FAILED_STEPS)])
+@pytest.mark.parametrize("pauses", [[], [[]], [[], []]])
+def test_steps_that_all_fail_end_the_worker(pauses: list[list[ToWorker]]) -> None:
+    """However much time there is between the requests that fail."""
+    script: list[list[ToWorker]] = []
+    for i in range(2 * MAX_FAILED_STEPS):
+        script += [[add(i)], *pauses]
+    loop, _, runner = make_loop(script)
     runner.fail_launch = set(range(100))
     with pytest.raises(InjectedError):
         loop.run()

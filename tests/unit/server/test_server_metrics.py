@@ -60,8 +60,8 @@ class TestHealth:
         llm = FakeLLM()
         engines = [EngineStats(num_running=1, num_kv_blocks=8, num_used_blocks=2) for _ in "ab"]
         engines[0].num_prompt_tokens, engines[0].num_cached_tokens = 10, 4
-        workers = [WorkerStats(i, "ready", 1, 0, 3, 9, engine) for i, engine in enumerate(engines)]
-        llm.stats = lambda: PoolStats("rr", workers, 6, 0.5, 20.0)  # type: ignore[method-assign]
+        workers = [WorkerStats(i, "ready", 1, 0, 3, 3, 9, engine) for i, engine in enumerate(engines)]
+        llm.stats = lambda: PoolStats("rr", workers, 6, 6, 0.5, 20.0)  # type: ignore[method-assign]
         client = TestClient(build(llm))
         pool = client.get("/metrics.json").json()
         assert client.get("/metrics", headers={"Accept": "application/json"}).json() == pool
@@ -80,7 +80,7 @@ class TestHealth:
             "avg_latency_s": 0.5,
             "avg_throughput_tok_s": 20.0,
             "num_running": 2,
-            "num_waiting": 0,
+            "num_waiting": 4,
             "kv_cache_usage": 0.25,
             "generation_tokens": 0,
         }
