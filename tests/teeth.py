@@ -36,6 +36,10 @@ SCHEDULING = (
 )
 MODELS = ("tests/integration/test_nano_vllm.py",)
 SAMPLING = ("tests/unit/test_sampler.py",)
+WORKER = ("tests/unit/test_worker.py",)
+ROUTING = ("tests/unit/test_router.py",)
+POOL = ("tests/unit/test_async_llm.py",)
+SHELL = ("tests/unit/server/test_server_shell.py",)
 
 BLOCKS = "nanovllm/engine/block_manager.py"
 SCHEDULER = "nanovllm/engine/scheduler.py"
@@ -547,6 +551,83 @@ FAULTS = [
         "Choice(token_ids, best.isfinite())",
         "Choice(token_ids, torch.ones_like(best, dtype=torch.bool))",
         SAMPLING,
+    ),
+    Fault(
+        "a sequence that ends stays on the books",
+        "nanovllm/worker/load.py",
+        "            self.num_inflight -= 1\n",
+        "",
+        WORKER,
+    ),
+    Fault(
+        "failed steps count for nothing if there are pauses",
+        "nanovllm/worker/process.py",
+        "if stats.num_steps > num_steps:",
+        "if outputs or stats.num_steps > num_steps:",
+        WORKER,
+    ),
+    Fault(
+        "a prefix is matched whatever its salt",
+        "nanovllm/cluster/router.py",
+        "root = hash_block(root,",
+        'root = hash_block(b"",',
+        ROUTING,
+    ),
+    Fault(
+        "a restarted engine is thought to have its cache",
+        "nanovllm/cluster/router.py",
+        "self._known.pop(index, None)",
+        "pass",
+        ROUTING,
+    ),
+    Fault(
+        "a stop string does not end the sequence in the engine",
+        "nanovllm/async_llm.py",
+        "        if stopped:\n",
+        "        if stopped and not outputs:\n",
+        POOL,
+    ),
+    Fault(
+        "the requests of a dead engine are not told",
+        "nanovllm/cluster/pool.py",
+        "self._lose(lost, EngineDeadError(",
+        "self._lose([], EngineDeadError(",
+        POOL,
+    ),
+    Fault(
+        "a hang is not noticed when nobody waits",
+        "nanovllm/worker/client.py",
+        "return bool(self.load.sequences) or self._num_sent > self._num_handled",
+        "return bool(self.load.sequences)",
+        POOL,
+    ),
+    Fault(
+        "replicas draw the same seeds",
+        "nanovllm/async_llm.py",
+        "seed = self._seeds.getrandbits(64) if params.seed is None",
+        "seed = 7 if params.seed is None",
+        POOL,
+    ),
+    Fault(
+        "one of several keys is enough, and so is none",
+        "nanovllm/server/auth.py",
+        'return scheme.lower() == b"bearer" and any(matches)',
+        'return scheme.lower() == b"bearer" or any(matches)',
+        SHELL,
+    ),
+    Fault(
+        "a path without a key",
+        "nanovllm/server/auth.py",
+        'frozenset({"/health", "/ready", *ASSETS})',
+        'frozenset({"/health", "/ready", "/abort", *ASSETS})',
+        SHELL,
+    ),
+    Fault(
+        "a chunked body of any size",
+        "nanovllm/server/limits.py",
+        "if size > self._config.max_body_size:",
+        "if size > 1 << 40:",
+        SHELL,
     ),
 ]
 

@@ -277,7 +277,13 @@ class EnginePool:
             self._expire()
 
     def submit_to(self, worker: Worker, request: EngineRequest) -> None:
-        """Give a request to this engine, past the line."""
+        """Give a request to this engine, past the line.
+
+        Raises:
+            EngineDeadError: It does not run.
+        """
+        if worker.state != "ready":
+            raise EngineDeadError("the engine does not run")
         self._idle.clear()
         self._send(request, worker)
 

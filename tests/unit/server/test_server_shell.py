@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,6 +111,8 @@ class TestKeys:
                 walked.add(path)
         assert {"/v1/models", "/v1/chat/completions", "/metrics", "/docs", "/openapi.json"} < walked
         assert {"/", "/health", "/ready"} <= walked & OPEN_PATHS
+        pages = {path for path in OPEN_PATHS if path == "/" or Path(path).suffix}
+        assert OPEN_PATHS - pages == {"/health", "/ready"}
 
     @pytest.mark.parametrize("path", ["/nothing", "/health/", "//health", "/health/../v1/models"])
     def test_what_is_not_listed_needs_one(self, path: str) -> None:
