@@ -112,14 +112,18 @@ def test_outputs_grow_and_equal_those_of_the_engine_in_this_process(run: Run) ->
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
 
-def test_stop_strings_end_a_request_and_free_its_blocks(run: Run) -> None:
-    async def scenario(llm: AsyncLLM) -> RequestOutput:
-        return await finish(
-            llm.generate(PROMPT, SamplingParams(max_tokens=200, seed=1, stop=["."]))
-        )
+def test_stop_strings_end_a_request_and_its_sequence_in_the_engine(run: Run) -> None:
+    async def scenario(llm: AsyncLLM) -> tuple[RequestOutput, int]:
+        await llm.start()
+        before = llm.stats().workers[0].engine.num_output_tokens
+        params = SamplingParams(max_tokens=400, ignore_eos=True, seed=1, stop=["."])
+        output = await finish(llm.generate(PROMPT, params))
+        assert await settled(llm)
+        return output, llm.stats().workers[0].engine.num_output_tokens - before
 
-    output = run(scenario)
+    output, num_generated = run(scenario)
     assert (output.finish_reason, output.stop_reason) == ("stop", ".")
+    assert num_generated < len(output.outputs[0].token_ids) + 50
 
 
 def test_many_requests_share_the_engine(run: Run) -> None:
