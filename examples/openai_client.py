@@ -5,6 +5,7 @@
 The key is what the server was given with `--api-key`; without one it takes any.
 """
 
+import argparse
 import os
 import sys
 
@@ -32,4 +33,6 @@ def main(base_url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1")
+    parser = argparse.ArgumentParser(description="Stream one answer of a running server.")
+    parser.add_argument("base_url", nargs="?", default="http://127.0.0.1:8000/v1")
+    main(parser.parse_args().base_url)

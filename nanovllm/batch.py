@@ -8,6 +8,9 @@ from nanovllm.sampling_params import SamplingParams
 Key = int | bytes
 """What stands at a position: a token id, or the digest of the bytes fed for an audio patch."""
 
+UNUSABLE_LOGITS = "the model's logits are NaN, or the request forbids every token"
+"""The reason of an error that a client may be told; the others are texts of exceptions."""
+
 
 @dataclass(slots=True)
 class SlotStart:

@@ -20,6 +20,28 @@ QUANTIZED_METHODS = ("gptq", "awq", "compressed-tensors")
 QUANTIZATIONS = ("int8", "int4", "int4-g32", "int4-g64", "int4-g128", *QUANTIZED_METHODS)
 """What `quantization` may be: what is done when weights are loaded, or what they come in."""
 
+RESERVED_TEMPLATE_NAMES = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "documents",
+        "messages",
+        "tokenize",
+        "tools",
+    }
+)
+"""What a chat template reads, or a request says, under these names is nobody's to set besides."""
+
+DTYPE_ALIASES = {
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+}
+"""Other names of types, vLLM's and the family's."""
+
 ALIASES = {
     "num_kvcache_blocks": "num_kv_blocks",
     "kvcache_block_size": "block_size",
@@ -35,6 +57,8 @@ ALIASES = {
     "scheduler_mode": "dispatch_policy",
 }
 """Names that the family's engines use for our options."""
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "half", "fp16", "bf16", "float", "fp32"]
 
 Config = TypeVar("Config", bound="Options")
 
@@ -137,7 +161,8 @@ class EngineConfig(Options):
         local_files_only: Whether to use only what is already downloaded.
         dummy_weights: Fill the model with seeded random weights and read only its `config.json`.
         device: "auto" takes CUDA, then Apple's MPS, then the CPU.
-        dtype: "auto" is the checkpoint's own.
+        dtype: "auto" is the checkpoint's own; "half" and "fp16" are "float16", "bf16" is
+            "bfloat16", "float" and "fp32" are "float32".
         max_model_len: Longest prompt plus output in tokens; None is what the model and the memory
             allow.
         max_num_seqs: Sequences that run at the same time; None is 256, on a CPU 64.
@@ -182,7 +207,7 @@ class EngineConfig(Options):
     local_files_only: bool = False
     dummy_weights: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -220,6 +245,7 @@ class EngineConfig(Options):
 
     def __post_init__(self) -> None:
         self._check_types()
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         if self.num_kv_blocks == -1:  # nano-vllm's "as many as fit"
             object.__setattr__(self, "num_kv_blocks", None)
         self._check_range(
@@ -377,7 +403,7 @@ class ServerConfig(Options):
         host: Address to listen on.
         port: Port to listen on.
         uds: Path of a Unix socket to listen on instead.
-        ssl_keyfile: Private key for TLS.
+        ssl_keyfile: Private key for TLS; None is the one in `ssl_certfile`.
         ssl_certfile: Certificate for TLS.
         root_path: Path below which a proxy serves us.
         served_model_name: Names that requests may use; the first is the one that responses have.
@@ -452,14 +478,21 @@ class ServerConfig(Options):
         self._check_range(0, "shutdown_timeout")
         if any(not key for key in self.api_key or []):
             raise InvalidRequestError("api_key must not be empty", "api_key")
-        if not isinstance(_json(self.default_chat_template_kwargs or "{}"), dict):
-            raise InvalidRequestError(
-                "default_chat_template_kwargs must be a JSON object, got "
-                f"{self.default_chat_template_kwargs!r}",
-                "default_chat_template_kwargs",
-            )
+        self._check_template_kwargs()
         if self.served_model_name is not None and not all(self.served_model_name):
             raise InvalidRequestError("served_model_name must not be empty", "served_model_name")
+
+    def _check_template_kwargs(self) -> None:
+        name = "default_chat_template_kwargs"
+        kwargs = _json(self.default_chat_template_kwargs or "{}")
+        if not isinstance(kwargs, dict):
+            raise InvalidRequestError(
+                f"{name} must be a JSON object, got {self.default_chat_template_kwargs!r}", name
+            )
+        if reserved := sorted(RESERVED_TEMPLATE_NAMES & kwargs.keys()):
+            raise InvalidRequestError(
+                f"{name} must not have {reserved[0]!r}: it comes from each request", name
+            )
 
 
 def _json(text: str) -> Any:

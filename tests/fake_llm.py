@@ -144,7 +144,7 @@ class FakeStream:
         if token_id in self._item.payload.eos_token_ids:
             reason = "stop"
         news = [
-            EngineOutput(seq_id, None, None, "error", "NaN logits")
+            EngineOutput(seq_id, None, None, "error", str(llm.failure))
             if failed
             else EngineOutput(seq_id, token_id, self._payload(number, token_id), reason, None, 2)
             for seq_id in self._seq_ids

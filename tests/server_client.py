@@ -58,6 +58,7 @@ async def call(
     path: str,
     body: dict[str, Any],
     leave_when: Callable[[bytes], bool] | None = None,
+    request_id: str | None = None,
 ) -> tuple[int, bytes]:
     """Send a request straight to the application, and maybe leave before the answer is whole."""
     gone = asyncio.Event()
@@ -93,7 +94,11 @@ async def call(
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [(b"content-type", b"application/json"), (b"host", b"test")],
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"host", b"test"),
+            *([(b"x-request-id", request_id.encode())] if request_id else []),
+        ],
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
         "state": {},

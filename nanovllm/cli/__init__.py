@@ -3,14 +3,16 @@
 Nothing here imports torch before a command runs, so that `nanovllm --help` answers at once.
 """
 
+import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict, Yaml
 
 from nanovllm import __version__
@@ -27,6 +29,8 @@ from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+FILE_KEY = re.compile(r"\[([\w-]+)\]")
+"""How cyclopts writes an option of the file."""
 
 app = App(
     name="nanovllm",
@@ -69,7 +73,11 @@ def launch(
     file = [] if config is None else [_read_options(config)]
     app.config = [*file, _environment(EngineConfig)]
     app["bench"]["serve"].config = file  # its options are those of a client
-    app["serve"].config = [*file, _environment(EngineConfig, PoolConfig, ServerConfig)]
+    app["serve"].config = [
+        _check_one_model,
+        *file,
+        _environment(EngineConfig, PoolConfig, ServerConfig),
+    ]
     app(_canonical(tokens), result_action="return_value", end_of_options_delimiter="--")
 
 
@@ -94,7 +102,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except OSError as e:
         _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e))
-    except (CycloptsError, ImportError, InvalidRequestError, NotEnoughMemoryError) as e:
+    except CycloptsError as e:
+        _fail(FILE_KEY.sub(r"\1", str(e)))
+    except (ImportError, InvalidRequestError, NotEnoughMemoryError) as e:
         _fail(str(e))
 
 
@@ -121,8 +131,34 @@ def _read_options(path: Path) -> Dict:
         raise InvalidRequestError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(options, dict):
         raise InvalidRequestError(f"{path} must hold options as 'name: value', one a line")
-    renamed = {_option_name(str(name)): value for name, value in options.items()}
-    return Dict(renamed, source=str(path), use_commands_as_keys=False)
+    named = {_option_name(str(name)): value for name, value in options.items()}
+    values = {name: _as_flag(name.replace("-", "_"), value) for name, value in named.items()}
+    return Dict(values, source=str(path), use_commands_as_keys=False)
+
+
+def _as_flag(name: str, value: Any) -> Any:
+    """Write a list or an object of the file as the text that its flag takes."""
+    if name == "warm_prefixes" and isinstance(value, list):
+        return "||".join(map(str, value))
+    if name == "default_chat_template_kwargs" and isinstance(value, dict):
+        return json.dumps(value)
+    return value
+
+
+def _check_one_model(
+    app: App,  # noqa: ARG001
+    commands: tuple[str, ...],  # noqa: ARG001
+    arguments: ArgumentCollection,
+) -> None:
+    """Refuse `serve a --model b`; called before the file and the environment are looked at."""
+    given = [
+        token.value
+        for argument in arguments
+        if argument.field_info.name == "model"
+        for token in argument.tokens
+    ]
+    if len(set(given)) > 1:
+        raise InvalidRequestError(f"the model is given twice: {' and '.join(given)}", "model")
 
 
 def _canonical(tokens: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.batch import (
+    UNUSABLE_LOGITS,
     SlotStart,
     StepResult,
     Stop,
@@ -25,8 +26,6 @@ from nanovllm.sampling_params import SamplingParams
 
 PROMPT_SCORE_ROWS = 128
 """Prompt positions scored at a time: bounds their logits to some 80 MB of a 150k vocabulary."""
-
-UNUSABLE_LOGITS = "the model's logits are NaN, or the request forbids every token"
 
 
 @dataclass(slots=True)

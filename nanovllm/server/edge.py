@@ -9,16 +9,16 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.server.auth import route_path
-from nanovllm.server.errors import to_api_error
+from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, to_api_error
 from nanovllm.server.metrics import HTTPMetrics
+from nanovllm.server.request_id import HEADER, PATTERN
 
 logger = logging.getLogger(__name__)
 
 UNMATCHED = "unmatched"
-CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for a client that went away before there was an answer; in metrics only."""
 
 NOSNIFF = (b"x-content-type-options", b"nosniff")
+REQUEST_ID = HEADER.lower().encode()
 METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 
 
@@ -40,6 +40,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         route = self._route(scope)
+        common = [NOSNIFF, *_sent_id(scope)]
         status = 0
 
         async def send_watched(message: Message) -> None:
@@ -47,8 +48,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = message.get("headers", ())
-                if not any(name == NOSNIFF[0] for name, _ in headers):
-                    message["headers"] = [*headers, NOSNIFF]
+                present = {name.lower() for name, _ in headers}
+                missing = [header for header in common if header[0] not in present]
+                message["headers"] = [*headers, *missing]
             await send(message)
 
         start = time.monotonic()
@@ -73,3 +75,9 @@ class Edge:
             self._templates = [(compile_path(path)[0], path) for path in paths if path]
         path = route_path(scope)
         return next((name for regex, name in self._templates if regex.match(path)), UNMATCHED)
+
+
+def _sent_id(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The client's name for its request, which comes back on errors, too."""
+    names = [value for name, value in scope["headers"] if name == REQUEST_ID]
+    return [(REQUEST_ID, name) for name in names[:1] if PATTERN.fullmatch(name.decode("latin-1"))]

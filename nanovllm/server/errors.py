@@ -16,6 +16,13 @@ from nanovllm.errors import InvalidRequestError, UnavailableError
 MAX_MESSAGE_CHARS = 2000
 """Messages may repeat what a client sent; more than this helps nobody."""
 
+MAX_COMPLAINTS = 64
+"""Each is looked for in the body; where there are more, the first ones tell enough."""
+
+INTERNAL_ERROR = "internal error; the server's log has it"
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for a client that went away before there was an answer; in metrics only."""
+
 HTTP_CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -109,22 +116,36 @@ def to_api_error(e: BaseException) -> APIError:
     if isinstance(e, HTTPException):
         code = HTTP_CODES.get(e.status_code)
         return APIError(e.status_code, str(e.detail), code=code, headers=e.headers)
-    return APIError(500, "internal error; the server's log has it", "internal_error")
+    return APIError(500, INTERNAL_ERROR, "internal_error")
 
 
 def _from_validation(e: RequestValidationError) -> APIError:
     """Name the field that is wrong, and say what it should be."""
-    found = e.errors()
+    found = e.errors()[:MAX_COMPLAINTS]
     if found[0]["type"] == "json_invalid":
         return APIError(400, f"the body is not valid JSON: {found[0]['ctx']['error']}")
-    complaints = [(_path(error, e.body), str(error["msg"])) for error in found]
+    complaints = [(_path(error, e.body), _says(error)) for error in found]
     # Each member of a union complains; the one that got furthest is likely to be meant.
     path = max((path for path, _ in complaints), key=len)
     if not path:
-        return APIError(400, f"the body must be JSON sent as application/json: {found[0]['msg']}")
+        return APIError(400, _says_of_body(e.body))
     name = ".".join(map(str, path))
     messages = dict.fromkeys(message for at, message in complaints if at == path)
     return APIError(400, f"{name}: {', or '.join(messages)}", param=name)
+
+
+def _says(error: Mapping[str, Any]) -> str:
+    if error["type"] == "too_short" and not error["ctx"]["actual_length"]:
+        return "must not be empty"
+    return str(error["msg"])
+
+
+def _says_of_body(body: Any) -> str:
+    if body is None:
+        return "the request needs a body: a JSON object, sent as application/json"
+    if isinstance(body, bytes):
+        return "the body must be JSON, sent with the header Content-Type: application/json"
+    return "the body must be a JSON object"
 
 
 def _path(error: Mapping[str, Any], body: Any) -> list[int | str]:

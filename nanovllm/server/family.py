@@ -12,7 +12,6 @@ Where `stream` is given it decides: true is JSON lines, unless `ignore_eos` make
 false is `{"generated_text": ...}`. Errors have a `detail` beside the `error` of our other routes.
 """
 
-import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -38,6 +37,7 @@ from nanovllm.server.openai.fields import (
 )
 from nanovllm.server.openai.generation import Cursor, Generation
 from nanovllm.server.openai.streaming import DONE, also_streams, stream_unless_gone, unless_gone
+from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState, State
 
 DEFAULT_MAX_TOKENS = 128
@@ -101,46 +101,52 @@ class Generated(TypedDict):
 @router.post("/generate", response_model=Generated, responses=also_streams(Generated))
 async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
     """Write on from a prompt, in the dialect that the request is in."""
-    dialect = body.dialect
+    dialect, name = body.dialect, request_id(request.headers)
     if dialect == "whole":
-        return await unless_gone(request, _respond_whole(body, state))
+        return await unless_gone(request, _respond_whole(body, state, name))
     as_lines = dialect == "lines"
     return await stream_unless_gone(
         request,
-        _lines(body, state) if as_lines else _events(body, state),
+        _lines(body, state, name) if as_lines else _events(body, state, name),
         _error_line if as_lines else _error_event,
         # A comment is nothing that a reader of JSON lines would understand.
         keep_alive=None if as_lines else state.config.sse_keep_alive_interval,
+        headers={HEADER: name},
     )
 
 
-async def _respond_whole(body: GenerateRequest, state: ServerState) -> Response:
-    generation = await _start(body, state)
+async def _respond_whole(body: GenerateRequest, state: ServerState, name: str) -> Response:
+    generation = await _start(body, state, name)
     try:
         await generation.finish()
     finally:
         await generation.aclose()
     text = generation.outputs[0].outputs[0].text
-    return Response(encode({"generated_text": text}), media_type="application/json")
+    content = encode({"generated_text": text})
+    return Response(content, media_type="application/json", headers={HEADER: name})
 
 
-async def _lines(body: GenerateRequest, state: ServerState) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_texts(body, state)) as texts:
+async def _lines(
+    body: GenerateRequest, state: ServerState, name: str
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(_texts(body, state, name)) as texts:
         async for text in texts:
             yield _line({"text_delta": text})
     yield _line({"event": "done"})
 
 
-async def _events(body: GenerateRequest, state: ServerState) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_texts(body, state)) as texts:
+async def _events(
+    body: GenerateRequest, state: ServerState, name: str
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(_texts(body, state, name)) as texts:
         async for text in texts:
             lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
             yield "".join(f"data: {line}\n" for line in lines).encode() + b"\n"
     yield DONE
 
 
-async def _texts(body: GenerateRequest, state: ServerState) -> AsyncGenerator[str, None]:
-    generation = await _start(body, state)
+async def _texts(body: GenerateRequest, state: ServerState, name: str) -> AsyncGenerator[str, None]:
+    generation = await _start(body, state, name)
     try:
         output = generation.outputs[0]
         cursor = Cursor(output, output.outputs[0], 0)
@@ -151,7 +157,7 @@ async def _texts(body: GenerateRequest, state: ServerState) -> AsyncGenerator[st
         await generation.aclose()
 
 
-async def _start(body: GenerateRequest, state: ServerState) -> Generation:
+async def _start(body: GenerateRequest, state: ServerState, name: str) -> Generation:
     limit = body.max_tokens or body.max_new_tokens
     default = DEFAULT_MAX_NEW_TOKENS if body.dialect == "lines" else DEFAULT_MAX_TOKENS
     names = ("ignore_eos", "temperature", "top_p", "stop", "repetition_penalty")
@@ -161,9 +167,7 @@ async def _start(body: GenerateRequest, state: ServerState) -> Generation:
         max_tokens=limit or default,
         **{name: value for name, value in given.items() if value is not None},
     )
-    return await Generation.start(
-        state, uuid.uuid4().hex, [body.prompt], params, may_clip=limit is None
-    )
+    return await Generation.start(state, name, [body.prompt], params, may_clip=limit is None)
 
 
 def _line(body: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from pydantic import BaseModel, Field
 
 from nanovllm import __version__
@@ -101,7 +101,7 @@ async def version() -> Version:
             "description": "Prometheus' text format, or what /metrics.json has if JSON is asked "
             "for.",
             "model": PoolMetrics,
-            "content": {"text/plain": {}, "application/openmetrics-text": {}},
+            "content": {"text/plain": {}},
         }
     },
 )
@@ -110,8 +110,9 @@ async def metrics(state: State, request: Request) -> Response:
     accept = request.headers.get("accept", "")
     if "application/json" in accept:
         return Response(pool_metrics(state).model_dump_json(), media_type="application/json")
-    encode, content_type = choose_encoder(accept)
-    return Response(encode(state.metrics.registry), headers={"Content-Type": content_type})
+    # Whatever else is asked for: the library's OpenMetrics makes `vllm:x` into `vllm_x`.
+    series = generate_latest(state.metrics.registry)
+    return Response(series, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 @router.get("/metrics.json")

@@ -5,16 +5,21 @@ import asyncio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.config import ServerConfig
-from nanovllm.server.errors import APIError
+from nanovllm.errors import OverloadedError
+from nanovllm.server.errors import APIError, to_api_error
 
 MAX_URL_SIZE = 8 << 10
+MAX_BYTES_ARRIVING = 32 << 20
+"""Of all unfinished bodies together; one alone may have as much as `max_body_size` anyway."""
+UNCOUNTED_BYTES = 64 << 10
+"""Of each body: as much as its connection may hold, too. So usual requests are always let in."""
 
 
 class RequestLimits:
     """Takes in a whole request before the app sees it, or refuses it.
 
     The body is read here, in one place, so that no route can forget a limit; `max_body_size`
-    bounds what that holds in memory.
+    bounds what that holds in memory, and `MAX_BYTES_ARRIVING` what all of them do.
 
     Args:
         app: What comes next.
@@ -24,6 +29,7 @@ class RequestLimits:
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app
         self._config = config
+        self._num_arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,8 +42,8 @@ class RequestLimits:
             message = f"the request took longer than {self._config.request_timeout:g} s to arrive"
             error = APIError(408, message, code="request_timeout", headers={"Connection": "close"})
             await error.response()(scope, receive, send)
-        except APIError as e:
-            await e.response()(scope, receive, send)
+        except (APIError, OverloadedError) as e:
+            await to_api_error(e).response()(scope, receive, send)
         else:
             if body is not None:
                 await self._app(scope, _replay(body, receive), send)
@@ -59,19 +65,34 @@ class RequestLimits:
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body, or None if the client went away."""
-        chunks: list[bytes] = []
+        # Unlike a list of chunks, one block goes back to the system when it is freed.
+        body = bytearray()
         size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk: bytes = message.get("body", b"")
-            size += len(chunk)
-            if size > self._config.max_body_size:
-                raise self._too_large()
-            chunks.append(chunk)
-            if not message.get("more_body", False):
-                return b"".join(chunks)
+        try:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                chunk: bytes = message.get("body", b"")
+                self._count(size, size := size + len(chunk))
+                body += chunk
+                if not message.get("more_body", False):
+                    return bytes(body)
+        finally:
+            self._num_arriving -= max(0, size - UNCOUNTED_BYTES)
+
+    def _count(self, old_size: int, size: int) -> None:
+        """Take note that a body has grown.
+
+        Raises:
+            APIError: It is too large.
+            OverloadedError: All of them together are.
+        """
+        self._num_arriving += max(0, size - UNCOUNTED_BYTES) - max(0, old_size - UNCOUNTED_BYTES)
+        if size > self._config.max_body_size:
+            raise self._too_large()
+        if self._num_arriving > max(MAX_BYTES_ARRIVING, self._config.max_body_size):
+            raise OverloadedError("too many large requests arrive at once: try again")
 
     def _too_large(self) -> APIError:
         message = f"the body exceeds {self._config.max_body_size} bytes"

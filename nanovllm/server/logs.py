@@ -1,5 +1,6 @@
 """How the server logs: lines for people, or one JSON object a line."""
 
+import asyncio
 import json
 import logging
 from datetime import datetime, timezone
@@ -35,3 +36,9 @@ def configure_logging(config: ServerConfig) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING), force=True)
     logging.getLogger("nanovllm").setLevel(level)
     logging.getLogger("uvicorn.access").setLevel("INFO" if config.access_log else "WARNING")
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether uvicorn did not mean to do it: of requests that it cancels it says how many."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

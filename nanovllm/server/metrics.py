@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import DEFAULT_BLOCK_SIZE
-from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -33,6 +33,9 @@ LATENCY_BUCKETS = (
 TOKEN_BUCKETS = tuple(m * 10**e for e in range(6) for m in (1, 2, 5))
 STEP_BUCKETS = (1, 8, *(2**e for e in range(4, 15)))
 N_BUCKETS = (1, 2, 5, 10, 20)
+
+FINISHED_REASONS = ("stop", "length", "abort", "error")
+REJECTION_REASONS = ("requests", "tokens", "timeout", "not_ready")
 
 
 class RequestMetrics:
@@ -69,6 +72,11 @@ class RequestMetrics:
             ["model_name", "reason"],
             registry=registry,
         )
+        # A rate needs a value to start from.
+        for reason in FINISHED_REASONS:
+            self.success.labels(model_name, reason)
+        for reason in REJECTION_REASONS:
+            self.rejections.labels(model_name, reason)
         self.ttft = histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", TTFT_BUCKETS
         )
@@ -179,22 +187,25 @@ class HTTPMetrics:
         )
 
 
-EngineFigures = dict[str, tuple[str, Callable[[EngineStats], float]]]
+EngineFigures = dict[str, tuple[str, Callable[[WorkerStats], float]]]
 """Names of series, what they say, and how to read them."""
 
 ENGINE_GAUGES: EngineFigures = {
-    "vllm:num_requests_running": ("Sequences that run.", lambda s: s.num_running),
-    "vllm:num_requests_waiting": ("Sequences that wait to run.", lambda s: s.num_waiting),
+    "vllm:num_requests_running": ("Sequences that run.", lambda w: w.engine.num_running),
+    "vllm:num_requests_waiting": ("Sequences that wait to run.", lambda w: w.num_waiting),
     "vllm:kv_cache_usage_perc": (
         "Share of the KV blocks in use, 1 is all.",
-        lambda s: s.num_used_blocks / max(s.num_kv_blocks, 1),
+        lambda w: w.engine.num_used_blocks / max(w.engine.num_kv_blocks, 1),
     ),
 }
 ENGINE_COUNTERS: EngineFigures = {
-    "vllm:num_preemptions": ("Sequences that lost their blocks.", lambda s: s.num_preemptions),
-    "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda s: s.num_prompt_tokens),
-    "vllm:prefix_cache_hits": ("Prompt tokens found cached.", lambda s: s.num_cached_tokens),
-    "vllm:corrupted_requests": ("Sequences that ended in an error.", lambda s: s.num_errors),
+    "vllm:num_preemptions": (
+        "Sequences that lost their blocks.",
+        lambda w: w.engine.num_preemptions,
+    ),
+    "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda w: w.engine.num_prompt_tokens),
+    "vllm:prefix_cache_hits": ("Prompt tokens found cached.", lambda w: w.engine.num_cached_tokens),
+    "vllm:corrupted_requests": ("Sequences that ended in an error.", lambda w: w.engine.num_errors),
 }
 
 
@@ -211,30 +222,32 @@ class EngineCollector(Collector):
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        for name, (says, read) in ENGINE_GAUGES.items():
-            yield self._fill(GaugeMetricFamily(name, says, labels=ENGINE_LABELS), read)
-        for name, (says, read) in ENGINE_COUNTERS.items():
-            yield self._fill(CounterMetricFamily(name, says, labels=ENGINE_LABELS), read)
+        stats, config = self._llm.stats(), self._llm.config
+        workers = [([self._model_name, str(worker.index)], worker) for worker in stats.workers]
+        families: dict[str, Family] = {}
+        for kind, figures in (
+            (GaugeMetricFamily, ENGINE_GAUGES),
+            (CounterMetricFamily, ENGINE_COUNTERS),
+        ):
+            for name, (says, read) in figures.items():
+                families[name] = kind(name, says, labels=ENGINE_LABELS)
+                for labels, worker in workers:
+                    families[name].add_metric(labels, read(worker))
+        # Those that stand in line for an engine are on none yet.
+        in_line = stats.num_waiting - sum(worker.num_waiting for _, worker in workers)
+        families["vllm:num_requests_waiting"].add_metric(
+            [self._model_name, "line"], max(in_line, 0)
+        )
+        yield from families.values()
         facts = ("block_size", "num_gpu_blocks", "cache_dtype")
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache.", labels=[*ENGINE_LABELS, *facts]
         )
-        config = self._llm.config
         block_size = str(config.block_size or DEFAULT_BLOCK_SIZE)
-        for labels, engine in self._engines():
-            info.add_metric(
-                [*labels, block_size, str(engine.num_kv_blocks), config.kv_cache_dtype], 1
-            )
+        for labels, worker in workers:
+            num_blocks = str(worker.engine.num_kv_blocks)
+            info.add_metric([*labels, block_size, num_blocks, config.kv_cache_dtype], 1)
         yield info
-
-    def _fill(self, family: Family, read: Callable[[EngineStats], float]) -> Family:
-        for labels, engine in self._engines():
-            family.add_metric(labels, read(engine))
-        return family
-
-    def _engines(self) -> Iterator[tuple[list[str], EngineStats]]:
-        for worker in self._llm.stats().workers:
-            yield [self._model_name, str(worker.index)], worker.engine
 
 
 class Metrics:

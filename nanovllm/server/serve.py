@@ -6,13 +6,16 @@ import ipaddress
 import logging
 import math
 import socket
+import ssl
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
+from nanovllm.errors import InvalidRequestError
 from nanovllm.server.app import create_app
 from nanovllm.server.logs import configure_logging
 from nanovllm.server.protocol import BoundedProtocol
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 STARTUP_FAILED = 2
 MAX_FILES = 1 << 16
-"""File descriptors to ask the system for where it has no limit; each connection takes one."""
+"""File descriptors to ask the system for; each connection takes one, and some memory."""
 DRAIN_TICK = 0.05
 
 
@@ -33,8 +36,12 @@ def serve(server: ServerConfig, engine: EngineConfig, pool: PoolConfig) -> int:
         server: Where and whom to serve.
         engine: What to serve.
         pool: With how many engines.
+
+    Raises:
+        InvalidRequestError: The certificate or the socket cannot be used.
     """
     configure_logging(server)
+    _check_files(server)
     if server.uds is None and not server.api_key and not _is_loopback(server.host):
         logger.warning(
             "everybody who reaches %s may use this server: set --api-key, or NANOVLLM_API_KEY",
@@ -94,7 +101,7 @@ class DrainingServer(uvicorn.Server):
         deadline = time.monotonic() + timeout
         if not await self._drain(timeout):
             logger.warning("the requests that are left are aborted")
-            await self._state.llm.close()  # their clients hear of it
+            await self._state.llm.close(force=self.force_exit)  # their clients hear of it
         # What is left is the last bytes of answers; nobody may take for ever to read them.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))
         if self.force_exit:
@@ -122,6 +129,41 @@ class DrainingServer(uvicorn.Server):
         return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+def _check_files(server: ServerConfig) -> None:
+    """Try what uvicorn would fail at with an error that names no file."""
+    if server.ssl_keyfile is not None and server.ssl_certfile is None:
+        raise InvalidRequestError("ssl_keyfile needs ssl_certfile", "ssl_certfile")
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        if path := getattr(server, name):
+            try:
+                Path(path).read_bytes()
+            except OSError as e:
+                raise InvalidRequestError(f"{name}: {path}: {e.strerror}", name) from e
+    if server.ssl_certfile is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(server.ssl_certfile, server.ssl_keyfile, _no_password)
+        except (ssl.SSLError, ValueError) as e:
+            key = server.ssl_keyfile or server.ssl_certfile
+            raise InvalidRequestError(
+                f"ssl_certfile {server.ssl_certfile} and ssl_keyfile {key} are no PEM files of a "
+                f"certificate and its key: {e}",
+                "ssl_certfile",
+            ) from e
+    if server.uds is not None and not Path(server.uds).is_socket():  # one that is left is replaced
+        try:
+            with socket.socket(socket.AF_UNIX) as trial:
+                trial.bind(server.uds)
+            Path(server.uds).unlink()
+        except OSError as e:
+            raise InvalidRequestError(f"uds: {server.uds}: {e.strerror or e}", "uds") from e
+
+
+def _no_password() -> str:
+    """OpenSSL would ask at the terminal otherwise."""
+    raise ValueError("the key is encrypted")
+
+
 def _protocol(server: ServerConfig) -> type[BoundedProtocol]:
     """The connections' class, with this server's bounds."""
     bounds = {
@@ -139,12 +181,12 @@ def _raise_file_limit() -> int:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else hard
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):  # macOS may have a lower limit yet
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_FILES if soft == resource.RLIM_INFINITY else soft
+    return MAX_FILES if soft == resource.RLIM_INFINITY else min(soft, MAX_FILES)
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,14 +4,21 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
-from pydantic import ConfigDict, Discriminator, Tag, with_config
+from pydantic import ConfigDict, Discriminator, Field, Tag, with_config
 from typing_extensions import TypedDict
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.conversation import render
-from nanovllm.server.openai.fields import WHOLE, OrSay, TokenId, WireModel
+from nanovllm.server.openai.fields import (
+    FAIL_FAST,
+    MAX_TOKEN_IDS,
+    WHOLE,
+    OrSay,
+    TokenId,
+    WireModel,
+)
 from nanovllm.server.openai.requests import ChatTemplateOptions
 from nanovllm.server.openai.sampling import check_model
 from nanovllm.server.state import ServerState, State
@@ -75,7 +82,7 @@ class DetokenizeRequest(WireModel):
     """Tokens to make a text of."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], WHOLE]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS), FAIL_FAST, WHOLE]
 
 
 class Detokenized(TypedDict):
@@ -123,6 +130,13 @@ async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
 async def detokenize(body: DetokenizeRequest, state: State) -> Detokenized:
     """Turn token ids into text."""
     check_model(body.model or None, state)
+    num_ids = _tokenizer(state).end_id
+    if wrong := next((i for i in body.tokens if i >= num_ids), None):
+        raise InvalidRequestError(
+            f"token id {wrong} in tokens is out of range: the vocabulary has {num_ids} ids, 0 to "
+            f"{num_ids - 1}",
+            "tokens",
+        )
     return {"prompt": await state.llm.decode(body.tokens, False)}
 
 

@@ -15,11 +15,11 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nanovllm.config import RESERVED_TEMPLATE_NAMES
 from nanovllm.errors import InvalidRequestError
 
 MAX_COMPILED_TEMPLATES = 64
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -117,7 +117,7 @@ def render_chat_template(
             the sandbox does not allow; or the arguments contradict each other.
     """
     variables = variables or {}
-    if taken := [name for name in RESERVED if name in variables]:
+    if taken := sorted(RESERVED_TEMPLATE_NAMES & variables.keys()):
         raise InvalidRequestError(
             f"chat template variable {taken[0]!r} is an argument of its own", taken[0]
         )

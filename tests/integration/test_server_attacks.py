@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MIB = 1 << 20
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HI = [{"role": "user", "content": "Hi"}]
+PART = {"type": "text", "text": ""}
 HEAD = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
 JSON_HEAD = HEAD + "Content-Type: application/json\r\n"
 
@@ -78,6 +80,27 @@ def refused(server: Server, path: str, **body: Any) -> dict[str, Any]:
     assert "0x" not in error["message"]
     assert str(Path(nanovllm.__file__).parent) not in error["message"]
     return error
+
+
+@contextmanager
+def asking(server: Server) -> Iterator[list[float]]:
+    """Ask how the server is all the while; the seconds of each answer."""
+    answers: list[float] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            start = time.monotonic()
+            assert server.get("/health")[0] == 200
+            answers.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        thread.join()
 
 
 def send_raw(server: Server, *parts: bytes, pause: float = 0.0, wait: float = 10.0) -> bytes:
@@ -213,26 +236,51 @@ class TestValues:
 
     def test_a_prompt_that_is_far_too_long(self, server: Server) -> None:
         """GHSA-rwxx-mrjm-wc2m and others: a long text kept the event loop busy."""
-        answers: list[float] = []
-        stop = threading.Event()
-
-        def ask() -> None:
-            while not stop.is_set():
-                start = time.monotonic()
-                assert server.get("/health")[0] == 200
-                answers.append(time.monotonic() - start)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
+        with asking(server) as answers:
             for text in ("a" * MIB, "<|im_start|>" * 100_000, "\u0301" * 500_000, " " * MIB):
                 status, answer = post(server, TEXT, prompt=text, max_tokens=1)
                 assert status == 400
                 assert "maximum context length" in answer["error"]["message"]
-        finally:
-            stop.set()
-            asking.join()
         assert max(answers) < 2.0, answers  # two cores for the client, the server and the tests
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            (CHAT, {"messages": [{}] * 1_000_000}),
+            (CHAT, {"messages": [{"role": "user"}] * 200_000}),
+            (CHAT, {"messages": [{"role": "user", "content": [{}] * 1_000_000}]}),
+            (CHAT, {"messages": [{"role": "user", "content": [PART] * 30}] * 4000}),
+            (CHAT, {"messages": HI, "documents": [{}] * 1_000_000}),
+            (CHAT, {"messages": HI, "documents": [{str(i): 1 for i in range(300_000)}]}),
+            (CHAT, {"messages": HI, "tools": [{}] * 1_000_000}),
+            (TEXT, {"prompt": ["a"] * 690_000}),
+            (TEXT, {"prompt": [[1]] * 690_000}),
+            (TEXT, {"prompt": [[]] * 690_000}),
+            (TEXT, {"prompt": [1] * 1_300_000}),
+            (TEXT, {"prompt": [1.0] * 800_000}),
+            (TEXT, {"prompt": [1] * 1_000_000 + ["x"]}),
+            (TEXT, {"prompt": "a", "stop": ["b"] * 690_000}),
+            (TEXT, {"prompt": "a", "stop_token_ids": ["x"] * 690_000}),
+            (TEXT, {"prompt": "a", "bad_words": [1] * 1_000_000}),
+            (TEXT, {"prompt": "a", "logit_bias": {f"a{i}": 1 for i in range(250_000)}}),
+            ("/detokenize", {"tokens": ["x"] * 690_000}),
+            ("/detokenize", {"tokens": [1] * 1_300_000}),
+            ("/tokenize", {"messages": [{}] * 1_000_000}),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+    )
+    def test_a_body_of_a_million_parts(
+        self, server: Server, path: str, body: dict[str, Any]
+    ) -> None:
+        """An error for each wrong item, and they were all told apart: 13 s for 3 MB."""
+        data = json.dumps(body, separators=(",", ":")).encode()
+        assert len(data) < 4 * MIB
+        with asking(server) as answers:
+            start = time.monotonic()
+            headers = {"Authorization": f"Bearer {KEY}"}
+            assert server.request("POST", path, data, headers)[0] == 400
+            assert time.monotonic() - start < 1.5
+        assert max(answers) < 1.0, answers  # two cores for the client, the server and the tests
 
     def test_salts_do_not_share(self, server: Server) -> None:
         """CVE-2025-46570: the time of an answer told what others had asked."""
@@ -413,6 +461,24 @@ class TestConnections:
         head = f"{JSON_HEAD}Transfer-Encoding: chunked\r\n\r\n".encode()
         chunks = [b"%x\r\n%b\r\n" % (MIB, chunk)] * 50
         assert status_of(send_raw(server, head, *chunks, b"0\r\n\r\n")) == 413
+
+    def test_many_large_bodies_that_never_end(self) -> None:
+        """Each by itself may be so large; all together they were held in memory: 240 MiB."""
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {4 * MIB}\r\n\r\n".encode()
+        with Server(request_timeout=5) as server:
+            process = psutil.Process(server.process.pid)
+            memory = process.memory_info().rss
+            for _ in range(3):
+                address = ("127.0.0.1", server.port)
+                connections = [socket.create_connection(address) for _ in range(50)]
+                for connection in connections:
+                    with suppress(ConnectionError):
+                        connection.sendall(head + b" " * (4 * MIB - 1))
+                grown = process.memory_info().rss - memory
+                assert server.post(TEXT, {"prompt": "Once", "max_tokens": 1})[0] == 200
+                for connection in connections:
+                    connection.close()
+                assert grown < 128 * MIB  # the allocator keeps some of it, but no more each time
 
     def test_a_body_that_is_only_promised(self, server: Server) -> None:
         head = f"{JSON_HEAD}Expect: 100-continue\r\nContent-Length: {HUGE}\r\n\r\n".encode()

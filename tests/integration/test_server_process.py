@@ -69,6 +69,20 @@ class TestEnding:
         assert not any(engine.is_running() for engine in engines)
         assert "Traceback" not in server.log
 
+    def test_a_request_that_never_becomes_whole_is_cut_off(self) -> None:
+        with Server(shutdown_timeout=1) as server:
+            address = ("127.0.0.1", server.port)
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
+            connections = [socket.create_connection(address) for _ in range(3)]
+            for connection in connections:
+                connection.sendall(head)
+            assert server.get("/health")[0] == 200
+            assert server.stop() == 0
+            for connection in connections:
+                connection.close()
+        assert "Cancel 3 running task(s)" in server.log
+        assert "Traceback" not in server.log
+
     def test_its_engines_do_not_outlive_it(self) -> None:
         with Server() as server:
             engines = psutil.Process(server.process.pid).children(recursive=True)

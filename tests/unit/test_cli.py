@@ -303,7 +303,7 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("modl: x\n", 'Unknown option: "[modl]" from {path}. Did you mean --model?'),
+            ("modl: x\n", 'Unknown option: "modl" from {path}. Did you mean --model?'),
             ("[1, 2\n", "{path} is not valid YAML: "),
             ("just text\n", "{path} must hold options as 'name: value', one a line"),
             ("max_num_seqs: 0\n", "max_num_seqs must be at least 1, got 0"),

@@ -253,7 +253,11 @@ def test_an_option_under_two_names_is_refused() -> None:
     ("options", "message"),
     [
         ({"device": "tpu"}, "device must be one of auto, cpu, cuda, mps, got 'tpu'"),
-        ({"dtype": "int8"}, "dtype must be one of auto, float32, float16, bfloat16, got 'int8'"),
+        (
+            {"dtype": "int8"},
+            "dtype must be one of auto, float32, float16, bfloat16, half, fp16, bf16, float, fp32, "
+            "got 'int8'",
+        ),
         (
             {"model_source": "disk"},
             "model_source must be one of huggingface, modelscope, got 'disk'",
@@ -296,3 +300,18 @@ def test_one_budget_follows_the_other() -> None:
     assert (many.max_num_seqs, many.max_num_batched_tokens) == (5000, 5000)
     few = EngineConfig(max_num_batched_tokens=32).resolved_for("cuda")
     assert (few.max_num_seqs, few.max_num_batched_tokens) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("half", "float16"),
+        ("fp16", "float16"),
+        ("bf16", "bfloat16"),
+        ("float", "float32"),
+        ("fp32", "float32"),
+        ("auto", "auto"),
+    ],
+)
+def test_other_names_of_types(name: Any, dtype: str) -> None:
+    assert EngineConfig(dtype=name).dtype == dtype

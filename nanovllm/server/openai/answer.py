@@ -1,9 +1,7 @@
 """What the two kinds of answer have in common: how they come about and how they are sent."""
 
 import asyncio
-import re
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,14 +11,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from nanovllm import __version__
-from nanovllm.errors import InvalidRequestError
 from nanovllm.server.openai.generation import Cursor, Generation, Piece
 from nanovllm.server.openai.logprobs import TokenNames
 from nanovllm.server.openai.requests import GenerationRequest
 from nanovllm.server.openai.streaming import DONE, stream_unless_gone, unless_gone
+from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
-
-REQUEST_ID = re.compile("[!-~]{1,256}")
 
 encode = msgspec.json.Encoder().encode
 
@@ -44,7 +40,7 @@ class Answer(ABC):
     def __init__(self, request: GenerationRequest, http: Request, state: ServerState) -> None:
         self.request = request
         self.state = state
-        self.request_id = _request_id(http, request)
+        self.request_id = request_id(http.headers, request.request_id)
         self.names = TokenNames(state.llm.tokenizer, bool(request.return_tokens_as_token_ids))
         self._http = http
         options = request.stream_options
@@ -78,7 +74,7 @@ class Answer(ABC):
 
     @property
     def _headers(self) -> dict[str, str]:
-        return {"X-Request-Id": self.request_id}
+        return {HEADER: self.request_id}
 
     @abstractmethod
     async def start(self) -> Generation:
@@ -177,19 +173,3 @@ class Answer(ABC):
 def event(body: Mapping[str, Any]) -> bytes:
     """A server-sent event with a JSON object."""
     return b"data: %b\n\n" % encode(body)
-
-
-def _request_id(http: Request, request: GenerationRequest) -> str:
-    """The client's name for its request, from the header or the body, or else a new one.
-
-    Raises:
-        InvalidRequestError: The header is not one that we could send back.
-    """
-    given = http.headers.get("x-request-id") or request.request_id
-    if given is None:
-        return uuid.uuid4().hex
-    if not REQUEST_ID.fullmatch(given):
-        raise InvalidRequestError(
-            "X-Request-Id must be 1 to 256 visible ASCII characters", "request_id"
-        )
-    return given

@@ -8,7 +8,12 @@ from fastapi.responses import Response
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.answer import Answer
 from nanovllm.server.openai.generation import Cursor, Generation, Piece
-from nanovllm.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from nanovllm.server.openai.logprobs import (
+    OutputOffsets,
+    completion_logprobs,
+    prompt_logprobs,
+    prompt_offsets,
+)
 from nanovllm.server.openai.requests import CompletionRequest
 from nanovllm.server.openai.responses import Completion, CompletionChoice, CompletionLogprobs
 from nanovllm.server.openai.sampling import check_model, sampling_params
@@ -40,7 +45,7 @@ class CompletionAnswer(Answer):
     def __init__(self, request: CompletionRequest, http: Request, state: ServerState) -> None:
         super().__init__(request, http, state)
         self._echoes: dict[int, str] = {}
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, OutputOffsets] = {}
 
     async def start(self) -> Generation:
         request = self.request
@@ -67,6 +72,7 @@ class CompletionAnswer(Answer):
                     text = await self.state.llm.decode(output.prompt_token_ids, False)
                 for completion in output.outputs:
                     self._echoes[index * params.n + completion.index] = text
+        self._params = params
         return generation
 
     def choice(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
@@ -110,21 +116,25 @@ class CompletionAnswer(Answer):
 
     def _echoed_logprobs(self, cursor: Cursor) -> CompletionLogprobs | None:
         """Those of the prompt, if it comes back."""
-        if cursor.index not in self._echoes:
+        text, positions = self._echoes.get(cursor.index), cursor.output.prompt_logprobs
+        if text is None or positions is None or self.request.logprobs is None:
             return None
-        self._offsets[cursor.index] = len(self._echoes[cursor.index])
-        positions = cursor.output.prompt_logprobs
-        if positions is None or self.request.logprobs is None:
-            return None
-        return completion_logprobs(cursor.output.prompt_token_ids, positions, 0, self.names)
+        token_ids = cursor.output.prompt_token_ids
+        offsets = prompt_offsets(self.state.llm.tokenizer, token_ids, text)
+        return completion_logprobs(token_ids, positions, offsets, self.names)
 
     def _logprobs(self, cursor: Cursor, piece: Piece) -> CompletionLogprobs | None:
         if piece.logprobs is None or self.request.logprobs is None:
             return None
-        offset = self._offsets.get(cursor.index, 0)
-        logprobs = completion_logprobs(piece.token_ids, piece.logprobs, offset, self.names)
-        self._offsets[cursor.index] = offset + sum(map(len, logprobs["tokens"]))
-        return logprobs
+        if cursor.index not in self._offsets:
+            self._offsets[cursor.index] = OutputOffsets(
+                self.state.llm.tokenizer,
+                cursor.output.prompt_token_ids,
+                self._params,
+                len(self._echoes.get(cursor.index, "")),
+            )
+        offsets = map(self._offsets[cursor.index].next, piece.token_ids)
+        return completion_logprobs(piece.token_ids, piece.logprobs, offsets, self.names)
 
 
 def _chunk(cursor: Cursor, text: str, logprobs: CompletionLogprobs | None) -> CompletionChoice:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from nanovllm.config import RESERVED_TEMPLATE_NAMES
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.openai.requests import ChatTemplateOptions, Message, ToolCall
 from nanovllm.server.state import ServerState
@@ -23,18 +24,6 @@ TEMPLATE_KWARGS = (
     "tools_in_user_message",
 )
 """What a request may hand to a template, unless `chat_template_kwarg_names` says else."""
-RESERVED = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "documents",
-        "messages",
-        "tokenize",
-        "tools",
-    }
-)
-"""Names with a meaning of their own, whatever the options say."""
 
 
 async def render(
@@ -65,7 +54,10 @@ async def render(
     templates = () if tokenizer is None else tokenizer.chat_templates.values()
     system = "developer" if any("developer" in text for text in templates) else "system"
     return await state.llm.render(
-        [_as_template_reads(message, system) for message in request.messages],
+        [
+            _as_template_reads(message, system, f"messages.{index}")
+            for index, message in enumerate(request.messages)
+        ],
         tools=[tool.model_dump(exclude_none=True) for tool in request.tools or []] or None,
         documents=request.documents,
         add_generation_prompt=begins,
@@ -80,16 +72,17 @@ def text_of(message: Message) -> str:
     """The text of a message; parts are lines."""
     content = message.content
     if isinstance(content, list):
-        return "\n".join(part.text for part in content)
+        return "\n".join(part if isinstance(part, str) else part.text for part in content)
     return content or ""
 
 
-def _as_template_reads(message: Message, developer: str) -> dict[str, Any]:
+def _as_template_reads(message: Message, developer: str, path: str) -> dict[str, Any]:
     """A message as templates expect it.
 
     Args:
         message: The message.
         developer: Role that stands for OpenAI's "developer", which most templates do not know.
+        path: Where in the request it is.
     """
     role = developer if message.role == "developer" else message.role
     read: dict[str, Any] = {"role": role, "content": text_of(message)}
@@ -97,23 +90,25 @@ def _as_template_reads(message: Message, developer: str) -> dict[str, Any]:
         if (value := getattr(message, name)) is not None:
             read[name] = value
     if message.tool_calls:
-        read["tool_calls"] = [_with_parsed_arguments(call) for call in message.tool_calls]
+        read["tool_calls"] = [
+            _with_parsed_arguments(call, f"{path}.tool_calls.{index}.function.arguments")
+            for index, call in enumerate(message.tool_calls)
+        ]
     return read
 
 
-def _with_parsed_arguments(call: ToolCall) -> dict[str, Any]:
+def _with_parsed_arguments(call: ToolCall, path: str) -> dict[str, Any]:
     """A call whose arguments are an object, as templates iterate over them."""
     text = call.function.arguments
     try:
         arguments = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as e:
         raise InvalidRequestError(
-            f"messages: the arguments of a tool call must be a JSON object: {e}", "messages"
+            f"{path}: must be the JSON text of an object, got {text!r:.80}: {e}", path
         ) from e
     if not isinstance(arguments, dict):
         raise InvalidRequestError(
-            f"messages: the arguments of a tool call must be a JSON object, got {text!r:.80}",
-            "messages",
+            f"{path}: must be the JSON text of an object, got {text!r:.80}", path
         )
     function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
@@ -127,7 +122,7 @@ def _default_kwargs(state: ServerState) -> dict[str, Any]:
 
 def _checked_kwargs(given: Mapping[str, Any] | None, state: ServerState) -> dict[str, Any]:
     names = state.config.chat_template_kwarg_names
-    allowed = set(TEMPLATE_KWARGS if names is None else names) - RESERVED
+    allowed = set(TEMPLATE_KWARGS if names is None else names) - RESERVED_TEMPLATE_NAMES
     for name in given or {}:
         if name not in allowed:
             raise InvalidRequestError(

@@ -1,16 +1,17 @@
 """Log probabilities in OpenAI's two shapes, and vLLM's for prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from nanovllm.outputs import TokenLogprobs
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.openai.responses import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprobs,
     TopLogprob,
 )
-from nanovllm.text.tokenizer import REPLACEMENT, Tokenizer
+from nanovllm.text.tokenizer import REPLACEMENT, Detokenizer, Tokenizer
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have; vLLM's choice."""
@@ -44,10 +45,73 @@ class TokenNames:
         return list(text.encode("utf-8"))
 
 
+class OutputOffsets:
+    """Where the tokens of a completion begin in its text, each asked for in turn.
+
+    A token begins where what those before it have decoded to ends, so the parts of a character all
+    begin where it does.
+
+    Args:
+        tokenizer: The model's; without one there is no text.
+        prompt_token_ids: What the completion goes on from.
+        params: Which tokens are left out of its text.
+        start: Characters before the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        start: int,
+    ) -> None:
+        self._end = start
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else Detokenizer(
+                tokenizer,
+                prompt_token_ids,
+                params.skip_special_tokens,
+                params.spaces_between_special_tokens,
+            )
+        )
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token."""
+        offset = self._end
+        if self._detokenizer is not None:
+            self._end += len(self._detokenizer.push(token_id))
+        return offset
+
+
+def prompt_offsets(
+    tokenizer: Tokenizer | None, token_ids: Sequence[int], text: str
+) -> Iterator[int]:
+    """Where the tokens of a prompt begin in its text.
+
+    Args:
+        tokenizer: The model's.
+        token_ids: All of the prompt.
+        text: What it reads as; the special tokens that the tokenizer has added are not in it.
+    """
+    if tokenizer is None:
+        yield from [0] * len(token_ids)
+        return
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    end = 0
+    for token_id in token_ids:
+        yield end
+        is_special = token_id in tokenizer.special_ids
+        if is_special and not text.startswith(tokenizer.added_tokens[token_id].content, end):
+            continue
+        end = min(end + len(detokenizer.push(token_id)), len(text))
+
+
 def completion_logprobs(
     token_ids: Sequence[int],
     positions: Sequence[TokenLogprobs | None],
-    offset: int,
+    offsets: Iterable[int],
     names: TokenNames,
 ) -> CompletionLogprobs:
     """The shape of `/v1/completions`.
@@ -55,20 +119,17 @@ def completion_logprobs(
     Args:
         token_ids: The tokens of a text.
         positions: Their log probabilities; the first token of a prompt has none.
-        offset: Characters before the text.
+        offsets: Where they begin in it.
         names: What tokens are called.
     """
     result: CompletionLogprobs = {
         "tokens": [],
         "token_logprobs": [],
         "top_logprobs": [],
-        "text_offset": [],
+        "text_offset": list(offsets),
     }
     for token_id, position in zip(token_ids, positions, strict=True):
-        text = names.name(token_id)
-        result["tokens"].append(text)
-        result["text_offset"].append(offset)
-        offset += len(text)
+        result["tokens"].append(names.name(token_id))
         if position is None:
             result["token_logprobs"].append(None)
             result["top_logprobs"].append(None)

@@ -1,11 +1,14 @@
 """What clients send to `/v1/completions` and `/v1/chat/completions`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from nanovllm.server.openai.fields import (
+    FAIL_FAST,
     MAX_LIST_LENGTH,
+    MAX_PROMPTS,
     WHOLE,
     BadWords,
     Int64,
@@ -27,6 +30,9 @@ from nanovllm.server.openai.fields import (
     WireModel,
     not_served,
 )
+
+MAX_MESSAGES = 1 << 13
+"""What is checked in some 0.05 s, and would fill a context of a million tokens."""
 
 ONLY_TEXT = not_served("this model reads and writes text")
 NO_GRAMMAR = not_served("structured output comes with a later version")
@@ -75,7 +81,9 @@ class GenerationRequest(WireModel):
     repetition_penalty: RepetitionPenalty | None = None
     seed: Int64 | None = None
     stop: Stop = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_LIST_LENGTH), WHOLE] | None = None
+    stop_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST, WHOLE] | None
+    ) = None
     min_tokens: NumTokens | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -131,7 +139,9 @@ class GenerationRequest(WireModel):
 
 
 Prompt = Annotated[
-    Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1)],
+    Text
+    | TokenIds
+    | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), FAIL_FAST],
     WHOLE,
     OrSay("must be text, a list of token ids, or a list of those; none of them empty"),
 ]
@@ -166,11 +176,47 @@ class CompletionRequest(GenerationRequest):
         return prompt
 
 
-class TextPart(WireModel):
-    """A piece of a message."""
+TextKind = Literal["text", "input_text", "output_text"]
 
-    type: Annotated[Literal["text"], ONLY_TEXT]
+
+def _check_kind(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in get_args(TextKind):
+        raise PydanticCustomError(
+            "not_accepted",
+            "'{kind}' is not supported: this model reads and writes text",
+            {"kind": kind[:80]},
+        )
+    return kind
+
+
+class TextPart(WireModel):
+    """A piece of a message, under any of the names that OpenAI's two APIs have for text."""
+
+    type: Annotated[TextKind, BeforeValidator(_check_kind)]
     text: str
+
+
+class RefusalPart(WireModel):
+    """What a message of the assistant says in place of an answer."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
+def _kind_of_part(part: Any) -> str:
+    # Names with a space, so that they are no part of the path in an error's `param`.
+    if isinstance(part, str):
+        return "a string"
+    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+    return "a refusal" if is_refusal else "a text"
+
+
+Part = Annotated[
+    Annotated[str, Tag("a string")]
+    | Annotated[TextPart, Tag("a text")]
+    | Annotated[RefusalPart, Tag("a refusal")],
+    Discriminator(_kind_of_part),
+]
 
 
 class FunctionCall(WireModel):
@@ -192,17 +238,42 @@ class Message(WireModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = (
+        None
+    )
     tool_call_id: str | None = None
     function_call: Annotated[None, not_served("use tool_calls")] = None
     audio: Annotated[None, ONLY_TEXT] = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1)]
+def _check_pieces(messages: Any) -> Any:
+    """Bound what the messages consist of, all together, before anything is made of it."""
+    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        lists = (
+            message.get(name)
+            for message in messages
+            if isinstance(message, dict)
+            for name in ("content", "tool_calls")
+        )
+        if sum(len(pieces) for pieces in lists if isinstance(pieces, list)) > MAX_MESSAGES:
+            raise PydanticCustomError(
+                "not_accepted",
+                "may have {most} content parts and tool calls all together",
+                {"most": MAX_MESSAGES},
+            )
+    return messages
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    FAIL_FAST,
+    BeforeValidator(_check_pieces),
+]
 
 
 class Function(WireModel):
@@ -220,7 +291,8 @@ class Tool(WireModel):
     function: Function
 
 
-Tools = Annotated[list[Tool], Field(max_length=128)]
+Tools = Annotated[list[Tool], Field(max_length=128), FAIL_FAST]
+Document = Annotated[dict[str, str], FAIL_FAST]
 
 
 class ChatTemplateOptions(WireModel):
@@ -234,7 +306,7 @@ class ChatTemplateOptions(WireModel):
     )
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
-    documents: list[dict[str, str]] | None = None
+    documents: Annotated[list[Document], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = None
     tools: Tools | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="What the template reads besides, such as `enable_thinking`."
@@ -262,7 +334,10 @@ class ChatCompletionRequest(ChatTemplateOptions, GenerationRequest):
     parallel_tool_calls: bool | None = None
     functions: Annotated[None, not_served("use tools")] = None
     function_call: Annotated[Literal["none"] | None, not_served("use tools")] = None
-    modalities: Annotated[list[Literal["text"]] | None, ONLY_TEXT] = None
+    modalities: Annotated[
+        Annotated[list[Literal["text"]], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None,
+        ONLY_TEXT,
+    ] = None
     audio: Annotated[None, ONLY_TEXT] = None
     mm_processor_kwargs: Annotated[None, ONLY_TEXT] = None
     prediction: Annotated[None, not_served("nothing is predicted")] = None

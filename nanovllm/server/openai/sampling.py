@@ -25,9 +25,10 @@ def check_model(name: str | None, state: ServerState) -> None:
         APIError: It is not.
     """
     if name is not None and name not in state.model_names:
+        served = ", ".join(f"`{served}`" for served in state.model_names)
         raise APIError(
             404,
-            f"The model `{name}` does not exist; this server has `{state.model_names[0]}`.",
+            f"The model `{name}` does not exist; this server has {served}.",
             param="model",
             code="model_not_found",
         )

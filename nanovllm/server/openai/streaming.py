@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from nanovllm.server.errors import APIError, to_api_error
+from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, APIError, to_api_error
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +19,6 @@ Result = TypeVar("Result")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-CLIENT_GONE = 499
-"""Status, in logs and metrics only, of a request whose client did not wait for the answer."""
 
 
 def also_streams(whole: Any) -> dict[int | str, dict[str, Any]]:
@@ -40,7 +38,7 @@ async def unless_gone(http: Request, work: Coroutine[Any, Any, Response]) -> Res
     task = asyncio.ensure_future(work)
     try:
         if await _wait(http, task) and not task.done():
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return task.result()
     finally:
         await _cancel(task)
@@ -69,7 +67,7 @@ async def stream_unless_gone(
     handed_over = False
     try:
         if await _wait(http, first, keep_alive) and not first.done():
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         if first.done() and (error := first.exception()) is not None:
             raise error
         handed_over = True
@@ -145,7 +143,7 @@ class EventStream(StreamingResponse):
                 yield event
         except Exception as e:  # whatever it is, the client is told
             error = to_api_error(e)
-            if error.status_code == 500:
+            if error.status_code == 500 and error is not e:
                 logger.exception("a stream failed", exc_info=e)
             yield self._as_event(error)
 

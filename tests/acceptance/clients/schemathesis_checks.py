@@ -25,7 +25,7 @@ BEYOND_A_SCHEMA = re.compile(
     # Limits of the server, which are options.
     r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|stop strings)"
     # JSON inside JSON.
-    r"|the arguments of a tool call must be a JSON object"
+    r"|arguments: must be the JSON text of an object"
 )
 
 

@@ -80,6 +80,32 @@ def test_echo(client: TestClient, prompt: Any, streams: bool) -> None:
 
 
 @pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("prompt", ["The 漢字 story", "a 😀漢é b", "Once<|im_end|>\n upon"])
+def test_offsets_index_into_the_text(
+    client: TestClient, llm: FakeLLM, prompt: str, as_ids: bool, streams: bool
+) -> None:
+    llm.reply_ids = llm.frontend.encode(" so 字<|im_end|>é!")
+    body = {"prompt": prompt, "max_tokens": 30, "echo": True, "logprobs": 0}
+    body |= {"return_tokens_as_token_ids": as_ids, "ignore_eos": True}
+    if streams:
+        choices = [c["choices"][0] for c in stream(client, TEXT, **body)]
+    else:
+        choices = post(client, TEXT, **body)["choices"]
+    text = "".join(choice["text"] for choice in choices)
+    offsets = [i for c in choices if c["logprobs"] for i in c["logprobs"]["text_offset"]]
+    prompt_ids = llm.frontend.encode(prompt)
+    assert len(offsets) == len(prompt_ids) + 30
+    assert offsets == sorted(offsets)
+    assert offsets[len(prompt_ids)] == len(prompt)
+    assert llm.tokenizer is not None
+    ids = prompt_ids + [*llm.reply_ids, EOS] * 30
+    for token_id, begin, end in zip(ids, offsets, offsets[1:], strict=False):
+        if end > begin and "\ufffd" not in (name := llm.tokenizer.token_text(token_id)):
+            assert text[begin:end] == name
+
+
+@pytest.mark.parametrize("streams", [False, True])
 def test_scoring_without_generating(client: TestClient, streams: bool) -> None:
     body = {"prompt": [2182, 686], "echo": True, "logprobs": 0, "max_tokens": 0}
     if streams:

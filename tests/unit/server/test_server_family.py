@@ -1,13 +1,15 @@
 """`POST /generate`, in the dialects of the engines that this one descends from."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from tests.fake_llm import FakeLLM
-from tests.server_client import build
+from tests.server_client import build, call
 
 LINES = [{"text_delta": " upon"}, {"text_delta": " a"}, {"text_delta": " time"}, {"event": "done"}]
 
@@ -100,3 +102,24 @@ def test_info_tells_what_is_served(client: TestClient, llm: FakeLLM) -> None:
     assert info["model"]["served_model_names"] == ["demo_model"]
     assert info["model"]["max_model_len"] == llm.max_model_len
     assert info["lora"] == {"enabled": False, "registered_names": [], "loaded": []}
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 50}, {"ignore_eos": True}])
+def test_request_ids(app: FastAPI, llm: FakeLLM, more: dict[str, Any]) -> None:
+    body = {"prompt": "a", **more}
+    response = TestClient(app).post("/generate", json=body, headers={"X-Request-Id": "mine"})
+    assert response.headers["x-request-id"] == "mine"
+    llm.delay = 0.01
+    llm.reply_ids = [686] * 200
+
+    async def run() -> tuple[bytes, bytes]:
+        answer = asyncio.ensure_future(call(app, "/generate", body, request_id="mine"))
+        while not llm.num_open:
+            await asyncio.sleep(0.01)
+        _, aborted = await call(app, "/abort", {"request_id": "mine"})
+        return (await answer)[1], aborted
+
+    answer, aborted = asyncio.run(run())
+    assert answer.count(b" upon") < 50
+    assert json.loads(aborted)["aborted"]
+    assert llm.num_open == 0

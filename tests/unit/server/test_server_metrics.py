@@ -60,7 +60,7 @@ class TestHealth:
         llm = FakeLLM()
         engines = [EngineStats(num_running=1, num_kv_blocks=8, num_used_blocks=2) for _ in "ab"]
         engines[0].num_prompt_tokens, engines[0].num_cached_tokens = 10, 4
-        workers = [WorkerStats(i, "ready", 1, 0, 3, 3, 9, engine) for i, engine in enumerate(engines)]
+        workers = [WorkerStats(i, "ready", 1, 0, 3, 3, 9, e) for i, e in enumerate(engines)]
         llm.stats = lambda: PoolStats("rr", workers, 6, 6, 0.5, 20.0)  # type: ignore[method-assign]
         client = TestClient(build(llm))
         pool = client.get("/metrics.json").json()
@@ -200,11 +200,23 @@ class TestMetrics:
         labels = {"route": route, "method": "GET"}
         assert sample("nanovllm_http_request_duration_seconds_count", labels) == 20
 
-    def test_the_formats(self) -> None:
+    def test_the_format_is_one_that_keeps_the_names(self) -> None:
         client = TestClient(build())
-        plain = client.get("/metrics").headers["content-type"]
-        assert plain.startswith("text/plain; version=")
-        accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-        response = client.get("/metrics", headers=accept)
-        assert response.headers["content-type"].startswith("application/openmetrics-text")
-        assert response.text.endswith("# EOF\n")
+        for accept in (
+            "*/*",
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8,text/plain;q=0.5",
+        ):
+            response = client.get("/metrics", headers={"Accept": accept})
+            assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+            assert "\nvllm:generation_tokens_total{" in response.text
+
+    def test_counters_by_reason_begin_with_zero(self) -> None:
+        text = TestClient(build()).get("/metrics").text
+        for name, label, reasons in (
+            ("request_success", "finished_reason", ("stop", "length", "abort", "error")),
+            ("admission_rejections", "reason", ("requests", "tokens", "timeout", "not_ready")),
+        ):
+            lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}_total{{")]
+            assert all(line.endswith(" 0.0") for line in lines)
+            for reason in reasons:
+                assert any(f'{label}="{reason}"' in line for line in lines)

@@ -127,6 +127,19 @@ class TestChat:
             "<|im_start|>system\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
         )
 
+    def test_text_under_other_names(self, client: TestClient, llm: FakeLLM) -> None:
+        parts = [
+            "one",
+            {"type": "input_text", "text": "two"},
+            {"type": "output_text", "text": "three"},
+            {"type": "refusal", "refusal": "four"},
+        ]
+        post(client, CHAT, messages=[{"role": "assistant", "content": parts}])
+        assert "one\ntwo\nthree\nfour<|im_end|>" in (llm.submitted[0][0].prompt or "")
+        image = [{"type": "image_url", "image_url": {"url": "data:,"}}]
+        error = refused(client, CHAT, messages=[{"role": "user", "content": image}])
+        assert "'image_url' is not supported: this model reads" in error["message"]
+
     def test_a_continued_message(self, client: TestClient, llm: FakeLLM) -> None:
         messages = [*HI, {"role": "assistant", "content": "Once"}]
         body = {"messages": messages, "continue_final_message": True, "echo": True}
@@ -212,7 +225,7 @@ class TestChat:
                         }
                     ]
                 },
-                "messages",
+                "messages.0.tool_calls.0.function.arguments",
             ),
         ],
     )
@@ -252,7 +265,9 @@ class TestModels:
         assert [model["id"] for model in listed["data"]] == ["small", "org/alias"]
         assert listed["data"][0]["max_model_len"] == 256
         assert client.get("/v1/models/org/alias").json() == listed["data"][1]
-        assert client.get("/v1/models/other").status_code == 404
+        response = client.get("/v1/models/other")
+        assert response.status_code == 404
+        assert "`small`, `org/alias`" in response.json()["error"]["message"]
         assert client.get("/v1").json() == {"status": "ok"}
         assert post(client, TEXT, prompt="a", model="org/alias")["model"] == "small"
 

@@ -25,7 +25,7 @@ from nanovllm.server.app import create_app
 from nanovllm.server.auth import OPEN_PATHS, Authenticate
 from nanovllm.server.errors import MAX_MESSAGE_CHARS, APIError, to_api_error
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.limits import MAX_URL_SIZE, RequestLimits
+from nanovllm.server.limits import MAX_BYTES_ARRIVING, MAX_URL_SIZE, RequestLimits
 from nanovllm.server.protocol import BoundedProtocol
 from tests.fake_llm import FakeLLM
 
@@ -209,6 +209,47 @@ class TestLimits:
         limits = RequestLimits(build(), ServerConfig())
         assert call(limits, scope_of("/probe"), part, {"type": "http.disconnect"}) == []
 
+    def test_of_all_that_arrives_at_once(self) -> None:
+        size = MAX_BYTES_ARRIVING // 4
+        limits = RequestLimits(build(max_body_size=size), ServerConfig(max_body_size=size))
+        large = {"type": "http.request", "body": b" " * size}
+        small = {"type": "http.request", "body": b'{"count": 1}', "more_body": False}
+
+        async def ask(*parts: Message, held: asyncio.Event | None = None) -> list[Message]:
+            sent: list[Message] = []
+            messages = iter(parts)
+
+            async def receive() -> Message:
+                if (message := next(messages, None)) is not None:
+                    return message
+                assert held is not None
+                await held.wait()
+                return {"type": "http.request", "body": b"", "more_body": False}
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+
+            scope = scope_of("/probe", (b"content-type", b"application/json"))
+            await limits(scope, receive, send)  # type: ignore[arg-type]
+            return sent
+
+        async def attack() -> None:
+            held = asyncio.Event()
+            unfinished = large | {"more_body": True}
+            first = [asyncio.ensure_future(ask(unfinished, held=held)) for _ in range(4)]
+            await asyncio.sleep(0.01)
+            refused = await ask(unfinished)
+            assert refused[0]["status"] == 503
+            assert b"retry-after" in dict(refused[0]["headers"])
+            assert json.loads(refused[1]["body"])["error"]["code"] == "overloaded"
+            assert (await ask(small))[0]["status"] == 200
+            held.set()
+            # They were let in: what is wrong with them is said by the route.
+            assert {(await answer)[0]["status"] for answer in first} == {400}
+            assert (await ask(large, small))[0]["status"] != 503
+
+        asyncio.run(attack())
+
     def test_headers(self) -> None:
         client = client_of(max_headers=20, max_header_size=1000)
         assert client.get("/health").status_code == 200
@@ -308,6 +349,20 @@ class TestErrors:
         assert client.post("/probe", content=b"").status_code == 400
 
     @pytest.mark.parametrize(
+        ("body", "says"),
+        [
+            (b"", "needs a body"),
+            (b"[1]", "must be a JSON object"),
+            (b'{"count": "\\ud800"}', "half a surrogate pair"),
+            (b'{"count": "a', "truncated"),
+        ],
+    )
+    def test_a_wrong_body_is_told_what_it_should_be(self, body: bytes, says: str) -> None:
+        headers = {"Content-Type": "application/json"}
+        response = client_of().post("/probe", content=body, headers=headers)
+        assert says in error_of(response, 400)["message"]
+
+    @pytest.mark.parametrize(
         ("body", "param", "says"),
         [
             ({}, "count", "Field required"),
@@ -317,7 +372,7 @@ class TestErrors:
             ({"count": 1, "name": 1.5}, "name", "valid string"),
             ({"count": 1, "name": [1, "a"]}, "name.1", "valid integer"),
             ({"count": 1, "inner": []}, "inner", "valid dictionary"),
-            ([], None, "dictionary"),
+            ([], None, "object"),
             (None, None, None),
         ],
     )

@@ -1,8 +1,10 @@
 """How the server starts: its command line, its application, its logs."""
 
+import asyncio
 import importlib
 import json
 import logging
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +16,7 @@ from nanovllm.cli import main
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
 from nanovllm.server.app import create_app
 from nanovllm.server.logs import JSONFormatter, configure_logging
-from nanovllm.server.serve import serve
+from nanovllm.server.serve import MAX_FILES, _raise_file_limit, serve
 from tests.fake_llm import FakeLLM
 
 KEY = "sk-one"
@@ -87,9 +89,50 @@ class TestCommandLine:
         assert (engine.model, engine.max_num_seqs) == ("m", 6)
         assert (pool.replicas, pool.queue_timeout) == (2, 3)
 
+    def test_a_file_may_have_lists_and_objects(self, served: Served, tmp_path: Any) -> None:
+        options = tmp_path / "options.yaml"
+        options.write_text(
+            "warm_prefixes: [Once, upon a]\n"
+            "default-chat-template-kwargs:\n  enable_thinking: false\n"
+        )
+        server, _, pool = served("--config", str(options))
+        assert pool.warm_prefixes == "Once||upon a"
+        assert server.default_chat_template_kwargs == '{"enable_thinking": false}'
+        options.write_text("warm_prefixes: a||b\n")
+        assert served("--config", str(options))[2].warm_prefixes == "a||b"
+
+    def test_the_argument_wins_over_the_file(self, served: Served, tmp_path: Any) -> None:
+        options = tmp_path / "options.yaml"
+        options.write_text("model: a\n")
+        assert served("b", "--config", str(options))[1].model == "b"
+        assert served("b", "--model", "b")[1].model == "b"
+
+    def test_an_unknown_name_in_a_file(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Any
+    ) -> None:
+        options = tmp_path / "options.yaml"
+        options.write_text("max_model_length: 3\n")
+        with pytest.raises(SystemExit):
+            main(["serve", "--config", str(options)])
+        shown = capsys.readouterr().err
+        assert '"max_model_length"' in shown
+        assert "--max-model-len?" in shown
+        assert "[" not in shown
+
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [
+            (["a", "--model", "b"], "the model is given twice: a and b"),
+            (["--ssl-keyfile", "x"], "ssl_keyfile needs ssl_certfile"),
+            (["--ssl-certfile", "/nowhere/x"], "ssl_certfile: /nowhere/x: No such file"),
+            (
+                ["--ssl-certfile", __file__, "--ssl-keyfile", "/nowhere/x"],
+                "ssl_keyfile: /nowhere/x: No such file",
+            ),
+            (["--ssl-certfile", __file__], f"{__file__} are no PEM files"),
+            (["--uds", "/nowhere/x"], "uds: /nowhere/x: No such file"),
+            (["--uds", __file__], f"uds: {__file__}: "),
+            (["--default-chat-template-kwargs", '{"tokenize": 1}'], "not have 'tokenize'"),
             (["--max-model-length", "3"], "--max-model-len"),
             (["--port", "70000"], "port must be in [0, 65535], got 70000"),
             (["--replicas", "0"], "replicas must be at least 1"),
@@ -178,6 +221,19 @@ class TestLogs:
         assert lines[0]["logger"] == "nanovllm.x"
         assert "ValueError: why" in lines[1]["exception"]
 
+    def test_nothing_of_requests_that_are_cut_off_at_the_end(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        configure_logging(ServerConfig())
+        logger = logging.getLogger("uvicorn.error")
+        logger.error("Cancel 3 running task(s)")
+        logger.error("Exception in ASGI application", exc_info=asyncio.CancelledError())
+        logger.error("Exception in ASGI application", exc_info=KeyError("x"))
+        said = capsys.readouterr().err
+        assert "Cancel 3" in said
+        assert "CancelledError" not in said
+        assert "KeyError" in said
+
     def test_a_record_that_cannot_be_encoded(self) -> None:
         record = logging.LogRecord("x", logging.INFO, "", 0, "\ud800", None, None)
         assert json.loads(JSONFormatter().format(record))["message"] == "\ud800"
@@ -214,3 +270,22 @@ def test_the_server_needs_no_torch() -> None:
 
     code = "import nanovllm.server.serve, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted"),
+    [
+        (1024, 1 << 30, MAX_FILES),
+        (1 << 30, 1 << 30, MAX_FILES),
+        (1024, 4096, 4096),
+        (1024, resource.RLIM_INFINITY, MAX_FILES),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, MAX_FILES),
+    ],
+)
+def test_the_number_of_files_is_bounded_whatever_the_system_allows(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, wanted: int
+) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limit: limits.append(limit))
+    assert _raise_file_limit() == wanted

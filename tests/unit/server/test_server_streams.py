@@ -10,7 +10,11 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import Message
 
+from nanovllm.batch import UNUSABLE_LOGITS
 from nanovllm.errors import EngineDeadError
+from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm.server.errors import INTERNAL_ERROR
+from nanovllm.server.openai.generation import Cursor
 from nanovllm.server.openai.streaming import EventStream
 from tests.fake_llm import FakeLLM
 from tests.server_client import CHAT, HI, TEXT, build, call, events_of, post, stream
@@ -36,13 +40,25 @@ class TestFailures:
         assert llm.num_open == 0
 
     def test_a_completion_that_cannot_be_computed(self, client: TestClient, llm: FakeLLM) -> None:
-        llm.failure, llm.fail_after = "NaN logits", 0
+        llm.failure, llm.fail_after = UNUSABLE_LOGITS, 0
         for streams in (False, True):
             response = client.post(CHAT, json={"messages": HI, "stream": streams})
             assert response.status_code == 500
-            assert "NaN logits" in response.json()["error"]["message"]
+            assert response.json()["error"]["message"] == UNUSABLE_LOGITS
         llm.fail_after = 1
         assert stream(client, CHAT, messages=HI)[-1]["error"]["type"] == "internal_error"
+
+    def test_nor_is_an_engines_exception_told(
+        self, client: TestClient, llm: FakeLLM, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        llm.failure, llm.fail_after = "RuntimeError: CUDA error at 0x7f00, /home/secret", 0
+        whole = client.post(CHAT, json={"messages": HI})
+        assert whole.status_code == 500
+        llm.fail_after = 1
+        for error in (whole.json()["error"], stream(client, TEXT, prompt="Once")[-1]["error"]):
+            assert error["message"] == INTERNAL_ERROR
+            assert error["type"] == "internal_error"
+        assert "/home/secret" in caplog.text
 
     def test_internals_stay_inside(self, client: TestClient, llm: FakeLLM) -> None:
         llm.failure, llm.fail_after = KeyError("/root/secret"), 1
@@ -78,6 +94,13 @@ class TestRequestIds:
         response = client.post(TEXT, json={"prompt": "a"}, headers={"X-Request-Id": "x" * 257})
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "request_id"
+
+    def test_errors_have_them_too(self, client: TestClient) -> None:
+        for path, body in ((TEXT, {}), (CHAT, {"messages": HI, "n": 0}), ("/generate", {})):
+            for name, known in (("mine", "mine"), ("not this", None)):
+                response = client.post(path, json=body, headers={"X-Request-Id": name})
+                assert response.status_code == 400
+                assert response.headers.get("x-request-id") == known
 
     @pytest.mark.parametrize("name", ["mine", "cmpl-mine"])
     def test_abort(self, app: FastAPI, llm: FakeLLM, name: str) -> None:
@@ -174,3 +197,41 @@ class TestKeepAlive:
         status, answer = asyncio.run(call(app, CHAT, {"messages": HI, "stream": True}))
         assert status == 200
         assert events_of(answer.decode())[-1]["error"]["code"] == "engine_died"
+
+
+def test_log_probabilities_that_were_taken_are_not_kept() -> None:
+    completion = CompletionOutput(0, logprobs=[])
+    output = RequestOutput("x", None, [1], [completion], RequestMetrics(0.0))
+    cursor = Cursor(output, completion, 0, by_token=True)
+    seen = []
+    for step in range(6):
+        for token_id in range(2 * step, 2 * step + 1 + step % 2):
+            completion.token_ids.append(token_id)
+            completion.logprobs.append({token_id: Logprob(-1.0)})  # type: ignore[union-attr]
+        piece = cursor.take()
+        assert piece is not None
+        assert piece.logprobs is not None
+        assert [list(position) for position in piece.logprobs] == [[i] for i in piece.token_ids]
+        assert completion.logprobs == []
+        seen += piece.token_ids
+    assert cursor.take() is None
+    assert seen == completion.token_ids
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_log_probabilities_of_several_completions_and_an_echo(
+    client: TestClient, llm: FakeLLM, streams: bool
+) -> None:
+    body = {"prompt": ["Once", "The"], "n": 2, "echo": True, "logprobs": 1, "max_tokens": 3}
+    if streams:
+        choices = [chunk["choices"][0] for chunk in stream(client, TEXT, **body)]
+    else:
+        choices = post(client, TEXT, **body)["choices"]
+    for index in range(4):
+        pieces = [c["logprobs"] for c in choices if c["index"] == index and c["logprobs"]]
+        tokens = [token for piece in pieces for token in piece["tokens"]]
+        values = [value for piece in pieces for value in piece["token_logprobs"]]
+        num_prompt = len(llm.submitted[index // 2][0].token_ids)
+        assert len(tokens) == len(values) == num_prompt + 3
+        assert values[0] is None
+        assert None not in values[1:]

@@ -47,6 +47,7 @@ def test_a_conversation_is_what_chat_makes_of_it(client: TestClient, llm: FakeLL
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
         ("/detokenize", {"tokens": [2**40]}, "tokens.0"),
+        ("/detokenize", {"tokens": [1, 4096]}, "tokens"),
     ],
 )
 def test_refused_by_name(client: TestClient, path: str, body: dict[str, Any], param: str) -> None:
