@@ -1,7 +1,6 @@
 """What the server counts, for Prometheus: vLLM's names where it has one, else `nanovllm_*`."""
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,9 +12,10 @@ from nanovllm.config import DEFAULT_BLOCK_SIZE
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
-Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
+Family = GaugeMetricFamily | CounterMetricFamily
 
 ENGINE_LABELS = ("model_name", "engine")
+WAITING = "vllm:num_requests_waiting"
 
 # vLLM's buckets, so that its dashboards fit.
 TTFT_BUCKETS = (
@@ -187,26 +187,51 @@ class HTTPMetrics:
         )
 
 
-EngineFigures = dict[str, tuple[str, Callable[[WorkerStats], float]]]
-"""Names of series, what they say, and how to read them."""
-
-ENGINE_GAUGES: EngineFigures = {
-    "vllm:num_requests_running": ("Sequences that run.", lambda w: w.engine.num_running),
-    "vllm:num_requests_waiting": ("Sequences that wait to run.", lambda w: w.num_waiting),
-    "vllm:kv_cache_usage_perc": (
+ENGINE_FIGURES: tuple[tuple[type[Family], str, str, Callable[[WorkerStats], float]], ...] = (
+    (
+        GaugeMetricFamily,
+        "vllm:num_requests_running",
+        "Sequences that run.",
+        lambda worker: worker.engine.num_running,
+    ),
+    (
+        GaugeMetricFamily,
+        WAITING,
+        "Sequences that wait to run; those in line for an engine are on none yet.",
+        lambda worker: worker.num_waiting,
+    ),
+    (
+        GaugeMetricFamily,
+        "vllm:kv_cache_usage_perc",
         "Share of the KV blocks in use, 1 is all.",
-        lambda w: w.engine.num_used_blocks / max(w.engine.num_kv_blocks, 1),
+        lambda worker: worker.engine.num_used_blocks / max(worker.engine.num_kv_blocks, 1),
     ),
-}
-ENGINE_COUNTERS: EngineFigures = {
-    "vllm:num_preemptions": (
+    (
+        CounterMetricFamily,
+        "vllm:num_preemptions",
         "Sequences that lost their blocks.",
-        lambda w: w.engine.num_preemptions,
+        lambda worker: worker.engine.num_preemptions,
     ),
-    "vllm:prefix_cache_queries": ("Prompt tokens looked up.", lambda w: w.engine.num_prompt_tokens),
-    "vllm:prefix_cache_hits": ("Prompt tokens found cached.", lambda w: w.engine.num_cached_tokens),
-    "vllm:corrupted_requests": ("Sequences that ended in an error.", lambda w: w.engine.num_errors),
-}
+    (
+        CounterMetricFamily,
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up.",
+        lambda worker: worker.engine.num_prompt_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "vllm:prefix_cache_hits",
+        "Prompt tokens found cached.",
+        lambda worker: worker.engine.num_cached_tokens,
+    ),
+    (
+        CounterMetricFamily,
+        "vllm:corrupted_requests",
+        "Sequences that ended in an error.",
+        lambda worker: worker.engine.num_errors,
+    ),
+)
+"""Series of the engines: kind, name, what it says, and how to read it."""
 
 
 class EngineCollector(Collector):
@@ -224,21 +249,14 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats, config = self._llm.stats(), self._llm.config
         workers = [([self._model_name, str(worker.index)], worker) for worker in stats.workers]
-        families: dict[str, Family] = {}
-        for kind, figures in (
-            (GaugeMetricFamily, ENGINE_GAUGES),
-            (CounterMetricFamily, ENGINE_COUNTERS),
-        ):
-            for name, (says, read) in figures.items():
-                families[name] = kind(name, says, labels=ENGINE_LABELS)
-                for labels, worker in workers:
-                    families[name].add_metric(labels, read(worker))
-        # Those that stand in line for an engine are on none yet.
-        in_line = stats.num_waiting - sum(worker.num_waiting for _, worker in workers)
-        families["vllm:num_requests_waiting"].add_metric(
-            [self._model_name, "line"], max(in_line, 0)
-        )
-        yield from families.values()
+        for kind, name, says, read in ENGINE_FIGURES:
+            family = kind(name, says, labels=ENGINE_LABELS)
+            for labels, worker in workers:
+                family.add_metric(labels, read(worker))
+            if name == WAITING:
+                in_line = stats.num_waiting - sum(worker.num_waiting for worker in stats.workers)
+                family.add_metric([self._model_name, "line"], max(in_line, 0))
+            yield family
         facts = ("block_size", "num_gpu_blocks", "cache_dtype")
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache.", labels=[*ENGINE_LABELS, *facts]
