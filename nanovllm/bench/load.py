@@ -209,6 +209,9 @@ async def _record_events(response: Response, record: Record) -> None:
         record.num_prompt_tokens = usage.prompt_tokens
         record.num_output_tokens = usage.completion_tokens
         record.num_cached_tokens = (cached and cached.cached_tokens) or 0
+    if not record.token_times and record.num_output_tokens:
+        # Ids that decode to no text come without a piece of their own, by the end at the latest.
+        record.token_times.append(record.ended)
     if record.error is None and not record.token_times:
         record.error = "no tokens"
     elif record.error is None and not record.num_output_tokens:

@@ -110,7 +110,8 @@ class Script:
                 _event(writer, event("la" * min(self.tokens_per_event, num_tokens - start)))
         _event(writer, event("", "length"))
         if fault not in ("no usage", "error"):
-            usage = {"prompt_tokens": 7, "completion_tokens": num_tokens}
+            num_completion = 0 if fault == "empty" else num_tokens
+            usage = {"prompt_tokens": 7, "completion_tokens": num_completion}
             _event(writer, {"choices": [], "usage": usage | {"prompt_tokens_details": None}})
         _chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
