@@ -7,7 +7,7 @@ The client checks what it gets against OpenAI's own types, where those hold for 
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -388,11 +388,12 @@ class Tale(BaseModel):
 
 class TestErrors:
     def test_unknown_model(self, client: OpenAI) -> None:
-        for ask in (
+        calls: tuple[Callable[[], Any], ...] = (
             lambda: client.chat.completions.create(**CHAT | {"model": "gpt-7"}),
             lambda: client.completions.create(**TEXT | {"model": "gpt-7"}, stream=True),
             lambda: client.models.retrieve("gpt-7"),
-        ):
+        )
+        for ask in calls:
             with pytest.raises(openai.NotFoundError, match="gpt-7") as caught:
                 ask()
             assert caught.value.code == "model_not_found"

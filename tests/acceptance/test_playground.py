@@ -99,7 +99,8 @@ def wait_for_end(page: Page) -> None:
 
 
 def answers(page: Page) -> list[str]:
-    return page.locator(".panel:not([hidden]) .answer").all_inner_texts()
+    texts: list[str] = page.locator(".panel:not([hidden]) .answer").all_inner_texts()
+    return texts
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
