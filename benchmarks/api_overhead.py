@@ -18,13 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from header import headline
 from local_server import HOST, PORT, put_under_load, serving
 from rich.console import Console
 from rich.table import Table
-
-from nanovllm import __version__
-from nanovllm.bench.machine import cpu_model
-from nanovllm.kernels.cpu.threads import num_usable_cores
 
 PROBE_INTERVAL = 0.02
 
@@ -104,10 +101,7 @@ def main() -> None:
     with serving("--cpu-threads", "1") as process:
         rounds = [run_round(process, args) for _ in range(args.rounds)]
     console = Console()
-    console.print(
-        f"{cpu_model()}, {num_usable_cores()} cores; nanovllm {__version__}; "
-        f"{args.concurrency} streams, {args.rounds} rounds"
-    )
+    console.print(headline(f"{args.concurrency} streams", f"{args.rounds} rounds"))
     table = Table("", "median", "least", "most")
     for name in asdict(rounds[0]):
         values = [getattr(figures, name) for figures in rounds]

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from header import headline
 from rich.console import Console
 from rich.table import Table
 
-from nanovllm import AsyncLLM, SamplingParams, __version__
-from nanovllm.bench.machine import cpu_model, inspect_machine
-from nanovllm.kernels.cpu.threads import num_usable_cores
+from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.bench.machine import inspect_machine
 
 POLICIES = ("round_robin", "cache_aware")
 LOADS = {"16 prefixes": 16, "one prefix": 1}
@@ -114,9 +114,7 @@ def main() -> None:
 def show(runs: dict[tuple[str, str], list[Figures]], rounds: int) -> None:
     """Print the medians of the rounds."""
     console = Console()
-    console.print(
-        f"{cpu_model()}, {num_usable_cores()} cores; nanovllm {__version__}; {rounds} rounds"
-    )
+    console.print(headline(f"{rounds} rounds"))
     table = Table("load", "dispatch", "mean TTFT [ms]", "prompt cached", "requests by replica")
     for (name, policy), figures in runs.items():
         ttft = statistics.median(f.mean_ttft for f in figures)

@@ -8,7 +8,6 @@ prefixes. At most 64 requests a worker are open; past that a random one ends whe
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -16,14 +15,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from header import machine
 from rich.console import Console
 from rich.table import Table
 
-from nanovllm import __version__
-from nanovllm.bench.machine import cpu_model
 from nanovllm.cluster.router import POLICIES, make_router
 from nanovllm.engine.block_manager import root_hash
-from nanovllm.kernels.cpu.threads import num_usable_cores
 
 BLOCK_SIZE = 16
 NUM_KV_BLOCKS = 16_384
@@ -114,12 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=2000, help="requests measured each")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    machine = {
-        "cpu": cpu_model(),
-        "cores": num_usable_cores(),
-        "python": platform.python_version(),
-        "nanovllm": __version__,
-    }
     settings = {
         "targets": options.targets,
         "requests": options.requests,
@@ -134,11 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if options.json:
         figures = [asdict(cost) for cost in costs]
-        document = {"machine": machine, "settings": settings, "added_latency_us": figures}
+        document = {"machine": machine(), "settings": settings, "added_latency_us": figures}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
     console = Console(highlight=False)
-    for name, value in (machine | settings).items():
+    for name, value in (machine() | settings).items():
         console.print(f"{name}: {value}")
     table = Table("policy", "prompt", "p50 us", "p99 us", "requests/s", "cached")
     for cost in costs:

@@ -9,7 +9,6 @@ newcomers with prompts of 100 to 1024 ids take their place, some sharing a prefi
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import sys
@@ -17,16 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from header import machine
 from rich.console import Console
 from rich.table import Table
 
-from nanovllm import __version__
 from nanovllm.batch import Batch, Key, StepResult
-from nanovllm.bench.machine import cpu_model
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.kernels.cpu.threads import num_usable_cores
 from nanovllm.sampling_params import SamplingParams
 
 BLOCK_SIZE = 16
@@ -126,12 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps measured for each workload")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    machine = {
-        "cpu": cpu_model(),
-        "cores": num_usable_cores(),
-        "python": platform.python_version(),
-        "nanovllm": __version__,
-    }
     settings = {
         "num_seqs": options.num_seqs,
         "steps": options.steps,
@@ -146,11 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     if options.json:
         figures = [asdict(result) for result in results]
-        document = {"machine": machine, "settings": settings, "ms_per_step": figures}
+        document = {"machine": machine(), "settings": settings, "ms_per_step": figures}
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
     console = Console(highlight=False)
-    for name, value in (machine | settings).items():
+    for name, value in (machine() | settings).items():
         console.print(f"{name}: {value}")
     table = Table("workload", "depth", "median ms", "p99 ms", "mean ms", "positions a step")
     for r in results:

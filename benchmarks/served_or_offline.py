@@ -13,14 +13,13 @@ import statistics
 import tempfile
 import time
 
+from header import headline
 from local_server import put_under_load, serving
 from peers.workloads import WORKLOADS, Request
 from rich.console import Console
 from rich.table import Table
 
-from nanovllm import LLM, SamplingParams, __version__
-from nanovllm.bench.machine import cpu_model
-from nanovllm.kernels.cpu.threads import num_usable_cores
+from nanovllm import LLM, SamplingParams
 
 
 def run_offline(llm: LLM, requests: list[Request]) -> float:
@@ -64,9 +63,7 @@ def main() -> None:
                 served.append(times[1])
     num_tokens = sum(n for _, n in requests)
     console = Console()
-    console.print(
-        f"{cpu_model()}, {num_usable_cores()} cores; nanovllm {__version__}; {args.rounds} rounds"
-    )
+    console.print(headline(f"{args.rounds} rounds"))
     table = Table("", "median [s]", "least", "most", "output tokens/s")
     for name, seconds in (("offline", offline), ("served", served)):
         median = statistics.median(seconds)

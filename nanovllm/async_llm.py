@@ -17,7 +17,7 @@ from collections.abc import (
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from nanovllm.batch import EngineOutput
@@ -109,10 +109,7 @@ class AsyncLLM:
         self._observer = observer
         self._starting: asyncio.Future[None] | None = None
         self._closed = False
-        self._pool: EnginePool | None = None
-        self._frontend: TextFrontend | None = None
-        self._inputs: InputProcessor | None = None
-        self._outputs: OutputProcessor | None = None
+        self._running: _Running | None = None
         # Whoever holds a stream owns its request: one that is dropped is aborted.
         self._streams: WeakValueDictionary[str, RequestStream] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
@@ -141,12 +138,14 @@ class AsyncLLM:
         frontend.default_sampling_params()  # a mistake in its file shows now, not in every request
         pool = EnginePool(self.pool_config, self.config, directory, self)
         started = await pool.start()
-        self._pool = pool
         self.config = started.config
         self.max_model_len = started.max_model_len
-        self._frontend = frontend
-        self._inputs = frontend.input_processor(self.max_model_len)
-        self._outputs = frontend.output_processor()
+        self._running = _Running(
+            pool,
+            frontend,
+            frontend.input_processor(self.max_model_len),
+            frontend.output_processor(),
+        )
         try:
             for worker in pool.ready_workers:
                 await self._warm_up(worker)
@@ -169,8 +168,8 @@ class AsyncLLM:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await self._starting
-        if self._pool is not None:
-            await self._pool.close(force)
+        if self._running is not None:
+            await self._running.pool.close(force)
 
     async def __aenter__(self) -> "AsyncLLM":
         await self.start()
@@ -190,11 +189,11 @@ class AsyncLLM:
         Returns:
             Whether all have ended within `timeout` seconds.
         """
-        return self._pool is None or await self._pool.drain(timeout)
+        return self._running is None or await self._running.pool.drain(timeout)
 
     @property
     def is_ready(self) -> bool:
-        return self._outputs is not None and self._pool is not None and self._pool.is_ready
+        return self._running is not None and self._running.pool.is_ready
 
     @property
     def model_id(self) -> str:
@@ -203,11 +202,11 @@ class AsyncLLM:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        return None if self._frontend is None else self._frontend.tokenizer
+        return None if self._running is None else self._running.frontend.tokenizer
 
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
-        return self._text.default_sampling_params()
+        return self._parts.frontend.default_sampling_params()
 
     async def generate(
         self,
@@ -259,7 +258,7 @@ class AsyncLLM:
         size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str))
         work = _in_thread_if(
             size >= LONG_TEXT or len(messages) > 64,
-            lambda: self._text.render(messages, **options),
+            lambda: self._parts.frontend.render(messages, **options),
         )
         try:
             return await asyncio.wait_for(work, RENDER_TIMEOUT)
@@ -273,13 +272,14 @@ class AsyncLLM:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         return await _in_thread_if(
-            len(text) >= LONG_TEXT, lambda: self._text.encode(text, add_special_tokens)
+            len(text) >= LONG_TEXT, lambda: self._parts.frontend.encode(text, add_special_tokens)
         )
 
     async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return await _in_thread_if(
-            len(token_ids) >= LONG_TEXT, lambda: self._text.decode(token_ids, skip_special_tokens)
+            len(token_ids) >= LONG_TEXT,
+            lambda: self._parts.frontend.decode(token_ids, skip_special_tokens),
         )
 
     async def prepare(
@@ -297,11 +297,9 @@ class AsyncLLM:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
             ContextLengthError: The prompt leaves no room for an output.
         """
-        if self._inputs is None:
+        if self._running is None:  # warming up is part of starting, and comes here, too
             await self.start()
-        inputs = self._inputs
-        if inputs is None:
-            raise RuntimeError("the engines are not running")
+        inputs = self._parts.inputs
         return await _in_thread_if(
             _size(prompt) >= LONG_TEXT,
             lambda: inputs.process(prompt, params, add_special_tokens),
@@ -328,7 +326,7 @@ class AsyncLLM:
             OverloadedError: The queue is full.
             NotReadyError: No engine is running.
         """
-        pool = self._running_pool
+        pool = self._parts.pool
         names = list(request_ids) if request_ids else [self._new_id() for _ in inputs]
         taken = [name for i, name in enumerate(names) if name in self._streams or name in names[:i]]
         if taken:
@@ -364,7 +362,7 @@ class AsyncLLM:
             UnavailableError: No engine is running, or one died.
         """
         item = await self.prepare(prompt, SamplingParams(max_tokens=1))
-        pool = self._running_pool
+        pool = self._parts.pool
         if not pool.is_ready:
             raise NotReadyError("no engine takes requests now")
         await asyncio.gather(*(self._compute_on(worker, item) for worker in pool.ready_workers))
@@ -374,32 +372,21 @@ class AsyncLLM:
         """The pool as of now."""
         latencies = [latency for latency, _ in self._recent]
         rates = [rate for _, rate in self._recent]
+        pool = None if self._running is None else self._running.pool
         return PoolStats(
-            self.pool_config.dispatch_policy if self._pool is None else self._pool.policy,
-            [] if self._pool is None else self._pool.worker_stats(),
-            0 if self._pool is None else self._pool.num_inflight,
-            0 if self._pool is None else self._pool.num_open_sequences,
+            self.pool_config.dispatch_policy if pool is None else pool.policy,
+            [] if pool is None else pool.worker_stats(),
+            0 if pool is None else pool.num_inflight,
+            0 if pool is None else pool.num_open_sequences,
             sum(latencies) / max(len(latencies), 1),
             sum(rates) / max(len(rates), 1),
         )
 
     @property
-    def _text(self) -> TextFrontend:
-        if self._frontend is None:
+    def _parts(self) -> "_Running":
+        if self._running is None:
             raise RuntimeError("the engines are not running: await start() first")
-        return self._frontend
-
-    @property
-    def _running_pool(self) -> EnginePool:
-        if self._pool is None or self._outputs is None:
-            raise RuntimeError("the engines are not running: await start() first")
-        return self._pool
-
-    @property
-    def _processor(self) -> OutputProcessor:
-        if self._outputs is None:
-            raise RuntimeError("the engines are not running: await start() first")
-        return self._outputs
+        return self._running
 
     def _new_id(self) -> str:
         return f"request-{next(self._request_numbers)}"
@@ -417,7 +404,7 @@ class AsyncLLM:
         opened = []
         for name, item, request in zip(names, inputs, requests, strict=True):
             params = request.message.params
-            output = self._processor.add(
+            output = self._parts.outputs.add(
                 name, list(request.seq_ids), item.prompt, item.token_ids, params, now
             )
             stream = RequestStream(output, self._abort)
@@ -429,7 +416,7 @@ class AsyncLLM:
 
     def _pack(self, item: TextInput, priority: int, cache_salt: str | None) -> EngineRequest:
         """Make a request that is ready to be sent."""
-        pool = self._running_pool
+        pool = self._parts.pool
         params = pool.adapt(item.params, len(item.token_ids))
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         params = replace(params, seed=seed)
@@ -451,7 +438,7 @@ class AsyncLLM:
 
     async def _compute_on(self, worker: Worker, item: TextInput) -> None:
         ((request, stream),) = self._open([self._new_id()], [item])
-        self._running_pool.submit_to(worker, request)
+        self._parts.pool.submit_to(worker, request)
         async for _ in stream:
             pass
 
@@ -468,9 +455,9 @@ class AsyncLLM:
         now = time.monotonic()
         if self._observer is not None and news.num_positions:
             self._observer.stepped(news.num_positions, now)
-        outputs, stopped = self._processor.process(news.outputs)
+        outputs, stopped = self._parts.outputs.process(news.outputs)
         if stopped:
-            self._running_pool.abort(stopped)
+            self._parts.pool.abort(stopped)
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:  # otherwise nobody holds it, and it is about to be aborted
@@ -485,7 +472,7 @@ class AsyncLLM:
         if isinstance(error, OverloadedError) and self._observer is not None:
             self._observer.rejected(error.reason)
         news = [EngineOutput(seq_id, None, None, "error", str(error)) for seq_id in seq_ids]
-        for output in self._processor.process(news)[0]:
+        for output in self._parts.outputs.process(news)[0]:
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream.wake(error)
             self._forget(output)
@@ -493,7 +480,7 @@ class AsyncLLM:
     def _abort(self, output: RequestOutput) -> None:
         """End a request that may have ended already."""
         if not output.finished and not self._closed:
-            self._running_pool.abort(self._processor.abort(output.request_id))
+            self._parts.pool.abort(self._parts.outputs.abort(output.request_id))
             if (stream := self._streams.get(output.request_id)) is not None:
                 stream.wake()
             self._forget(output)
@@ -506,6 +493,15 @@ class AsyncLLM:
         latency = (metrics.finished_time or time.monotonic()) - metrics.arrival_time
         num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
         self._recent.append((latency, num_tokens / max(latency, 1e-9)))
+
+
+class _Running(NamedTuple):
+    """What there is once the engines have started."""
+
+    pool: EnginePool
+    frontend: TextFrontend
+    inputs: InputProcessor
+    outputs: OutputProcessor
 
 
 def _size(prompt: Prompt) -> int:

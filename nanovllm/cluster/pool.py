@@ -21,7 +21,6 @@ from nanovllm.cluster.router import make_router, policy_name
 from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.engine.block_manager import root_hash
-from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import (
     EngineDeadError,
     InvalidRequestError,
@@ -76,6 +75,10 @@ class Worker:
         return self.client.load.num_inflight
 
     @property
+    def num_open_sequences(self) -> int:
+        return len(self.client.load.sequences)
+
+    @property
     def outstanding_tokens(self) -> int:
         return self.client.load.outstanding_tokens
 
@@ -95,7 +98,7 @@ class Worker:
             self.client.pid,
             self.num_restarts,
             self.num_inflight,
-            len(self.client.load.sequences),
+            self.num_open_sequences,
             self.outstanding_tokens,
             self.client.stats,
         )
@@ -122,7 +125,6 @@ class EnginePool:
         self._listener = listener
         self._router = make_router(self._effective_policy(engine))
         self._workers: list[Worker] = []
-        self._worker_of_seq: dict[int, Worker] = {}
         self._line: deque[EngineRequest] = deque()
         self._supervisors: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
@@ -145,7 +147,8 @@ class EnginePool:
     @property
     def num_open_sequences(self) -> int:
         """Completions that run, wait in an engine or stand in line."""
-        return len(self._worker_of_seq) + sum(request.num_open for request in self._line)
+        in_line = sum(request.num_open for request in self._line)
+        return in_line + sum(worker.num_open_sequences for worker in self._workers)
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -192,8 +195,11 @@ class EnginePool:
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        self._lose([*self._worker_of_seq], NotReadyError("the engines are being shut down"))
-        self._lose_line(NotReadyError("the engines are being shut down"))
+        lost = [seq_id for request in self._line for seq_id in request.seq_ids]
+        self._line.clear()
+        for worker in self._workers:
+            lost += worker.client.give_up()
+        self._lose(lost, NotReadyError("the engines are being shut down"))
         clients = [worker.client for worker in self._workers]
         await asyncio.gather(*(client.kill() if force else client.stop() for client in clients))
         for worker in self._workers:
@@ -289,15 +295,13 @@ class EnginePool:
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """End sequences that nobody waits for any more."""
-        by_worker: dict[Worker, list[int]] = {}
-        for seq_id in seq_ids:
-            worker = self._worker_of_seq.pop(seq_id, None)
-            if worker is not None:
-                by_worker.setdefault(worker, []).append(seq_id)
-            else:
-                self._leave_line(seq_id)
-        for worker, aborted in by_worker.items():
+        aborted = set(seq_ids)
+        for worker in self._workers:
             worker.client.abort(aborted)
+        for request in [request for request in self._line if aborted & set(request.seq_ids)]:
+            request.num_open -= len(aborted & set(request.seq_ids))
+            if not request.num_open:
+                self._line.remove(request)
         self._move_line()
 
     def worker_stats(self) -> list[WorkerStats]:
@@ -332,7 +336,7 @@ class EnginePool:
             started = time.monotonic()
             ending = await worker.client.run(self.config.step_timeout)
             worker.state = "dead"
-            lost = list(worker.client.load.sequences)
+            lost = worker.client.give_up()
             logger.error(
                 "engine %d died (%s) with %d sequences; another one is started",
                 worker.index,
@@ -342,7 +346,6 @@ class EnginePool:
             # Whoever waits must not wait for a process that is stuck to be reaped.
             self._lose(lost, EngineDeadError("the engine died while it worked on this; try again"))
             self._router.forget(worker.index)
-            worker.client.stats = EngineStats()
             await worker.client.kill()
             if time.monotonic() - started > STABLE_AFTER:
                 backoff = FIRST_BACKOFF
@@ -369,9 +372,6 @@ class EnginePool:
             self._move_line()
 
     def _on_news(self, news: News) -> None:
-        for output in news.outputs:
-            if output.finish_reason is not None:
-                self._worker_of_seq.pop(output.seq_id, None)
         self._listener.on_news(news)
         self._move_line()
 
@@ -392,11 +392,10 @@ class EnginePool:
             request = self._line.popleft()
             worker = self._router.pick(targets, request.token_ids, self._root(request))
             self._send(request, worker)
-        if not self._worker_of_seq:
+        if not self.num_open_sequences:
             self._idle.set()
 
     def _send(self, request: EngineRequest, worker: Worker) -> None:
-        self._worker_of_seq.update(dict.fromkeys(request.seq_ids, worker))
         num_cached = self._router.sent(worker, request.token_ids, self._root(request))
         request.num_prompt_left -= num_cached
         worker.client.add(request)
@@ -404,45 +403,24 @@ class EnginePool:
     def _root(self, request: EngineRequest) -> bytes:
         return root_hash(str(self._directory), None, request.message.cache_salt)
 
-    def _leave_line(self, seq_id: int) -> None:
-        for request in self._line:
-            if seq_id in request.seq_ids:
-                request.num_open -= 1
-                if not request.num_open:
-                    self._line.remove(request)
-                return
-
     def _expire(self) -> None:
         """Refuse the requests that have waited in line for too long, now and when it is time."""
         now = time.monotonic()
         expired: list[int] = []
         while self._line and self._line[0].deadline <= now:
             expired += self._line.popleft().seq_ids
-        if expired:
-            waited = f"no engine was free within {self.config.queue_timeout:g} s: try again later"
-            self._listener.on_lost(expired, OverloadedError(waited, reason="timeout"))
         self._expiry = None
         if self._line:
             delay = self._line[0].deadline - now
             self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
-        self._move_line()
+        waited = f"no engine was free within {self.config.queue_timeout:g} s: try again later"
+        self._lose(expired, OverloadedError(waited, reason="timeout"))
 
-    def _lose(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
-        lost = []
-        for seq_id in seq_ids:
-            worker = self._worker_of_seq.pop(seq_id, None)
-            if worker is not None:
-                worker.client.load.close(seq_id)
-                lost.append(seq_id)
-        if lost:
-            self._listener.on_lost(lost, error)
+    def _lose(self, seq_ids: list[int], error: UnavailableError) -> None:
+        """Say that sequences have ended, which nobody has any more."""
+        if seq_ids:
+            self._listener.on_lost(seq_ids, error)
         self._move_line()
-
-    def _lose_line(self, error: UnavailableError) -> None:
-        lost = [seq_id for request in self._line for seq_id in request.seq_ids]
-        self._line.clear()
-        if lost:
-            self._listener.on_lost(lost, error)
 
     def _capacity(self, num_running: int) -> int:
         """Completions let in when so many can run at a time."""

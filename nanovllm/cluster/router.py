@@ -16,6 +16,7 @@ forgotten in least-recently-sent order once there are more than the worker has K
 
 import logging
 import random
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -57,12 +58,13 @@ T = TypeVar("T", bound=Target)
 Cost = tuple[int, int]
 
 
-class Router:
+class Router(ABC):
     """Picks a worker for each request; those that a policy rates alike are taken in turn."""
 
     def __init__(self) -> None:
         self._last = -1
 
+    @abstractmethod
     def pick(self, targets: Sequence[T], token_ids: Sequence[int], root: bytes, /) -> T:
         """Choose who gets a request.
 
@@ -71,7 +73,6 @@ class Router:
             token_ids: The prompt.
             root: What its first block is chained to: `root_hash` of model, adapter and salt.
         """
-        raise NotImplementedError
 
     def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:  # noqa: ARG002
         """Note that the target got this prompt.
@@ -81,7 +82,7 @@ class Router:
         """
         return 0
 
-    def forget(self, index: int, /) -> None:
+    def forget(self, index: int, /) -> None:  # noqa: B027 - most policies remember nothing
         """Note that this worker was restarted, and so has nothing cached any more."""
 
     def _cheapest(self, targets: Sequence[T], cost: Callable[[T], Cost]) -> T:

@@ -172,6 +172,13 @@ class WorkerClient:
         if aborted := [seq_id for seq_id in seq_ids if self.load.close(seq_id)]:
             self._post(encode(AbortSequences(aborted)))
 
+    def give_up(self) -> list[int]:
+        """Drop what it has to do and what it said of itself; returns the sequences it had."""
+        lost = list(self.load.sequences)
+        self.load = WorkerLoad()
+        self.stats = EngineStats()
+        return lost
+
     async def stop(self) -> None:
         """End the process, by force if it does not end by itself or is still loading."""
         running = self._process is not None and self._process.returncode is None

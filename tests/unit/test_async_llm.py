@@ -72,7 +72,7 @@ async def settled(llm: AsyncLLM) -> bool:
         left = [(e.num_running, e.num_waiting, e.num_used_blocks) for e in engines]
         loads = [(worker.num_inflight, worker.outstanding_tokens) for worker in stats.workers]
         if not stats.num_inflight and not any(map(any, left)) and not any(map(any, loads)):
-            return not llm._streams and not len(llm._processor)
+            return not llm._streams and not len(llm._parts.outputs)
         await asyncio.sleep(0.02)
     return False
 
@@ -313,13 +313,14 @@ def test_an_engine_that_hangs_is_found_even_if_nobody_waits_for_it() -> None:
 def test_news_that_cannot_be_taken_end_the_requests_they_were_for() -> None:
     async def scenario(llm: AsyncLLM) -> None:
         stream, _ = await first(llm)
-        process = llm._processor.process
+        outputs = llm._parts.outputs
+        process = outputs.process
 
-        def broken(outputs: Any) -> Any:
-            llm._processor.process = process  # type: ignore[method-assign]
+        def broken(news: Any) -> Any:
+            outputs.process = process  # type: ignore[method-assign]
             raise KeyError("a bug")
 
-        llm._processor.process = broken  # type: ignore[method-assign]
+        outputs.process = broken  # type: ignore[assignment]
         with pytest.raises(EngineDeadError):
             await finish(stream)
         while not llm.is_ready:

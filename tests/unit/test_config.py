@@ -13,6 +13,7 @@ from nanovllm.config import (
     ServerConfig,
     split_options,
 )
+from nanovllm.config.server import MAX_PROMPTS
 from nanovllm.errors import InvalidRequestError
 
 DEFAULTS: dict[str, Any] = {
@@ -173,6 +174,8 @@ def test_all_options_of_pool_and_server_have_a_value_above() -> None:
         (PoolConfig, {"devices": [0, 0]}, "devices must be different device numbers"),
         (PoolConfig, {"devices": [0, 1], "replicas": 3}, "leave replicas=3 out"),
         (ServerConfig, {"port": 70000}, r"port must be in \[0, 65535\], got 70000"),
+        (ServerConfig, {"max_prompts": 0}, r"max_prompts must be in \[1, 16384\], got 0"),
+        (ServerConfig, {"max_prompts": 16385}, r"max_prompts must be in \[1, 16384\], got 16385"),
         (ServerConfig, {"log_level": "loud"}, "log_level must be one of debug, info"),
         (ServerConfig, {"api_key": [""]}, "api_key must not be empty"),
         (
@@ -188,6 +191,12 @@ def test_values_of_pool_and_server_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         config.from_options(**options)
+
+
+def test_a_server_allows_no_more_prompts_than_a_request_can_have() -> None:
+    assert ServerConfig(max_prompts=MAX_PROMPTS).max_prompts == MAX_PROMPTS
+    with pytest.raises(InvalidRequestError):
+        ServerConfig(max_prompts=MAX_PROMPTS + 1)
 
 
 def test_a_key_does_not_show_where_a_config_is_printed() -> None:

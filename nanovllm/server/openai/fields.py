@@ -14,12 +14,12 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from nanovllm.config.server import MAX_PROMPTS
+
 MAX_STOP_LENGTH = 256
 MAX_LIST_LENGTH = 1024
 MAX_TOKEN_IDS = 1 << 20
 """Ids in a list: more than a context or a vocabulary has, and checked in some 0.05 s."""
-MAX_PROMPTS = 1 << 14
-"""What is checked as fast; servers allow far fewer."""
 
 
 @dataclass(frozen=True)

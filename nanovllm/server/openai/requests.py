@@ -1,14 +1,15 @@
 """What clients send to `/v1/completions` and `/v1/chat/completions`."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from nanovllm.config.server import MAX_PROMPTS
 from nanovllm.server.openai.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
-    MAX_PROMPTS,
     WHOLE,
     BadWords,
     Int64,
@@ -57,7 +58,7 @@ class TextFormat(WireModel):
     type: Literal["text"]
 
 
-class GenerationRequest(WireModel):
+class GenerationRequest(WireModel, ABC):
     """What both kinds of request have in common. Fields that OpenAI does not have are vLLM's.
 
     A field that is null counts as left out. Sampling fields that are left out are what the model's
@@ -128,14 +129,14 @@ class GenerationRequest(WireModel):
     kv_transfer_params: Annotated[None, not_served("a KV cache stays in its engine")] = None
 
     @property
+    @abstractmethod
     def token_limit(self) -> int | None:
         """Tokens to generate at most; None is what is left of the context."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives wanted with each token; None is no log probabilities at all."""
-        raise NotImplementedError
 
 
 Prompt = Annotated[

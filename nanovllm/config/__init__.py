@@ -1,0 +1,26 @@
+"""Options of engine, pool and server, and the only place that reads the environment."""
+
+from nanovllm.config.engine import (
+    DEFAULT_BLOCK_SIZE,
+    DEMO_MODEL,
+    QUANTIZATIONS,
+    QUANTIZED_METHODS,
+    EngineConfig,
+)
+from nanovllm.config.options import ALIASES, Options, split_options
+from nanovllm.config.pool import PoolConfig
+from nanovllm.config.server import RESERVED_TEMPLATE_NAMES, ServerConfig
+
+__all__ = [
+    "ALIASES",
+    "DEFAULT_BLOCK_SIZE",
+    "DEMO_MODEL",
+    "QUANTIZATIONS",
+    "QUANTIZED_METHODS",
+    "RESERVED_TEMPLATE_NAMES",
+    "EngineConfig",
+    "Options",
+    "PoolConfig",
+    "ServerConfig",
+    "split_options",
+]

@@ -1,0 +1,190 @@
+"""Options of an engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+from nanovllm.config.options import Options
+from nanovllm.errors import InvalidRequestError
+
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+DEFAULT_BLOCK_SIZE = 16
+
+QUANTIZED_METHODS = ("gptq", "awq", "compressed-tensors")
+"""Quantized checkpoints that we read."""
+QUANTIZATIONS = ("int8", "int4", "int4-g32", "int4-g64", "int4-g128", *QUANTIZED_METHODS)
+"""What `quantization` may be: what is done when weights are loaded, or what they come in."""
+
+DTYPE_ALIASES = {
+    "half": "float16",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "float": "float32",
+    "fp32": "float32",
+}
+"""Other names of types, vLLM's and the family's."""
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16", "half", "fp16", "bf16", "float", "fp32"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig(Options):
+    """Everything that is decided when an engine starts. Names are vLLM's.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
+        tokenizer: Directory to read the tokenizer from, if not the model's.
+        chat_template: Jinja template, or the path of one, in place of the checkpoint's.
+        model_source: Which hub an id refers to; "modelscope" needs the package of that name.
+        revision: Branch, tag or commit on the hub.
+        download_dir: Where downloads are kept; None is the hub library's cache.
+        hf_token: Access token for the hub.
+        endpoint: Base URL of the hub.
+        local_files_only: Whether to use only what is already downloaded.
+        dummy_weights: Fill the model with seeded random weights and read only its `config.json`.
+        device: "auto" takes CUDA, then Apple's MPS, then the CPU.
+        dtype: "auto" is the checkpoint's own; "half" and "fp16" are "float16", "bf16" is
+            "bfloat16", "float" and "fp32" are "float32".
+        max_model_len: Longest prompt plus output in tokens; None is what the model and the memory
+            allow.
+        max_num_seqs: Sequences that run at the same time; None is 256, on a CPU 64.
+        max_num_batched_tokens: Positions computed in one step, so also the size of a prefill
+            chunk; None is 8192, on a CPU 1024.
+        block_size: Positions in a KV block; None is 16 or what the attention backend needs.
+        num_kv_blocks: KV blocks; None is what the memory allows.
+        kv_cache_memory_bytes: Memory for the KV cache, in place of `gpu_memory_utilization`.
+        gpu_memory_utilization: Share of the GPU's memory the engine may use, in (0, 1].
+        enable_prefix_caching: Whether sequences share the KV blocks of a common prefix.
+        max_cached_tokens: Tokens of ended sequences to keep for reuse at most, rounded up to whole
+            blocks; None or 0 is no limit.
+        async_scheduling: Whether a step is scheduled while the one before it still runs; None is
+            yes, on a CPU no.
+        tensor_parallel_size: Devices that share one model; only 1 for now.
+        enforce_eager: Whether to run without captured graphs; there are none yet.
+        kv_cache_dtype: "auto" keeps keys and values in `dtype`; "int8" takes half the memory of
+            bfloat16, on a CPU.
+        quantization: "int8", "int4" or "int4-gN" (N 32, 64 or 128) quantizes the weights when
+            they are loaded, on a CPU; None leaves them as the checkpoint has them. "gptq", "awq"
+            and "compressed-tensors" say that the checkpoint must be quantized so.
+        deterministic: Whether a row's result may not depend on the rows beside it, bit by bit; on
+            a CPU only.
+        disable_cascade_attn: Whether rows that share KV blocks read them each for itself.
+        cpu_threads: Threads that compute on a CPU; None is one a core this process may use.
+        cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
+            "torch" for torch's operators; "auto" takes the best there is.
+        seed: Seeds the weights of `dummy_weights` and the requests that bring no seed.
+
+    Raises:
+        InvalidRequestError: An option is outside its range.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    model_source: Literal["huggingface", "modelscope"] = "huggingface"
+    revision: str | None = None
+    download_dir: str | None = None
+    hf_token: str | None = field(default=None, repr=False)
+    endpoint: str | None = None
+    local_files_only: bool = False
+    dummy_weights: bool = False
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int | None = None
+    num_kv_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_cached_tokens: int | None = None
+    async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    quantization: str | None = None
+    deterministic: bool = False
+    disable_cascade_attn: bool = False
+    cpu_threads: int | None = None
+    cpu_isa: Literal["auto", "amx", "avx512", "avx2", "portable", "amx-emulated", "torch"] = "auto"
+    seed: int = 0
+
+    environment_aliases: ClassVar[Mapping[str, str]] = {
+        "MODEL_LOCAL_DIR": "model",
+        "NANOVLLM_MODEL_PATH": "model",
+        "NANO_VLLM_MODEL_PATH": "model",
+        "MODEL_NAME": "model",
+        "MODEL_DTYPE": "dtype",
+        "TORCH_DTYPE": "dtype",
+        "TENSOR_PARALLEL_SIZE": "tensor_parallel_size",
+        "TP_SIZE": "tensor_parallel_size",
+        "PAGE_TOKEN_BUDGET": "max_cached_tokens",
+        "PREFIX_CACHE": "enable_prefix_caching",
+        "PREFILL_CHUNK_SIZE": "max_num_batched_tokens",
+        "NANOVLLM_SERVERPOOL_NUM_KVCACHE_BLOCKS": "num_kv_blocks",
+    }
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if self.num_kv_blocks == -1:  # nano-vllm's "as many as fit"
+            object.__setattr__(self, "num_kv_blocks", None)
+        self._check_range(
+            1,
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_kv_blocks",
+            "kv_cache_memory_bytes",
+            "cpu_threads",
+        )
+        self._check_range(0, "max_cached_tokens")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise InvalidRequestError(
+                f"quantization must be one of {', '.join(QUANTIZATIONS)}, got "
+                f"{self.quantization!r}",
+                "quantization",
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise InvalidRequestError(
+                f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}",
+                "gpu_memory_utilization",
+            )
+        if self.tensor_parallel_size != 1:
+            raise InvalidRequestError(
+                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: this version "
+                "runs a model on one device",
+                "tensor_parallel_size",
+            )
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and seqs is not None and tokens < seqs:
+            raise InvalidRequestError(
+                f"max_num_batched_tokens={tokens} must be at least max_num_seqs={seqs}, one "
+                "position for each running sequence",
+                "max_num_batched_tokens",
+            )
+
+    @property
+    def model_id(self) -> str:
+        """What the model is called: its id on the hub, or the name of its directory."""
+        if self.model is None:
+            return DEMO_MODEL.name
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model
+
+    def resolved_for(self, device_type: str) -> "EngineConfig":
+        """Return a copy with the defaults that depend on the device filled in."""
+        on_cpu = device_type == "cpu"
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        tokens = tokens or max(1024 if on_cpu else 8192, seqs or 1)
+        return replace(
+            self,
+            device=cast(Any, device_type),
+            max_num_batched_tokens=tokens,
+            max_num_seqs=seqs or min(64 if on_cpu else 256, tokens),
+            block_size=self.block_size or DEFAULT_BLOCK_SIZE,
+            async_scheduling=not on_cpu if self.async_scheduling is None else self.async_scheduling,
+        )
