@@ -119,6 +119,45 @@ class TextPayload(NamedTuple):
     prompt_scores: list[TokenScores | None] | None = None
 
 
+@dataclass(slots=True)
+class SpeechRequest:
+    """What a speech runner needs to start a sequence besides its keys, seed and adapter.
+
+    Positions whose key is a digest hold audio. A trailing run of them is a recording that the
+    speech continues.
+
+    Args:
+        latents: What stands at the prompt's audio positions, in order: float32
+            `[num_patches, patch_size, feat_dim]`.
+        cfg_value: Weight of classifier-free guidance.
+        inference_timesteps: Steps of the flow-matching sampler, 2 to 100.
+        temperature: Factor on its noise.
+        min_len: The model may stop after patch `min_len + 1`, counted from 0.
+        generated: Patches generated so far, each float32 `[patch_size, feat_dim]`; the runner
+            appends to them, so that a sequence that was preempted can go on.
+    """
+
+    latents: bytes = b""
+    cfg_value: float = 2.0
+    inference_timesteps: int = 10
+    temperature: float = 1.0
+    min_len: int = 2
+    generated: list[bytes] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SpeechPayload:
+    """A generated patch: its sound, and its latents for whoever wants to go on from them.
+
+    Args:
+        audio: float32 mono samples at the model's output rate.
+        latents: float32 `[patch_size, feat_dim]`.
+    """
+
+    audio: bytes
+    latents: bytes
+
+
 class EngineOutput(NamedTuple):
     """News of one sequence after a step.
 
@@ -134,7 +173,7 @@ class EngineOutput(NamedTuple):
 
     seq_id: int
     key: Key | None
-    payload: TextPayload | None = None
+    payload: TextPayload | SpeechPayload | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_cached: int = 0

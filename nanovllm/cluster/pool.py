@@ -252,7 +252,7 @@ class EnginePool:
                 reason="requests",
             )
         waiting = sum(worker.client.load.waiting_tokens for worker in self._workers)
-        waiting += sum(len(request.token_ids) for request in self._line)
+        waiting += sum(len(request.keys) for request in self._line)
         limit = self.config.max_num_queued_tokens
         if limit is None:
             limit = max(MIN_QUEUED_TOKENS, 8 * ready[0].max_model_len)
@@ -390,13 +390,13 @@ class EnginePool:
             if not targets:
                 return
             request = self._line.popleft()
-            worker = self._router.pick(targets, request.token_ids, self._root(request))
+            worker = self._router.pick(targets, request.keys, self._root(request))
             self._send(request, worker)
         if not self.num_open_sequences:
             self._idle.set()
 
     def _send(self, request: EngineRequest, worker: Worker) -> None:
-        num_cached = self._router.sent(worker, request.token_ids, self._root(request))
+        num_cached = self._router.sent(worker, request.keys, self._root(request))
         request.num_prompt_left -= num_cached
         worker.client.add(request)
 

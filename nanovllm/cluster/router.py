@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from nanovllm.batch import Key
 from nanovllm.engine.block_manager import hash_block
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,16 @@ class Router(ABC):
         self._last = -1
 
     @abstractmethod
-    def pick(self, targets: Sequence[T], token_ids: Sequence[int], root: bytes, /) -> T:
+    def pick(self, targets: Sequence[T], keys: Sequence[Key], root: bytes, /) -> T:
         """Choose who gets a request.
 
         Args:
             targets: Those that may take a request now, at least one.
-            token_ids: The prompt.
+            keys: The prompt.
             root: What its first block is chained to: `root_hash` of model, adapter and salt.
         """
 
-    def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:  # noqa: ARG002
+    def sent(self, target: Target, keys: Sequence[Key], root: bytes, /) -> int:  # noqa: ARG002
         """Note that the target got this prompt.
 
         Returns:
@@ -137,20 +138,20 @@ class CacheAwareRouter(Router):
     def __init__(self) -> None:
         super().__init__()
         self._known: dict[int, OrderedDict[bytes, None]] = {}
-        self._hashed: tuple[Sequence[int], bytes, int] = ((), b"", 0)
+        self._hashed: tuple[Sequence[Key], bytes, int] = ((), b"", 0)
         self._hashes: list[bytes] = []
 
-    def pick(self, targets: Sequence[T], token_ids: Sequence[int], root: bytes, /) -> T:
+    def pick(self, targets: Sequence[T], keys: Sequence[Key], root: bytes, /) -> T:
         def cost(target: T) -> Cost:
-            num_uncached = len(token_ids) - self._num_matched(target, token_ids, root)
+            num_uncached = len(keys) - self._num_matched(target, keys, root)
             return target.outstanding_tokens + num_uncached, target.num_inflight
 
         return self._cheapest(targets, cost)
 
-    def sent(self, target: Target, token_ids: Sequence[int], root: bytes, /) -> int:
-        num_matched = self._num_matched(target, token_ids, root)
+    def sent(self, target: Target, keys: Sequence[Key], root: bytes, /) -> int:
+        num_matched = self._num_matched(target, keys, root)
         known = self._known.setdefault(target.index, OrderedDict())
-        for digest in reversed(self._hashes_of(token_ids, root, target.block_size)):
+        for digest in reversed(self._hashes_of(keys, root, target.block_size)):
             known[digest] = None
             known.move_to_end(digest)
         while len(known) > target.num_kv_blocks:
@@ -160,25 +161,25 @@ class CacheAwareRouter(Router):
     def forget(self, index: int, /) -> None:
         self._known.pop(index, None)
 
-    def _num_matched(self, target: Target, token_ids: Sequence[int], root: bytes) -> int:
+    def _num_matched(self, target: Target, keys: Sequence[Key], root: bytes) -> int:
         """Positions of a prompt that the target is believed to have, always short of the last."""
         known = self._known.get(target.index)
         if not known:
             return 0
         size = target.block_size
-        hashes = self._hashes_of(token_ids, root, size)
-        high = min(len(hashes), (len(token_ids) - 1) // size)
+        hashes = self._hashes_of(keys, root, size)
+        high = min(len(hashes), (len(keys) - 1) // size)
         return size * bisect_left(hashes, True, hi=high, key=lambda digest: digest not in known)
 
-    def _hashes_of(self, token_ids: Sequence[int], root: bytes, block_size: int) -> list[bytes]:
+    def _hashes_of(self, keys: Sequence[Key], root: bytes, block_size: int) -> list[bytes]:
         """The chained hashes of the prompt's full blocks, kept until the next prompt comes."""
         hashed_ids, *rest = self._hashed
-        if hashed_ids is not token_ids or rest != [root, block_size]:
-            self._hashed = (token_ids, root, block_size)
+        if hashed_ids is not keys or rest != [root, block_size]:
+            self._hashed = (keys, root, block_size)
             self._hashes = []
-            end = min(len(token_ids) // block_size, MAX_HASHED_BLOCKS) * block_size
+            end = min(len(keys) // block_size, MAX_HASHED_BLOCKS) * block_size
             for start in range(0, end, block_size):
-                root = hash_block(root, list(token_ids[start : start + block_size]))
+                root = hash_block(root, list(keys[start : start + block_size]))
                 self._hashes.append(root)
         return self._hashes
 

@@ -180,7 +180,7 @@ class _Sequence:
         key, finish_reason = news.key, news.finish_reason
         if isinstance(key, int):
             completion.token_ids.append(key)
-            if news.payload is not None:
+            if isinstance(news.payload, TextPayload):
                 self._take_scores(news.payload)
             # The id that ends a text is not part of it, unless what ends it is asked for.
             silent = finish_reason == "stop" and not self.request.params.include_stop_str_in_output

@@ -1,8 +1,8 @@
 """What an engine process has been given and has not finished yet."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from nanovllm.batch import EngineOutput
+from nanovllm.batch import EngineOutput, Key
 from nanovllm.worker.messages import AddRequest, encode
 
 EXPECTED_OUTPUT_TOKENS = 128
@@ -43,13 +43,13 @@ class EngineRequest:
         self.message = message
         self.packed = encode(message)
         self.num_open = params.n
-        self.num_prompt_left = len(message.token_ids)
+        self.num_prompt_left = len(message.keys)
         self.num_output_left = expected * params.n
         self.deadline = 0.0
 
     @property
-    def token_ids(self) -> list[int]:
-        return self.message.token_ids
+    def keys(self) -> Sequence[Key]:
+        return self.message.keys
 
     @property
     def seq_ids(self) -> range:

@@ -4,9 +4,11 @@ A client sends `Start` once, then requests. A worker answers with `Started` or `
 `News` after every step.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
-from nanovllm.batch import EngineOutput, TextRequest
+from nanovllm.batch import EngineOutput, Key, SpeechRequest, TextRequest
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.sampling_params import SamplingParams
@@ -38,17 +40,52 @@ class AddRequest(Message):
     """Queue a request; its sequences have the ids from `first_seq_id` on. See `LLMEngine.add`."""
 
     first_seq_id: int
-    token_ids: list[int]
+    keys: Sequence[Key]
     params: SamplingParams
     priority: int
     cache_salt: str | None
-    payload: TextRequest
+    payload: TextRequest | SpeechRequest
+    adapter_id: int | None = None
 
 
 class AbortSequences(Message):
     """End sequences that nobody waits for any more; there is no answer."""
 
     seq_ids: list[int]
+
+
+class PauseSequences(Message):
+    """Schedule these sequences no more until they are resumed; their readers are too slow."""
+
+    seq_ids: list[int]
+    paused: bool
+
+
+class EncodeAudio(Message):
+    """Encode a recording, in slices between steps; answered by `Answer`.
+
+    Args:
+        call_id: Says which answer is whose.
+        audio: float32 mono samples at the encoder's rate, padded to whole patches.
+    """
+
+    call_id: int
+    audio: bytes
+
+
+class LoadAdapter(Message):
+    """Read a LoRA adapter from a directory; answered by `Answer`."""
+
+    call_id: int
+    adapter_id: int
+    directory: str
+
+
+class UnloadAdapter(Message):
+    """Forget an adapter that no open sequence uses; answered by `Answer`."""
+
+    call_id: int
+    adapter_id: int
 
 
 class Shutdown(Message):
@@ -81,6 +118,22 @@ class Failed(Message):
     message: str
 
 
+class Answer(Message):
+    """What became of a call.
+
+    Args:
+        call_id: Which one.
+        data: The latents of `EncodeAudio`, float32 `[num_patches, patch_size, feat_dim]`.
+        kind: Name of the exception's class if it failed.
+        message: Its text.
+    """
+
+    call_id: int
+    data: bytes = b""
+    kind: str | None = None
+    message: str = ""
+
+
 class News(Message):
     """What a step brought, or what changed without one.
 
@@ -105,8 +158,17 @@ class LogRecord(Message):
     message: str
 
 
-ToWorker = Start | AddRequest | AbortSequences | Shutdown
-FromWorker = Started | Failed | News | LogRecord
+ToWorker = (
+    Start
+    | AddRequest
+    | AbortSequences
+    | PauseSequences
+    | EncodeAudio
+    | LoadAdapter
+    | UnloadAdapter
+    | Shutdown
+)
+FromWorker = Started | Failed | News | Answer | LogRecord
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -143,7 +143,7 @@ class EngineLoop:
     def _add(self, request: AddRequest) -> None:
         try:
             self._engine.add(
-                list(request.token_ids),
+                list(request.keys),
                 request.params,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
