@@ -22,6 +22,8 @@ TESTS = [
     "tests/unit/test_cpu_linear.py",
     "tests/unit/test_cpu_attention.py",
     "tests/unit/test_cpu_elementwise.py",
+    "tests/unit/test_cpu_audio.py",
+    "tests/unit/test_cpu_local_attention.py",
     "tests/unit/test_cpu_threads.py::test_kernels_of_several_python_threads_take_turns",
 ]
 REPETITIVE = "may_come_in_chunks or alone_and_in_any_batch"  # long, and no path that others lack

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from tests.voxcpm_checkpoint import make_model_dir
+
 # The checkpoints are so small that threads cost more than they give.
 torch.set_num_threads(1)
 
@@ -100,5 +102,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             family, overrides = CHECKPOINTS[name]
             made[name] = make_checkpoint(tmp_path_factory.mktemp(name), family, **overrides)
         return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function from a kind of VoxCPM to a tiny checkpoint's directory, each written once.
+
+    It takes what `voxcpm_checkpoint.make_model_dir` does: the kind ("v1", "v1.5" or "v2"), and by
+    name `seed`, `stop_bias`, `dtype`, `use_mup` and `long_ctx`. Copy a directory before you change
+    it.
+    """
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(kind: str, **options: Any) -> Path:
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"voxcpm-{kind}")
+            make_model_dir(made[key], kind, **options)
+        return made[key]
 
     return get

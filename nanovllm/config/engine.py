@@ -1,12 +1,13 @@
 """Options of an engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from nanovllm.config.options import Options
 from nanovllm.errors import InvalidRequestError
+from nanovllm.lora_config import LoRAConfig
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 DEFAULT_BLOCK_SIZE = 16
@@ -74,6 +75,17 @@ class EngineConfig(Options):
         cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
             "torch" for torch's operators; "auto" takes the best there is.
         seed: Seeds the weights of `dummy_weights` and the requests that bring no seed.
+        enable_lora: Whether LoRA adapters can be registered while the engine runs; speech only.
+        max_loras: Different adapters in the running sequences at a time. Their memory is taken at
+            the start.
+        max_lora_rank: Greatest rank of an adapter.
+        lora_enable_lm: Whether an adapter may change the language models.
+        lora_enable_dit: Whether it may change the diffusion transformer.
+        lora_enable_proj: Whether it may change the projections between them.
+        lora_target_modules_lm: Linear layers of the language models that it may change; None is
+            those of the attention. With "gate_proj" or "up_proj" the MLPs run a little slower.
+        lora_target_modules_dit: The same of the diffusion transformer.
+        lora_target_proj_modules: Projections that it may change; None is all of them.
 
     Raises:
         InvalidRequestError: An option is outside its range.
@@ -110,6 +122,15 @@ class EngineConfig(Options):
     cpu_threads: int | None = None
     cpu_isa: Literal["auto", "amx", "avx512", "avx2", "portable", "amx-emulated", "torch"] = "auto"
     seed: int = 0
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 32
+    lora_enable_lm: bool = True
+    lora_enable_dit: bool = True
+    lora_enable_proj: bool = False
+    lora_target_modules_lm: list[str] | None = None
+    lora_target_modules_dit: list[str] | None = None
+    lora_target_proj_modules: list[str] | None = None
 
     environment_aliases: ClassVar[Mapping[str, str]] = {
         "MODEL_LOCAL_DIR": "model",
@@ -124,7 +145,14 @@ class EngineConfig(Options):
         "PREFIX_CACHE": "enable_prefix_caching",
         "PREFILL_CHUNK_SIZE": "max_num_batched_tokens",
         "NANOVLLM_SERVERPOOL_NUM_KVCACHE_BLOCKS": "num_kv_blocks",
+        "NANOVLLM_LORA_ENABLED": "enable_lora",
+        "NANOVLLM_LORA_MAX_LORAS": "max_loras",
+        "NANOVLLM_LORA_MAX_LORA_RANK": "max_lora_rank",
     }
+    removed_variables: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("NANOVLLM_LORA_URI", "NANOVLLM_LORA_ID", "NANOVLLM_LORA_SHA256"),
+        "set NANOVLLM_LORA_ENABLED=true and register adapters while the engine runs",
+    )
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -166,6 +194,23 @@ class EngineConfig(Options):
                 "position for each running sequence",
                 "max_num_batched_tokens",
             )
+        self._lora_config()
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """Which adapters the engine takes; None if it takes none."""
+        return self._lora_config() if self.enable_lora else None
+
+    def _lora_config(self) -> LoRAConfig:
+        """The options of adapters.
+
+        Raises:
+            InvalidRequestError: One of them is outside its range.
+        """
+        names = [f.name for f in fields(LoRAConfig)]
+        given = {name: getattr(self, f"lora_{name}", None) for name in names}
+        given |= {"max_loras": self.max_loras, "max_lora_rank": self.max_lora_rank}
+        return LoRAConfig(**{name: value for name, value in given.items() if value is not None})
 
     @property
     def model_id(self) -> str:

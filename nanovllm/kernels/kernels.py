@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
+from nanovllm.kernels.audio import DepthwiseConv
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,9 @@ class Kernels(Protocol):
     def isa(self) -> str:
         """What they are made of, as `cpu_isa` names it."""
 
+    def with_dtype(self, dtype: torch.dtype) -> "Kernels":
+        """The same in another dtype, float32 or bfloat16."""
+
     def running(self) -> AbstractContextManager[None]:
         """Entered while a model is loaded or run."""
 
@@ -102,8 +106,14 @@ class Kernels(Protocol):
     ) -> Any:
         """Take over a linear layer's weight, part by part `[part_rows, depth]`, and its bias."""
 
+    def repack(self, weight: Any, matrix: Tensor) -> None:
+        """Replace a weight that was packed of a dense matrix, in its place, by another one."""
+
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         """Map `[num_tokens, depth]` to `[num_tokens, rows]`, or half of them if gated."""
+
+    def linear_add(self, x: Tensor, weight: Any, total: Tensor) -> Tensor:
+        """Return `total` `[num_tokens, rows]` plus that, which may be in `total`'s place."""
 
     def logits(self, x: Tensor, weight: Any) -> Tensor:
         """The same, in float32."""
@@ -125,8 +135,66 @@ class Kernels(Protocol):
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         """A backend for some layers."""
 
+    def local_attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        length: int,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
+        """Attend within short sequences of equal length, in both directions and without a cache.
+
+        Args:
+            qkv: Projections, one sequence after the other,
+                `[num_seqs * length, (num_heads + 2 * num_kv_heads) * head_dim]`.
+            rotary: Cosines and sines of the positions, each float32 `[length, 1, head_dim / 2]`.
+            length: Positions of a sequence.
+            num_heads: Query heads.
+            num_kv_heads: Key and value heads.
+
+        Returns:
+            `[num_seqs * length, num_heads * head_dim]`.
+        """
+
     def choose(self, logits: Tensor, draws: Draws) -> Choice:
         """Choose a token in each row of float32 logits, which may be overwritten.
 
         The temperature comes first, then min-p, then top-k, then top-p over what that leaves.
+        """
+
+    def depthwise_conv(
+        self, x: Tensor, conv: DepthwiseConv, history: Tensor, slots: Tensor
+    ) -> Tensor:
+        """Convolve float32 `[num_seqs, num_frames, channels]` along its frames.
+
+        Args:
+            x: The next frames of some sequences.
+            conv: The convolution and what is around it.
+            history: float32 `[num_slots, conv.pad, channels]`; the sequences' rows are updated.
+            slots: Slot of each sequence, int64 `[num_seqs]`, no two the same.
+        """
+
+    def causal_windows(
+        self,
+        x: Tensor,
+        snake: Tensor | None,
+        history: Tensor,
+        slots: Tensor,
+        width: int,
+        stride: int,
+    ) -> Tensor:
+        """Gather what each output of a strided causal convolution sees, for a `linear`.
+
+        Args:
+            x: The next frames, float32 `[num_seqs, num_frames, channels]`; a multiple of `stride`.
+            snake: Snake on the way in, see `snake_table`.
+            history: As for `depthwise_conv`; as long as `width - stride`, or longer by less than
+                `stride`: then windows end that much before their newest frame.
+            slots: As for `depthwise_conv`.
+            width: Frames of a window.
+            stride: Frames from one window to the next.
+
+        Returns:
+            `[num_seqs * num_frames / stride, width * channels]`, oldest frame first.
         """

@@ -149,7 +149,26 @@ class SdpaBackend:
         )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attend_locally(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """See `Kernels.local_attention`."""
+    num_tokens, width = qkv.shape
+    num_projections = num_heads + 2 * num_kv_heads
+    head_dim = width // num_projections
+    heads = qkv.view(num_tokens // length, length, num_projections, head_dim)
+    # [num_seqs, length, num_heads or num_kv_heads, head_dim]
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=2)
+    if rotary is not None:
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+    return attend(q, k, v, None).reshape(num_tokens, num_heads * head_dim)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention with an explicit mask.
 
     The queries that share a KV head are laid side by side, so that keys are not repeated.
@@ -158,7 +177,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         q: `[num_rows, num_queries, num_heads, head_dim]`.
         k: `[num_rows, num_keys, num_kv_heads, head_dim]`.
         v: Like `k`.
-        mask: True where a query sees a key, `[num_rows, num_queries, num_keys]`.
+        mask: True where a query sees a key, `[num_rows, num_queries, num_keys]`; None is
+            everywhere.
 
     Returns:
         `[num_rows, num_queries, num_heads, head_dim]`.
@@ -168,7 +188,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     group_size = num_heads // num_kv_heads
     q = q.view(num_rows, num_queries, num_kv_heads, group_size, head_dim)
     q = q.permute(0, 2, 3, 1, 4).reshape(num_rows, num_kv_heads, group_size * num_queries, head_dim)
-    mask = mask[:, None].repeat(1, 1, group_size, 1)  # [num_rows, 1, group * num_queries, num_keys]
+    if mask is not None:
+        # [num_rows, 1, group * num_queries, num_keys]
+        mask = mask[:, None].repeat(1, 1, group_size, 1)
     out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     out = out.view(num_rows, num_kv_heads, group_size, num_queries, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(num_rows, num_queries, num_heads, head_dim)

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels import audio
 from nanovllm.kernels.attention_backend import AttentionConfig
+from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
-from nanovllm.kernels.sdpa import SdpaBackend
+from nanovllm.kernels.sdpa import SdpaBackend, attend_locally
 
 
 class DenseWeight(NamedTuple):
@@ -36,6 +38,9 @@ class TorchKernels:
     def isa(self) -> str:
         return "torch"
 
+    def with_dtype(self, dtype: torch.dtype) -> "TorchKernels":
+        return TorchKernels(self._device, dtype)
+
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
 
@@ -52,9 +57,15 @@ class TorchKernels:
             bias = bias.to(self._device, self._dtype)
         return DenseWeight(weight, bias, spec.gated)
 
+    def repack(self, weight: DenseWeight, matrix: Tensor) -> None:
+        weight.weight.copy_(matrix)
+
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         y = F.linear(x, weight.weight, weight.bias)
         return self.silu_mul(y) if weight.gated else y
+
+    def linear_add(self, x: Tensor, weight: DenseWeight, total: Tensor) -> Tensor:
+        return total + self.linear(x, weight)
 
     def logits(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return self.linear(x, weight).float()
@@ -78,6 +89,16 @@ class TorchKernels:
     def attention(self, config: AttentionConfig) -> SdpaBackend:
         return SdpaBackend(config)
 
+    def local_attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        length: int,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
+        return attend_locally(qkv, rotary, length, num_heads, num_kv_heads)
+
     def choose(self, logits: Tensor, draws: Draws) -> Choice:
         best, token_ids = logits.max(-1)
         if draws.any_sampled:
@@ -85,6 +106,22 @@ class TorchKernels:
             drawn = draw(logits, draws)
             token_ids = torch.where(sampled, drawn, token_ids)
         return Choice(token_ids, best.isfinite())
+
+    def depthwise_conv(
+        self, x: Tensor, conv: DepthwiseConv, history: Tensor, slots: Tensor
+    ) -> Tensor:
+        return audio.depthwise_conv(x, conv, history, slots)
+
+    def causal_windows(
+        self,
+        x: Tensor,
+        snake: Tensor | None,
+        history: Tensor,
+        slots: Tensor,
+        width: int,
+        stride: int,
+    ) -> Tensor:
+        return audio.causal_windows(x, snake, history, slots, width, stride)
 
 
 def draw(logits: Tensor, draws: Draws) -> Tensor:

@@ -12,7 +12,8 @@ class RopeConfig:
         head_dim: Width of a head; all of it is rotated.
         theta: Base of the frequencies.
         max_position: `max_position_embeddings` of the checkpoint.
-        scaling: The checkpoint's `rope_scaling`, with at least `rope_type`.
+        scaling: The checkpoint's `rope_scaling`, with at least `rope_type`. That may be `factors`,
+            which no checkpoint says: `factors` by which frequencies are divided, and `magnitude`.
     """
 
     head_dim: int

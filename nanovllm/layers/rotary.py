@@ -9,6 +9,9 @@ from torch import Tensor
 from nanovllm.errors import UnsupportedModelError
 from nanovllm.layers.rope_config import RopeConfig
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, each float32 `[num_tokens, 1, head_dim / 2]`."""
+
 
 class RotaryEmbedding:
     """Cosines and sines by position. They depend on the position alone, so cached keys stay valid.
@@ -24,8 +27,8 @@ class RotaryEmbedding:
         self._config = config
         self._inv_freq, self._magnitude = inverse_frequencies(config)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, each float32 `[num_tokens, 1, head_dim / 2]`."""
+    def __call__(self, positions: Tensor) -> Rotary:
+        """Return cosines and sines of positions `[num_tokens]`."""
         if self._inv_freq.device != positions.device:
             self._inv_freq = self._inv_freq.to(positions.device)
         inv_freq = self._inv_freq
@@ -58,6 +61,9 @@ def inverse_frequencies(config: RopeConfig) -> tuple[Tensor, float]:
     match config.rope_type:
         case "default" | "dynamic":
             return inv_freq, 1.0
+        case "factors":
+            factors = torch.tensor(config.scaling["factors"], device="cpu")
+            return inv_freq / factors, float(config.scaling["magnitude"])
         case "linear":
             return inv_freq / float(config.scaling["factor"]), 1.0
         case "llama3":

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint, by their names in it."""
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,17 +34,15 @@ class WeightSource(Protocol):
 
 
 class Checkpoint:
-    """The safetensors files of a directory, mapped into memory and read tensor by tensor.
+    """Safetensors files, mapped into memory and read tensor by tensor; see `weight_files`.
 
     Raises:
-        FileNotFoundError: There are none, or the index names one that is missing.
         InvalidRequestError: A file is corrupt.
-        UnsupportedModelError: There are weights of another format only.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Any] = {}
-        for path in weight_files(directory):
+        for path in files:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
             except SafetensorError as e:
@@ -103,11 +101,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{index} names files that are missing: {missing}")
-        return [directory / name for name in names]
+        return indexed_files(index)
     single = directory / "model.safetensors"
     files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if files:
@@ -121,3 +115,16 @@ def weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(
         f"no *.safetensors in {directory}; for random weights say dummy_weights (--dummy-weights)"
     )
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files of a checkpoint in several parts.
+
+    Raises:
+        FileNotFoundError: One is missing.
+    """
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names files that are missing: {missing}")
+    return [index.parent / name for name in names]

@@ -4,24 +4,55 @@ An architecture is a subclass of `CausalLM` that says how it differs. Module nam
 checkpoints, but for projections of one input, which are packed.
 """
 
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.kernels import Kernels
-from nanovllm.layers.attention import Attention
+from nanovllm.layers.attention import Attention, LocalAttention
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.linear import Embedding, Linear, PackedLinear
 from nanovllm.layers.norm import RMSNorm, head_norms
-from nanovllm.layers.rotary import RotaryEmbedding
+from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 from nanovllm.models.model_config import ModelConfig
+
+Keep = Callable[[Tensor, Tensor, ForwardContext], tuple[Tensor, Tensor, ForwardContext]]
+"""Picks the tokens that are wanted behind the last layer, once its attention has seen them all.
+
+It takes what attention makes of the tokens, their residual stream and the step, and returns the
+same of fewer.
+"""
+
+
+class Traits:
+    """How architectures differ.
+
+    Attributes:
+        qk_norm: Whether queries and keys are normed by head.
+        qkv_bias: Whether the query, key and value projections always have biases.
+    """
+
+    qk_norm: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = False
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions, and where asked for normed heads."""
+    """Grouped-query attention with rotary positions, and where asked for normed heads.
 
-    def __init__(self, config: ModelConfig, layer_index: int, traits: type["CausalLM"]) -> None:
+    Args:
+        config: Hyper-parameters.
+        attention: What its heads see.
+        traits: The architecture's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: Attention | LocalAttention,
+        traits: type[Traits] = Traits,
+    ) -> None:
         super().__init__()
         head_dim = config.head_dim
         q_width, kv_width = (n * head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -33,12 +64,13 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
-        self.attention = Attention(layer_index, config.windows[layer_index])
+        self.attention = attention
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], ctx: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, ctx: ForwardContext) -> Tensor:
+        """Attend; what comes out is for `o_proj`."""
         qkv = self.qkv_proj(x, ctx)
         norms = head_norms(self.q_norm, self.k_norm)
-        return self.o_proj(self.attention(qkv, norms, rotary, ctx), ctx)  # type: ignore[no-any-return]
+        return self.attention(qkv, norms, rotary, ctx)  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -62,55 +94,126 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm, on a residual stream that is carried beside."""
 
-    def __init__(self, config: ModelConfig, layer_index: int, traits: type["CausalLM"]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: Attention | LocalAttention,
+        traits: type[Traits] = Traits,
+    ) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(config, layer_index, traits)
+        self.self_attn = SelfAttention(config, attention, traits)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._scale = config.residual_scale
 
     def forward(
-        self, x: Tensor, residual: Tensor, rotary: tuple[Tensor, Tensor], ctx: ForwardContext
+        self,
+        x: Tensor,
+        residual: Tensor,
+        rotary: Rotary | None,
+        ctx: ForwardContext,
+        keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_layernorm.add(x, residual, ctx)
         x = self.self_attn(x, rotary, ctx)
+        if keep is not None:
+            x, residual, ctx = keep(x, residual, ctx)
+        x = self._scaled(self.self_attn.o_proj(x, ctx))
         x, residual = self.post_attention_layernorm.add(x, residual, ctx)
-        return self.mlp(x, ctx), residual
+        return self._scaled(self.mlp(x, ctx)), residual
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self._scale == 1.0 else x * self._scale
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+class Layers(nn.Module):
+    """Layers and the final norm.
 
-    def __init__(self, config: ModelConfig, traits: type["CausalLM"]) -> None:
+    Args:
+        config: Hyper-parameters.
+        attentions: What each layer's heads see.
+        traits: The architecture's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attentions: Iterable[Attention | LocalAttention],
+        traits: type[Traits] = Traits,
+    ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, index, traits) for index in range(config.num_layers)
+            DecoderLayer(config, attention, traits) for attention in attentions
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.rope)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        residual = self.embed_tokens(token_ids, ctx)
+    def run(
+        self,
+        residual: Tensor,
+        rotary: Rotary | None,
+        ctx: ForwardContext,
+        keep: Keep | None = None,
+    ) -> Tensor:
+        """Compute hidden states.
+
+        Args:
+            residual: Embeddings `[num_tokens, hidden_size]`; overwritten by some kernels.
+            rotary: Cosines and sines of the tokens' positions; None is no positions.
+            ctx: The step.
+            keep: Which tokens are wanted; all of them if it is None.
+
+        Returns:
+            `[num_kept_tokens, hidden_size]`, after the final norm.
+        """
         x = torch.zeros_like(residual)
-        rotary = self.rotary(positions)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             x, residual = layer(x, residual, rotary, ctx)
+        x, residual = last(x, residual, rotary, ctx, keep)
         return self.norm.add(x, residual, ctx)[0]
 
 
-class CausalLM(nn.Module):
-    """A decoder with an output head.
+class CausalLayers(Layers):
+    """Layers that see what came before through the KV cache.
 
-    Subclasses are the architectures; they differ in these:
-
-    Attributes:
-        qk_norm: Whether queries and keys are normed by head.
-        qkv_bias: Whether the query, key and value projections always have biases.
+    Args:
+        config: Hyper-parameters.
+        traits: The architecture's.
+        first_cache: Which of the context's caches is that of the first layer.
     """
 
-    qk_norm: ClassVar[bool] = False
-    qkv_bias: ClassVar[bool] = False
+    def __init__(
+        self, config: ModelConfig, traits: type[Traits] = Traits, first_cache: int = 0
+    ) -> None:
+        attentions = (
+            Attention(first_cache + index, window) for index, window in enumerate(config.windows)
+        )
+        super().__init__(config, attentions, traits)
+        self.rotary = None if config.no_rope else RotaryEmbedding(config.rope)
+
+    def forward(self, residual: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+        """Compute hidden states `[num_tokens, hidden_size]` of embeddings, which are spent."""
+        rotary = self.rotary(positions) if self.rotary else None
+        return self.run(residual, rotary, ctx)
+
+
+class Decoder(CausalLayers):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig, traits: type[Traits] = Traits) -> None:
+        super().__init__(config, traits)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self._embedding_scale = config.embedding_scale
+
+    def embed(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """Look ids `[num_tokens]` up: `[num_tokens, hidden_size]`."""
+        embeddings: Tensor = self.embed_tokens(token_ids, ctx)
+        return embeddings if self._embedding_scale == 1.0 else embeddings * self._embedding_scale
+
+
+class CausalLM(Traits, nn.Module):
+    """A decoder with an output head; its subclasses are the architectures."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -131,7 +234,8 @@ class CausalLM(nn.Module):
         Returns:
             `[num_tokens, hidden_size]`, after the final norm.
         """
-        return self.model(token_ids, positions, ctx)  # type: ignore[no-any-return]
+        embeddings = self.model.embed(token_ids, ctx)
+        return self.model(embeddings, positions, ctx)  # type: ignore[no-any-return]
 
     def compute_logits(self, hidden: Tensor, kernels: Kernels) -> Tensor:
         """Score the vocabulary: `[num_rows, hidden_size]` to float32 `[num_rows, vocab_size]`."""

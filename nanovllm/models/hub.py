@@ -10,7 +10,9 @@ from nanovllm.errors import UnsupportedModelError
 logger = logging.getLogger(__name__)
 
 TEXT_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
-WEIGHT_PATTERNS = ["*.safetensors"]
+WEIGHT_PATTERNS = ["*.safetensors", "audiovae.pth"]
+PICKLED_PATTERNS = ["pytorch_model*"]
+"""The weights of speech models of which the hub has no others."""
 IGNORED_PATTERNS = ["original/*", "consolidated*"]
 """The same weights once more, in the layout of their authors."""
 
@@ -46,16 +48,26 @@ def resolve_model(config: EngineConfig) -> Path:
         raise FileNotFoundError(
             f"model directory {config.model!r} does not exist (that is {path.absolute()})"
         )
+    patterns = TEXT_PATTERNS if config.dummy_weights else TEXT_PATTERNS + WEIGHT_PATTERNS
+    path = _download(config.model, config, patterns)
+    if not config.dummy_weights and _lacks_weights(path):
+        path = _download(config.model, config, patterns + PICKLED_PATTERNS)
+    return path
+
+
+def _lacks_weights(path: Path) -> bool:
+    """Whether a speech model has come with nothing but its autoencoder."""
+    names = {file.name for file in path.glob("*.safetensors")} - {"audiovae.safetensors"}
+    return not names and any(path.glob("audiovae.*"))
+
+
+def _download(model_id: str, config: EngineConfig, patterns: list[str]) -> Path:
     if config.model_source == "modelscope":
-        return _download_from_modelscope(config.model, config)
-    return _download_from_huggingface(config.model, config)
+        return _download_from_modelscope(model_id, config, patterns)
+    return _download_from_huggingface(model_id, config, patterns)
 
 
-def _patterns(config: EngineConfig) -> list[str]:
-    return TEXT_PATTERNS if config.dummy_weights else TEXT_PATTERNS + WEIGHT_PATTERNS
-
-
-def _download_from_huggingface(model_id: str, config: EngineConfig) -> Path:
+def _download_from_huggingface(model_id: str, config: EngineConfig, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -71,7 +83,7 @@ def _download_from_huggingface(model_id: str, config: EngineConfig) -> Path:
             token=config.hf_token,
             endpoint=config.endpoint,
             local_files_only=config.local_files_only,
-            allow_patterns=_patterns(config),
+            allow_patterns=patterns,
             ignore_patterns=IGNORED_PATTERNS,
         )
     except HFValidationError as e:
@@ -128,7 +140,7 @@ def _explained(error: BaseException, model_id: str, config: EngineConfig) -> OSE
     )
 
 
-def _download_from_modelscope(model_id: str, config: EngineConfig) -> Path:
+def _download_from_modelscope(model_id: str, config: EngineConfig, patterns: list[str]) -> Path:
     try:
         modelscope = import_module("modelscope")
     except ImportError as e:
@@ -142,7 +154,7 @@ def _download_from_modelscope(model_id: str, config: EngineConfig) -> Path:
                 revision=config.revision,
                 cache_dir=config.download_dir,
                 local_files_only=config.local_files_only,
-                allow_patterns=_patterns(config),
+                allow_patterns=patterns,
                 ignore_patterns=IGNORED_PATTERNS,
             )
         )

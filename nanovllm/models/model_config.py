@@ -54,6 +54,9 @@ class ModelConfig:
         rope: Rotary parameters.
         dtype: Name of the checkpoint's dtype.
         eos_token_ids: Ids that end a text.
+        embedding_scale: Factor on the embeddings of tokens.
+        residual_scale: Factor on what each attention and MLP adds to the residual stream.
+        no_rope: Whether attention does without positions.
     """
 
     architecture: str
@@ -72,6 +75,14 @@ class ModelConfig:
     rope: RopeConfig
     dtype: str
     eos_token_ids: tuple[int, ...]
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    no_rope: bool = False
+
+    @property
+    def num_row_values(self) -> int:
+        """Values that a step holds at most for a row behind its hidden states: copies of logits."""
+        return 8 * self.vocab_size
 
     @property
     def max_model_len(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.kernels.kernels import QuantizedWeight
-from nanovllm.models.checkpoint import Checkpoint
+from nanovllm.models.checkpoint import Checkpoint, weight_files
 from nanovllm.models.quantization import SCHEMES, quantize
 
 GROUP_SIZES = (128, 64, 32)
@@ -87,7 +87,7 @@ class QuantizedCheckpoint(Checkpoint, ABC):
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
         self._group_sizes = self._read_settings(settings)
-        super().__init__(directory)
+        super().__init__(weight_files(directory))
         self._modules = {
             module
             for module, _, suffix in (name.rpartition(".") for name in self._files)

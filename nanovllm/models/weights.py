@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +54,19 @@ def load_model(
     with torch.device("meta"):
         model = CLASSES[config.architecture](config).eval()
     source.check(expected_tensors(model))
+    fill(model, source, kernels, dtype=dtype, device=device)
+    return model
+
+
+def fill(
+    model: nn.Module,
+    source: WeightSource,
+    kernels: Kernels,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give a model its weights; see `load_model`. It may have been built without any memory."""
     with torch.inference_mode():
         for path, module in model.named_modules():
             if isinstance(module, Linear):
@@ -61,14 +74,16 @@ def load_model(
                 biases = [source.tensor(f"{part}.bias") for part in parts if module.has_bias]
                 module.weight = kernels.pack(
                     module.spec,
-                    _alike((f"{part}.weight" for part in parts), source),
+                    _alike(
+                        (f"{part}.weight" for part in parts),
+                        source.tensor if module.exact else source.matrix,
+                    ),
                     torch.cat(biases) if biases else None,
                 )
                 continue
             for name, _ in module.named_parameters(recurse=False):
                 tensor = source.tensor(f"{path}.{name}").to(device, dtype, copy=True)
                 setattr(module, name, nn.Parameter(tensor, requires_grad=False))
-    return model
 
 
 def weight_source(config: EngineConfig, directory: Path, dtype: torch.dtype) -> WeightSource:
@@ -90,20 +105,41 @@ def weight_source(config: EngineConfig, directory: Path, dtype: torch.dtype) -> 
         )
     if settings and stored:
         return open_quantized(directory, settings)
+    if config.dummy_weights:
+        return quantized_if_wanted(config, RandomWeights(config.seed, dtype), [])
+    files = weight_files(directory)
+    return quantized_if_wanted(config, Checkpoint(files), files)
+
+
+def quantized_if_wanted(
+    config: EngineConfig, source: WeightSource, files: Sequence[Path]
+) -> WeightSource:
+    """A source, or one that quantizes its matrices.
+
+    Args:
+        config: Says whether and how.
+        source: Holds the weights unquantized.
+        files: Where they come from, to find what is kept of an earlier start; none, nothing is.
+
+    Raises:
+        InvalidRequestError: `quantization` is no way to do that.
+    """
+    wanted = config.quantization
     if wanted is None:
-        return RandomWeights(config.seed, dtype) if config.dummy_weights else Checkpoint(directory)
+        return source
     if wanted not in SCHEMES:
         raise InvalidRequestError(
             f"quantization={wanted!r} needs a checkpoint that is quantized so, and this one is "
             f"not; any can be quantized with {', '.join(SCHEMES)}",
             "quantization",
         )
-    if config.dummy_weights:
-        return QuantizingSource(RandomWeights(config.seed, dtype), wanted)
-    return CachedSource(QuantizingSource(Checkpoint(directory), wanted), weight_files(directory))
+    quantizing = QuantizingSource(source, wanted)
+    return CachedSource(quantizing, files) if files else quantizing
 
 
-def _alike(names: Iterable[str], source: WeightSource) -> Iterator[Tensor | QuantizedWeight]:
+def _alike(
+    names: Iterable[str], read: Callable[[str], Tensor | QuantizedWeight]
+) -> Iterator[Tensor | QuantizedWeight]:
     """Read the parts of one packed matrix, which must all be stored in the same way.
 
     Raises:
@@ -111,7 +147,7 @@ def _alike(names: Iterable[str], source: WeightSource) -> Iterator[Tensor | Quan
     """
     first = None
     for name in names:
-        matrix = source.matrix(name)
+        matrix = read(name)
         form = _form(matrix)
         if first is None:
             first = name, form
@@ -147,10 +183,16 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+RANDOM_BLOCK = (1 << 20) + 7
+"""Values drawn of a tensor, 1 MiB or two: a prime, so that no two rows of a matrix are the same
+before as many rows as that."""
+
+
 class RandomWeights:
     """Seeded values of the usual scales: norms 1, biases 0, matrices Xavier-uniform.
 
-    Each tensor has a generator of its own, so that it does not depend on the others.
+    Each tensor has a generator of its own, so that it does not depend on the others. Of a large one
+    only a block is drawn, and repeated: drawing is what would take the time.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
@@ -168,7 +210,10 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
         # Uniform values of that standard deviation: three times as fast to draw as normal.
         limit = std * math.sqrt(3)
-        return torch.empty(shape, dtype=self._dtype).uniform_(-limit, limit, generator=generator)
+        size = math.prod(shape)
+        block = torch.empty(min(size, RANDOM_BLOCK), dtype=self._dtype)
+        block.uniform_(-limit, limit, generator=generator)
+        return block.repeat(-(-size // RANDOM_BLOCK))[:size].view(shape)
 
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
         return self.tensor(name)

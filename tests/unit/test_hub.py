@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ class Hub:
     endpoint: str = ""
     requests: list[str] = field(default_factory=list)
     down: bool = False
+    files: dict[str, bytes] = field(default_factory=lambda: FILES)
 
     def answer(self, path: str, token: str | None) -> tuple[int, dict[str, str], bytes]:
         parts = path.strip("/").split("/")
@@ -61,7 +62,9 @@ class Hub:
         revision = next((r for r in ("main", "v2") if parts[3] in (r, sha(r))), None)
         if revision is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        files = FILES | {"model.safetensors": f"weights of {revision}".encode()}
+        files = dict(self.files)
+        if "model.safetensors" in files:
+            files["model.safetensors"] = f"weights of {revision}".encode()
         if is_api and parts[2] == "revision":
             siblings = [{"rfilename": name} for name in files]
             info = {"id": repository, "sha": sha(revision), "siblings": siblings}
@@ -167,6 +170,22 @@ def test_dummy_weights_need_no_weights(options: dict[str, Any], hub: Hub) -> Non
     path = resolve_model(EngineConfig(model="me/tiny", dummy_weights=True, **options))
     assert names_in(path) == [name for name in WANTED if not name.endswith("safetensors")]
     assert not any("safetensors" in request for request in hub.requests)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_speech_models_come_with_their_autoencoder(
+    options: dict[str, Any], hub: Hub, pickled: bool
+) -> None:
+    hub.files = FILES | {"audiovae.pth": b"an autoencoder"}
+    wanted = [*WANTED, "audiovae.pth"]
+    if pickled:  # as the first release is, and only then
+        del hub.files["model.safetensors"]
+        wanted[wanted.index("model.safetensors")] = "pytorch_model.bin"
+    hub.files.pop("consolidated.safetensors")
+    config = EngineConfig(model="me/tiny", **options)
+    path = resolve_model(config)
+    assert names_in(path) == sorted(wanted)
+    assert resolve_model(replace(config, local_files_only=True)) == path
 
 
 @pytest.mark.parametrize("revision", ["v2", sha("v2")])

@@ -28,7 +28,7 @@ KERNELS = TorchKernels(CPU, torch.float32)
 
 def load(directory: Path, source: WeightSource | None = None) -> torch.nn.Module:
     config = ModelConfig.from_directory(directory)
-    source = source or Checkpoint(directory)
+    source = source or Checkpoint(weight_files(directory))
     return load_model(config, source, KERNELS, dtype=torch.float32, device=CPU)
 
 
@@ -192,6 +192,23 @@ def test_dummy_weights_are_seeded(directory: Path) -> None:
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
     assert weights(1).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3000, 1024), (1025, 2048), (5, 3)])
+def test_large_dummy_matrices_are_uniform_and_of_full_rank(shape: tuple[int, int]) -> None:
+    names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    weights = RandomWeights(0, torch.float32)
+    weights.check(dict.fromkeys(names, shape))
+    matrix, other = (weights.tensor(name) for name in names)
+    assert matrix.shape == shape
+    assert not torch.equal(matrix, other)
+    assert len({tuple(row) for row in matrix.tolist()}) == len(matrix)
+    limit = (3 / shape[1]) ** 0.5
+    assert matrix.abs().max() <= limit
+    if shape[0] > 5:
+        assert matrix.std().item() == pytest.approx(shape[1] ** -0.5, rel=0.01)
+        singular = torch.linalg.svdvals(matrix)
+        assert singular[-1] > 1e-3 * singular[0]
 
 
 def test_every_architecture_we_promise_has_its_class() -> None:

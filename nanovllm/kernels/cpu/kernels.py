@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.attention_backend import AttentionConfig
+from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
-from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight
+from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight, pointer
 from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
+
+CONV_TAPS, MAX_DILATION = 7, 9
+"""Of depthwise convolutions; see csrc/audio.cpp."""
+MAX_WINDOWS = 8
+"""That a frame may be in."""
 
 
 class CpuKernels:
@@ -39,6 +45,9 @@ class CpuKernels:
     def isa(self) -> str:
         return self._library.isa
 
+    def with_dtype(self, dtype: torch.dtype) -> "CpuKernels":
+        return CpuKernels(self._library, dtype, self._cascade, self._deterministic)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Leave the cores to our threads: torch's would wait on them for their next turn."""
@@ -58,22 +67,31 @@ class CpuKernels:
         weight.fill(self._library, itertools.chain([first], parts), bias)
         return weight
 
+    def repack(self, weight: PackedWeight, matrix: Tensor) -> None:
+        weight.fill(self._library, [matrix], None)
+
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
         return self._linear(x, weight, self._dtype)
 
     def logits(self, x: Tensor, weight: PackedWeight) -> Tensor:
         return self._linear(x, weight, torch.float32)
 
+    def linear_add(self, x: Tensor, weight: PackedWeight, total: Tensor) -> Tensor:
+        return self._linear_into(x, weight, total, add=True)
+
     def _linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-        rows = x.shape[0]
-        out = torch.empty(rows, weight.width, dtype=dtype)
+        out = torch.empty(x.shape[0], weight.width, dtype=dtype)
+        return self._linear_into(x, weight, out, add=False)
+
+    def _linear_into(self, x: Tensor, weight: PackedWeight, out: Tensor, add: bool) -> Tensor:
         self._library.linear(
             weight.reference,
             x.data_ptr(),
-            rows,
+            x.shape[0],
             out.data_ptr(),
-            dtype == torch.float32,
+            out.dtype == torch.float32,
             self._deterministic,
+            add,
         )
         return out
 
@@ -96,7 +114,7 @@ class CpuKernels:
         self._library.add_rms_norm(
             self._type,
             x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            pointer(residual),
             weight.data_ptr(),
             eps,
             rows,
@@ -114,6 +132,32 @@ class CpuKernels:
     def attention(self, config: AttentionConfig) -> CpuAttention:
         return CpuAttention(self._library, config, self._cascade, self._deterministic)
 
+    def local_attention(
+        self,
+        qkv: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        length: int,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
+        num_tokens, width = qkv.shape
+        head_dim = width // (num_heads + 2 * num_kv_heads)
+        cos, sin = (None, None) if rotary is None else rotary
+        out = torch.empty(num_tokens, num_heads * head_dim, dtype=self._dtype)
+        self._library.local_attention(
+            self._type,
+            qkv.data_ptr(),
+            pointer(cos),
+            pointer(sin),
+            num_tokens // length,
+            length,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            out.data_ptr(),
+        )
+        return out
+
     def choose(self, logits: Tensor, draws: Draws) -> Choice:
         rows, vocab_size = logits.shape
         token_ids = torch.empty(rows, dtype=torch.int64)
@@ -123,9 +167,57 @@ class CpuKernels:
             rows,
             vocab_size,
             draws.temperature.data_ptr(),
-            *(None if t is None else t.data_ptr() for t in (draws.top_k, draws.top_p, draws.min_p)),
+            *map(pointer, (draws.top_k, draws.top_p, draws.min_p)),
             draws.uniforms.data_ptr(),
             token_ids.data_ptr(),
             valid.data_ptr(),
         )
         return Choice(token_ids, valid)
+
+    def depthwise_conv(
+        self, x: Tensor, conv: DepthwiseConv, history: Tensor, slots: Tensor
+    ) -> Tensor:
+        if len(conv.weight) != CONV_TAPS or conv.dilation > MAX_DILATION:
+            raise ValueError(f"no kernel for {len(conv.weight)} taps {conv.dilation} frames apart")
+        out = torch.empty_like(x)
+        self._library.depthwise_conv(
+            x.data_ptr(),
+            *x.shape,
+            pointer(conv.before),
+            conv.weight.data_ptr(),
+            conv.bias.data_ptr(),
+            conv.dilation,
+            pointer(conv.after),
+            history.data_ptr(),
+            slots.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+    def causal_windows(
+        self,
+        x: Tensor,
+        snake: Tensor | None,
+        history: Tensor,
+        slots: Tensor,
+        width: int,
+        stride: int,
+    ) -> Tensor:
+        if width > MAX_WINDOWS * stride:
+            raise ValueError(f"no kernel for windows of {width} frames every {stride}")
+        num_seqs, num_frames, channels = x.shape
+        out = torch.empty(num_seqs * num_frames // stride, width * channels)
+        self._library.causal_windows(
+            x.data_ptr(),
+            num_seqs,
+            num_frames,
+            channels,
+            pointer(snake),
+            history.data_ptr(),
+            history.shape[1],
+            slots.data_ptr(),
+            width,
+            stride,
+            out.data_ptr(),
+        )
+        return out

@@ -71,7 +71,7 @@ class Library:
 
         self.pack = bind("pack", weights, pointer, pointer, pointer, count, count, count, count)
         self.embed = bind("embed", weights, pointer, count, pointer)
-        self.linear = bind("linear", weights, pointer, count, pointer, flag, flag)
+        self.linear = bind("linear", weights, pointer, count, pointer, flag, flag, flag)
         self.add_rms_norm = bind(
             "add_rms_norm", flag, pointer, pointer, pointer, c_float, count, count, pointer
         )
@@ -98,6 +98,12 @@ class Library:
         )
         self.attend = bind("attend", shape, pointer, pointer, pointer, count, pointer)
         self.sample = bind("sample", pointer, count, count, *[pointer] * 7)
+        self.local_attention = bind("local_attention", flag, *[pointer] * 3, *[count] * 5, pointer)
+        signal = pointer, count, count, count
+        self.depthwise_conv = bind("depthwise_conv", *signal, *[pointer] * 3, count, *[pointer] * 4)
+        self.causal_windows = bind(
+            "causal_windows", *signal, *[pointer] * 2, count, pointer, count, count, pointer
+        )
         self._start_threads = bind("start_threads", flag, POINTER(c_int32), result=c_int32)
         self._num_threads = bind("num_threads", result=c_int32)
         self._enable_amx = bind("enable_amx", result=c_int32)

@@ -101,9 +101,9 @@ class PackedWeight:
             padded_depth=depth,
             num_tiles=self.num_tiles,
             data=self.data.data_ptr(),
-            scales=_pointer(self.scales),
-            zeros=_pointer(self.zeros),
-            bias=_pointer(self.bias),
+            scales=pointer(self.scales),
+            zeros=pointer(self.zeros),
+            bias=pointer(self.bias),
         )
         self.reference = ctypes.byref(self.struct)
         self.width = spec.rows // 2 if spec.gated else spec.rows
@@ -143,7 +143,7 @@ class PackedWeight:
                 )
             rows = len(codes)
             place = (0, 2, index) if self.spec.gated else (first, 1, 0)
-            pointers = codes.data_ptr(), _pointer(scales), _pointer(zeros)
+            pointers = codes.data_ptr(), pointer(scales), pointer(zeros)
             library.pack(self.reference, *pointers, rows, *place)
             if bias is not None and self.bias is not None:
                 self.bias[_packed_columns(rows, *place)] = bias[first : first + rows].float()
@@ -178,7 +178,8 @@ def _packed_columns(rows: int, first: int, step: int, phase: int) -> Tensor:
     return (column // TILE * step + phase) * TILE + column % TILE
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data are; None, which kernels see as null, if there is none."""
     return None if tensor is None else tensor.data_ptr()
 
 

@@ -33,6 +33,13 @@ struct Input {
   long groups = 1;
 };
 
+// Where the results go; they take the place of what is there, or are added to it.
+template <class Out>
+struct Output {
+  Out* data;
+  bool add;
+};
+
 alignas(64) thread_local float block_sums[kExpandedRows * kPanel];
 
 // Copies rows with their depth padded by zeros; rows beyond are zero too.
@@ -322,9 +329,9 @@ void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
 
 #endif
 
-// Adds the bias, applies the gate, and writes a panel's sums to the output.
+// Adds the bias, applies the gate, and writes a panel's sums to the output, or adds them to it.
 template <class Out>
-void finish_panel(const Weights& w, const Panel& panel, Out* out) {
+void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
   const long width = w.gated ? w.columns / 2 : w.columns;
   const int step = w.gated ? 2 : 1;
   for (long r = 0; r < panel.rows; r++) {
@@ -337,15 +344,17 @@ void finish_panel(const Weights& w, const Panel& panel, Out* out) {
           const Floats v = load(panel.sums + r * kPanel + (j + part) * kTile + lane);
           return w.bias ? v + load(w.bias + packed + part * kTile) : v;
         };
-        const Floats y = w.gated ? silu(value(0)) * value(1) : value(0);
-        store(out + (panel.row + r) * width + column, y, width - column);
+        Floats y = w.gated ? silu(value(0)) * value(1) : value(0);
+        Out* target = out.data + (panel.row + r) * width + column;
+        if (out.add) y += load(target, width - column);
+        store(target, y, width - column);
       }
     }
   }
 }
 
 template <class Out, class Multiply>
-void run_panels(Session& session, const Weights& w, long rows, long block_rows, Out* out,
+void run_panels(Session& session, const Weights& w, long rows, long block_rows, Output<Out> out,
                 Multiply&& multiply) {
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
@@ -363,7 +372,7 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
 }
 
 template <class T, class In, class Out>
-void run_plain(Session& session, const Weights& w, const In* x, long rows, Out* out, bool always) {
+void run_plain(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   const bool tiled = uses_tiles<T>(rows, w.padded_depth, always);
   Input<T> in{reinterpret_cast<const T*>(x), w.depth};
   if (tiled || w.depth != w.padded_depth || !std::is_same_v<T, In>) {
@@ -374,7 +383,7 @@ void run_plain(Session& session, const Weights& w, const In* x, long rows, Out* 
 }
 
 template <class In, class Out>
-void run_int8(Session& session, const Weights& w, const In* x, long rows, Out* out, bool always) {
+void run_int8(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
   const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.padded_depth);
   run_panels(session, w, rows, kBlockRows, out,
@@ -382,7 +391,7 @@ void run_int8(Session& session, const Weights& w, const In* x, long rows, Out* o
 }
 
 template <class In, class Out>
-void run_int4(Session& session, const Weights& w, const In* x, long rows, Out* out,
+void run_int4(Session& session, const Weights& w, const In* x, long rows, Output<Out> out,
               [[maybe_unused]] bool always) {
 #if defined(NANOVLLM_AMX)
   if constexpr (std::is_same_v<In, Bf16>) {
@@ -399,7 +408,7 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Out* o
 }
 
 template <class In, class Out>
-void run(const Weights& w, const In* x, long rows, Out* out, bool always) {
+void run(const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   Session session;
   switch (w.format) {
     case kFloat32: return run_plain<float>(session, w, x, rows, out, always);
@@ -414,16 +423,17 @@ void run(const Weights& w, const In* x, long rows, Out* out, bool always) {
 
 using namespace nanovllm;
 
-// out = x W^T + b, or SiLU(gate) * up where the weights are gated.
+// out = x W^T + b, or SiLU(gate) * up where the weights are gated; or if `add`, out += that.
 //
 // x is [rows, depth] of the weights' activation type, out [rows, columns] (half of them if gated) of
 // that type, or float if `float_out`. `one_path` keeps to kernels that treat every number of rows
 // alike.
 NANOVLLM_API void nanovllm_linear(const Weights* w, const void* x, int64_t rows, void* out,
-                                int32_t float_out, int32_t one_path) {
+                                  int32_t float_out, int32_t one_path, int32_t add) {
   const auto* floats = static_cast<const float*>(x);
   const auto* halves = static_cast<const Bf16*>(x);
-  if (w->activation == kFloat32) run(*w, floats, rows, static_cast<float*>(out), one_path);
-  else if (float_out) run(*w, halves, rows, static_cast<float*>(out), one_path);
-  else run(*w, halves, rows, static_cast<Bf16*>(out), one_path);
+  const Output<float> to_floats{static_cast<float*>(out), add != 0};
+  if (w->activation == kFloat32) run(*w, floats, rows, to_floats, one_path);
+  else if (float_out) run(*w, halves, rows, to_floats, one_path);
+  else run(*w, halves, rows, Output<Bf16>{static_cast<Bf16*>(out), add != 0}, one_path);
 }

@@ -26,6 +26,7 @@ namespace {
 
 // Long enough to bridge the Python between two kernels, short enough to leave an idle core alone.
 constexpr auto kSpin = std::chrono::microseconds(300);
+constexpr int kPolls = 4096;  // some 0.1 ms, more than the last item of a job takes
 
 struct Job {
   void (*call)(void*, long) = nullptr;
@@ -154,7 +155,14 @@ void Session::run(long items, void (*call)(void*, long), void* context) {
   p.epoch.notify_all();
   take_items(p);
   p.epoch.fetch_add(1);
-  while (p.active.load() != 0) pause();
+  // A worker with an item left may have lost its core to another process: that one shall get ours.
+  for (int i = 0; p.active.load() != 0; i++) {
+    if (i < kPolls) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 int num_threads() { return int(pool().workers.size()) + 1; }

@@ -143,6 +143,13 @@ inline void store(T* p, Floats x, long count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// 0, 1, 2 and so on.
+inline Ints lanes() {
+  Ints numbers;
+  for (int i = 0; i < kWidth; i++) numbers[i] = i;
+  return numbers;
+}
+
 inline Floats vector_max(Floats a, Floats b) { return a > b ? a : b; }
 
 inline float sum(Floats x) {
