@@ -1,6 +1,7 @@
 """What crosses between the scheduler and a runner: a batch of positions, and what came of it."""
 
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
 from nanovllm.sampling_params import SamplingParams
@@ -9,7 +10,17 @@ Key = int | bytes
 """What stands at a position: a token id, or the digest of the bytes fed for an audio patch."""
 
 UNUSABLE_LOGITS = "the model's logits are NaN, or the request forbids every token"
-"""The reason of an error that a client may be told; the others are texts of exceptions."""
+UNUSABLE_PATCH = "the model's speech is NaN or infinite"
+"""The reasons of errors that a client may be told; the others are texts of exceptions."""
+
+
+def patch_key(latents: bytes) -> bytes:
+    """The key of a position that holds an audio patch.
+
+    Args:
+        latents: The patch, float32 `[patch_size, feat_dim]`.
+    """
+    return blake2b(latents, digest_size=16).digest()
 
 
 @dataclass(slots=True)
@@ -122,6 +133,8 @@ class TextPayload(NamedTuple):
 @dataclass(slots=True)
 class SpeechRequest:
     """What a speech runner needs to start a sequence besides its keys, seed and adapter.
+
+    It belongs to one sequence: `n` is 1.
 
     Positions whose key is a digest hold audio. A trailing run of them is a recording that the
     speech continues.

@@ -1,7 +1,7 @@
 """Paged KV memory: who holds which block, and which prefix a block holds."""
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -97,10 +97,9 @@ class BlockManager:
             Whether there were enough; if not, nothing has changed.
         """
         hits = self._find_prefix(seq)
-        num_taken = sum(not self._ref_counts[block_id] for block_id in hits)
-        num_new = self.num_blocks_for(seq.num_positions) - len(hits)
-        if self.num_free - num_taken - num_new < num_reserved:
+        if self.num_free < self._num_needed(seq, hits) + num_reserved:
             return False
+        num_new = self.num_blocks_for(seq.num_positions) - len(hits)
         for block_id in hits:
             if not self._ref_counts[block_id]:
                 del self._cached[block_id]
@@ -110,6 +109,36 @@ class BlockManager:
         seq.num_published = len(hits)
         seq.num_computed = len(hits) * self.block_size
         return True
+
+    def num_to_free(self, seq: Sequence, holders: list[Sequence], num_reserved: int) -> int | None:
+        """How many of these sequences, from the first on, to free so that `allocate` succeeds.
+
+        Args:
+            seq: The sequence to allocate for.
+            holders: Sequences with blocks.
+            num_reserved: Free blocks that must remain; one less for each holder that is freed.
+
+        Returns:
+            The number, or None if all of them are too few.
+        """
+        hits = self._find_prefix(seq)
+        missing = self._num_needed(seq, hits) + num_reserved - self.num_free
+        # A cached block that only holders have comes free, and is then taken: it changes nothing.
+        cached, num_released = set(hits), Counter[int]()
+        for index, holder in enumerate(holders):
+            if missing <= 0:
+                return index
+            num_released.update(holder.block_table)
+            missing -= 1 + sum(
+                num_released[block_id] == self._ref_counts[block_id] and block_id not in cached
+                for block_id in holder.block_table
+            )
+        return len(holders) if missing <= 0 else None
+
+    def _num_needed(self, seq: Sequence, hits: list[int]) -> int:
+        """Free blocks that a sequence takes, given those that are cached."""
+        num_held = sum(bool(self._ref_counts[block_id]) for block_id in hits)
+        return self.num_blocks_for(seq.num_positions) - num_held
 
     def append_block(self, seq: Sequence) -> int:
         """Give a sequence one more block.

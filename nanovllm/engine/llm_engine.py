@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class EngineStats:
     Args:
         num_running: Sequences in a slot.
         num_waiting: Sequences queued or preempted.
+        num_paused: Sequences of both kinds that get no rows until they are resumed.
         num_kv_blocks: Blocks in the pool.
         num_used_blocks: Blocks that sequences hold.
         num_cached_blocks: Free blocks whose prefix can be reused.
@@ -40,6 +42,7 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
+    num_paused: int = 0
     num_kv_blocks: int = 0
     num_used_blocks: int = 0
     num_cached_blocks: int = 0
@@ -109,6 +112,11 @@ class LLMEngine:
     @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished or bool(self._unreported)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: not while all that is unfinished is paused."""
+        return bool(self._in_flight or self._unreported) or self.scheduler.has_runnable
 
     def add(
         self,
@@ -193,6 +201,14 @@ class LLMEngine:
             self._unreported = [news for news in self._unreported if news.seq_id != seq_id]
         return output
 
+    def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
+        """Compute no more of these sequences, or go on with them.
+
+        A paused sequence keeps what it holds until another needs it, and then recomputes that once
+        it is resumed. News of steps in flight still come.
+        """
+        self.scheduler.pause(seq_ids, paused)
+
     def step(self) -> list[EngineOutput]:
         """Launch the next step, and collect the oldest one once enough are in flight.
 
@@ -222,6 +238,7 @@ class LLMEngine:
         blocks = scheduler.block_manager
         stats.num_running = len(scheduler.running)
         stats.num_waiting = len(scheduler.waiting)
+        stats.num_paused = scheduler.num_paused
         stats.num_used_blocks = blocks.num_blocks - blocks.num_free
         stats.num_cached_blocks = blocks.num_cached
         stats.num_prompt_tokens = scheduler.num_prompt_keys

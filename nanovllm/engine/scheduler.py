@@ -2,12 +2,19 @@
 
 import time
 from bisect import bisect_left, insort
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from nanovllm.batch import Batch, EngineOutput, SlotStart, StepResult, TextPayload
+from nanovllm.batch import (
+    Batch,
+    EngineOutput,
+    SlotStart,
+    SpeechPayload,
+    StepResult,
+    TextPayload,
+)
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
 
@@ -33,6 +40,9 @@ class Scheduler:
     and recomputed later, so the one of most precedence always goes on.
 
     A step may be scheduled while earlier ones are in flight. Steps are committed in order.
+
+    A paused sequence gets no rows. It keeps its slot and blocks until one that can run needs them;
+    then it is preempted before any other.
 
     Args:
         block_manager: Owner of the KV blocks; its pool holds at least one sequence of full length.
@@ -66,12 +76,23 @@ class Scheduler:
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
         self._adapters: Counter[int] = Counter()
+        self._num_paused = 0
         self._in_flight: deque[StepInFlight] = deque()
         self._step = 0
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
+
+    @property
+    def has_runnable(self) -> bool:
+        """Whether a sequence has not ended and is not paused."""
+        return len(self._sequences) > self._num_paused
+
+    @property
+    def num_paused(self) -> int:
+        """Sequences that have not ended and get no rows."""
+        return self._num_paused
 
     @property
     def num_free_slots(self) -> int:
@@ -90,6 +111,17 @@ class Scheduler:
         """End a sequence at any moment; None if it has ended already."""
         seq = self._sequences.get(seq_id)
         return None if seq is None else self._finish(seq, None, None, "abort", None)
+
+    def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
+        """Give sequences no more rows, or again; those that have ended do not matter.
+
+        Results in flight still come in.
+        """
+        for seq_id in seq_ids:
+            seq = self._sequences.get(seq_id)
+            if seq is not None and seq.paused != paused:
+                seq.paused = paused
+                self._num_paused += 1 if paused else -1
 
     def schedule(self) -> Batch | None:
         """Fill the next step; None if nothing can run before results come in."""
@@ -173,7 +205,7 @@ class Scheduler:
         slots, starts = batch.slots, batch.starts
         block_size = self.block_manager.block_size
         longer = []
-        for seq in self.running:
+        for seq in self._unpaused() if self._num_paused else self.running:
             start = seq.num_computed
             num_left = seq.num_positions - start
             if num_left == 1:
@@ -195,10 +227,16 @@ class Scheduler:
         batch.emits = [True] * len(slots)
         return longer
 
+    def _unpaused(self) -> Iterator[Sequence]:
+        """The running sequences that may have rows, but for those preempted on the way."""
+        for seq in tuple(self.running):  # a paused one before may be preempted
+            if seq.running and not seq.paused:
+                yield seq
+
     def _grow(self, step: StepInFlight, seq: Sequence) -> bool:
         """Append a block, preempting from the end of `running`; False if `seq` was the end."""
         while not self.block_manager.num_free:
-            victim = self.running[-1]
+            victim = next(self._paused(), self.running[-1])
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -240,21 +278,70 @@ class Scheduler:
         steady stream for loaded adapters would keep it out for ever.
         """
         index, adapters_blocked = 0, False
-        while budget and index < len(self.waiting) and self._free_slots:
+        while budget and index < len(self.waiting):
             seq = self.waiting[index]
+            if seq.paused:
+                index += 1
+                continue
             if seq.adapter_id is not None and (adapters_blocked or not self._adapter_fits(seq)):
                 adapters_blocked = True
                 index += 1
                 continue
-            # A block of growth for each running sequence: a newcomer is not to preempt them.
-            if not self.block_manager.allocate(seq, num_reserved=len(self.running)):
+            if not self._make_room(seq):
                 break
+            # Those that gave way may stand before it now.
+            index = bisect_left(self.waiting, seq.precedence, key=precedence)
             del self.waiting[index]
             self._start(step, seq)
             budget -= self._add_row(step, seq, budget)
 
     def _adapter_fits(self, seq: Sequence) -> bool:
-        return seq.adapter_id in self._adapters or len(self._adapters) < self.max_num_adapters
+        """Whether its adapter may run, perhaps once paused sequences gave way."""
+        return self._has_adapter(seq) or bool(self._adapter_victims())
+
+    def _has_adapter(self, seq: Sequence) -> bool:
+        """Whether its adapter is in use, or one more may be."""
+        in_use = self._adapters
+        return seq.adapter_id in in_use or len(in_use) < self.max_num_adapters
+
+    def _adapter_victims(self) -> list[Sequence]:
+        """All the users of an adapter, if they are paused; of the one of least precedence."""
+        users: defaultdict[int, list[Sequence]] = defaultdict(list)
+        for seq in self._paused():
+            if seq.adapter_id is not None:
+                users[seq.adapter_id].append(seq)
+                if len(users[seq.adapter_id]) == self._adapters[seq.adapter_id]:
+                    return users[seq.adapter_id]
+        return []
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Give a sequence its blocks, and see that a slot and an adapter are free for it.
+
+        Paused ones give way, but only if that is enough.
+        """
+        victims = self._victims(seq) if self._num_paused else []
+        if victims is None:
+            return False
+        for victim in victims:
+            self._preempt(victim)
+        # A block of growth for each running sequence: a newcomer is not to preempt them.
+        return bool(self._free_slots) and self.block_manager.allocate(seq, len(self.running))
+
+    def _victims(self, seq: Sequence) -> list[Sequence] | None:
+        """The paused sequences that must give way for one to start; None if all are too few."""
+        needs_adapter = seq.adapter_id is not None and not self._has_adapter(seq)
+        first = self._adapter_victims() if needs_adapter else []
+        paused = [*first, *(victim for victim in self._paused() if victim not in first)]
+        num_blocks_from = self.block_manager.num_to_free(seq, paused, len(self.running))
+        if num_blocks_from is None:
+            return None
+        num_victims = max(len(first), num_blocks_from, not self._free_slots)
+        return paused[:num_victims] if num_victims <= len(paused) else None
+
+    def _paused(self) -> Iterator[Sequence]:
+        """The running sequences that are paused, the one of least precedence first."""
+        if self._num_paused:
+            yield from (seq for seq in reversed(self.running) if seq.paused)
 
     def _start(self, step: StepInFlight, seq: Sequence) -> None:
         seq.slot = self._free_slots.pop()
@@ -296,7 +383,7 @@ class Scheduler:
         self,
         seq: Sequence,
         key: int | bytes | None,
-        payload: TextPayload | None,
+        payload: TextPayload | SpeechPayload | None,
         reason: str,
         detail: int | str | None,
     ) -> EngineOutput:
@@ -305,6 +392,7 @@ class Scheduler:
         else:
             del self.waiting[bisect_left(self.waiting, seq.precedence, key=precedence)]
         seq.finished = True
+        self._num_paused -= seq.paused
         del self._sequences[seq.seq_id]
         return EngineOutput(
             seq.seq_id, key, payload, reason, detail, seq.num_cached, seq.scheduled_time

@@ -43,6 +43,7 @@ class Sequence:
         "num_positions",
         "num_prompt_keys",
         "num_published",
+        "paused",
         "payload",
         "precedence",
         "reads_cache",
@@ -91,6 +92,7 @@ class Sequence:
         self.num_positions = len(keys)
         self.num_cached = 0
         self.finished = False
+        self.paused = False
         self.scheduled_time: float | None = None
         self.slot = -1
         self.start_step = -1

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +12,51 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 from nanovllm.kernels.attention_backend import AttentionConfig, CacheSpec
 from nanovllm.kernels.cpu.packing import zeroed
-from nanovllm.models.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
 CPU_KV_CACHE_BYTES = 4 << 30
 """Most that the KV cache takes on a CPU unless told otherwise; vLLM's default too."""
+
+
+class ModelShape(Protocol):
+    """What memory is sized by: what the configs of text and of speech models share."""
+
+    @property
+    def num_layers(self) -> int:
+        """Layers with a KV cache."""
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of such a layer."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Its key and value heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP."""
+
+    @property
+    def num_row_values(self) -> int:
+        """Values that a step holds at most for a row that emits, behind its hidden states."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the checkpoint's dtype."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions the model was made for."""
 
 
 def select_device(name: str) -> torch.device:
@@ -39,7 +78,7 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def select_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def select_dtype(config: EngineConfig, model: ModelShape, device: torch.device) -> torch.dtype:
     """The dtype a model runs in: the checkpoint's own unless an option says otherwise."""
     name = model.dtype if config.dtype == "auto" else config.dtype
     if name == "float16" and config.dtype == "auto" and device.type == "cpu":
@@ -65,7 +104,7 @@ def available_cpu_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def kv_cache_bytes(
-    config: EngineConfig, model: ModelConfig, device: torch.device, still_to_load: int = 0
+    config: EngineConfig, model: ModelShape, device: torch.device, still_to_load: int = 0
 ) -> int:
     """Bytes the KV cache may take, once so many bytes of weights have been loaded."""
     if config.kv_cache_memory_bytes is not None:
@@ -78,7 +117,7 @@ def kv_cache_bytes(
 
 
 def attention_config(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype
+    config: EngineConfig, model: ModelShape, dtype: torch.dtype
 ) -> AttentionConfig:
     """What attention needs to know of a model under some options."""
     return AttentionConfig(
@@ -98,16 +137,15 @@ def allocate_kv_cache(spec: CacheSpec, device: torch.device) -> Tensor:
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
 
 
-def activation_bytes(config: EngineConfig, model: ModelConfig) -> int:
+def activation_bytes(config: EngineConfig, model: ModelShape) -> int:
     """What one step needs at most beside weights and cache, estimated from above."""
     tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
     hidden = tokens * (8 * model.hidden_size + 4 * model.intermediate_size) * 4
-    logits = seqs * model.vocab_size * 4 * 8
-    return hidden + logits + (1 << 30)
+    return hidden + seqs * model.num_row_values * 4 + (1 << 30)
 
 
 def fit_kv_cache(
-    config: EngineConfig, model: ModelConfig, block_bytes: int, cache_bytes: int
+    config: EngineConfig, model: ModelShape, block_bytes: int, cache_bytes: int
 ) -> tuple[int, int]:
     """Decide the number of KV blocks and the longest sequence.
 

@@ -1,26 +1,43 @@
 """What every runner does: KV memory, block tables, and one forward pass a step."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanovllm.batch import Batch, SlotStart, StepResult
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.attention_backend import AttentionBatch, IntArray
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
-from nanovllm.models.decoder import CausalLM
 from nanovllm.runners.memory import (
+    ModelShape,
     allocate_kv_cache,
     attention_config,
     fit_kv_cache,
     kv_cache_bytes,
 )
+
+
+class PagedModel(Protocol):
+    """A network with a KV cache, as far as runners of all kinds look at it."""
+
+    @property
+    def config(self) -> ModelShape:
+        """Its hyper-parameters."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters; the first says where it is, and in which dtype."""
+
+
+ModelT = TypeVar("ModelT", bound=PagedModel)
+HiddenT = TypeVar("HiddenT")
+"""What a forward pass leaves for the tail."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +65,7 @@ class StepRows:
     positions: Tensor
 
 
-class ModelRunner(ABC):
+class ModelRunner(ABC, Generic[ModelT, HiddenT]):
     """Owns a model, its KV cache and the tables indexed by slot; the only one to touch the device.
 
     Subclasses say what a slot holds, what is fed at a position and what becomes of the last one.
@@ -63,7 +80,7 @@ class ModelRunner(ABC):
         max_model_len: Longest sequence, as wanted or as the blocks allow.
     """
 
-    def __init__(self, model: CausalLM, kernels: Kernels, config: EngineConfig) -> None:
+    def __init__(self, model: ModelT, kernels: Kernels, config: EngineConfig) -> None:
         weight = next(model.parameters())
         self.model, self.kernels, self.device = model, kernels, weight.device
         self.block_size = config.block_size or 1
@@ -100,8 +117,8 @@ class ModelRunner(ABC):
                 block_ids, device=self.device
             )
         rows = self._lay_out(batch)
-        hidden = self._forward(rows, self._context(rows))
-        return self._tail(hidden, rows)
+        ctx = self._context(rows)
+        return self._tail(self._forward(rows, ctx), rows, ctx)
 
     @abstractmethod
     def collect(self, handle: Any) -> list[StepResult]:
@@ -116,11 +133,11 @@ class ModelRunner(ABC):
         """Drop what a slot holds; the slot may never have started if its step failed."""
 
     @abstractmethod
-    def _forward(self, rows: StepRows, ctx: ForwardContext) -> Tensor:
-        """Run the model; returns hidden states `[num_tokens, hidden_size]`."""
+    def _forward(self, rows: StepRows, ctx: ForwardContext) -> HiddenT:
+        """Run the model; returns hidden states, each `[num_tokens, hidden_size]`."""
 
     @abstractmethod
-    def _tail(self, hidden: Tensor, rows: StepRows) -> Any:
+    def _tail(self, hidden: HiddenT, rows: StepRows, ctx: ForwardContext) -> Any:
         """Turn the last hidden states of the rows that emit into results; returns a handle."""
 
     def _lay_out(self, batch: Batch) -> StepRows:
@@ -157,6 +174,28 @@ class ModelRunner(ABC):
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return to_device(array, self.device)
+
+
+class HostCopies:
+    """Results on their way to the host, copied while later steps already run.
+
+    Args:
+        tensors: The results.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        # Into pinned memory, which torch allocates for copies that do not block.
+        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._arrived: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> list[npt.NDArray[Any]]:
+        """The results, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [copy.numpy() for copy in self._copies]
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

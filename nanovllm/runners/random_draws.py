@@ -26,3 +26,21 @@ def uniforms(
     draws: npt.NDArray[np.float32] = (words >> np.uint64(40)).astype(np.float32)
     draws *= np.float32(2**-24)
     return draws
+
+
+def gaussians(
+    seeds: UInt64Array, output_positions: UInt64Array, num_values: int
+) -> npt.NDArray[np.float32]:
+    """Standard normal draws for each (seed, output position), `[num_rows, num_values]`.
+
+    The words of a counter, two draws from each (Box & Muller 1958).
+    """
+    counter = np.arange(-(-num_values // 2), dtype=np.uint64)
+    rows = splitmix64(splitmix64(seeds) ^ output_positions)
+    words = splitmix64(rows[:, None] ^ counter)
+    # Halfway between the multiples of 2**-32, so that no logarithm is of zero.
+    radius = np.sqrt(-2 * np.log(((words >> np.uint64(32)) + 0.5) * 2.0**-32))
+    angle = (words & np.uint64(0xFFFFFFFF)) * (2 * np.pi * 2.0**-32)
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+    draws: npt.NDArray[np.float32] = pairs.reshape(len(seeds), -1)[:, :num_values]
+    return draws.astype(np.float32)

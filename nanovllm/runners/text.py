@@ -55,7 +55,7 @@ class TextStep(NamedTuple):
     sampled: Sampled | None
 
 
-class TextRunner(ModelRunner):
+class TextRunner(ModelRunner[CausalLM, Tensor]):
     """Feeds token ids and samples the next.
 
     The ids of a running sequence lie in a table on the device: a step reads its inputs from there
@@ -97,7 +97,7 @@ class TextRunner(ModelRunner):
         hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx)
         return hidden
 
-    def _tail(self, hidden: Tensor, rows: StepRows) -> TextStep:
+    def _tail(self, hidden: Tensor, rows: StepRows, ctx: ForwardContext) -> TextStep:
         self._score_prompts(hidden, rows)
         slots, ends = rows.slots[rows.emits], rows.ends[rows.emits]
         states = [self._slots[slot] for slot in slots.tolist()]
@@ -107,9 +107,9 @@ class TextRunner(ModelRunner):
         sampled = None
         if len(slots):
             last = hidden[self._to_device(rows.last_tokens[rows.emits])]
-            logits = self.model.compute_logits(last, self.kernels)
+            logits = self.model.compute_logits(last, ctx.kernels)
             settings = self._sampling.batch(slots, ends, self._token_ids)
-            sampled = sample(logits, settings, self.kernels)
+            sampled = sample(logits, settings, ctx.kernels)
             # An invalid row's sequence ends when the step is collected; until then any id will do.
             written = torch.where(sampled.valid, sampled.token_ids, 0).to(torch.int32)
             self._token_ids[self._to_device(slots), self._to_device(ends)] = written

@@ -1,6 +1,7 @@
 """The client's end of an engine process: start it, talk to it, notice when it dies or hangs."""
 
 import asyncio
+import itertools
 import logging
 import sys
 import time
@@ -11,17 +12,28 @@ import zmq
 import zmq.asyncio
 
 from nanovllm.engine.llm_engine import EngineStats
-from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
+from nanovllm.errors import (
+    InvalidRequestError,
+    NotEnoughMemoryError,
+    UnavailableError,
+    UnsupportedModelError,
+)
 from nanovllm.worker.load import EngineRequest, WorkerLoad
 from nanovllm.worker.messages import (
     AbortSequences,
+    Answer,
+    CancelCall,
+    EncodeAudio,
     Failed,
     FromWorker,
+    LoadAdapter,
     LogRecord,
     News,
+    PauseSequences,
     Shutdown,
     Start,
     Started,
+    UnloadAdapter,
     decode_from_worker,
     encode,
 )
@@ -31,7 +43,7 @@ logger = logging.getLogger(__name__)
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds a process gets to end by itself."""
 
-START_ERRORS: dict[str, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (
         InvalidRequestError,
@@ -43,7 +55,10 @@ START_ERRORS: dict[str, type[Exception]] = {
         ValueError,
     )
 }
-"""What a worker's failure to start is raised as; anything else is a RuntimeError."""
+"""What a worker's failure is raised as; anything else is a RuntimeError."""
+
+MakeCall = Callable[[int], EncodeAudio | LoadAdapter | UnloadAdapter]
+"""Makes a message that is answered, given the number of the call."""
 
 
 class WorkerClient:
@@ -77,6 +92,8 @@ class WorkerClient:
         self._process: asyncio.subprocess.Process | None = None
         self._context = context
         self._socket: zmq.asyncio.Socket | None = None
+        self._calls: dict[int, asyncio.Future[bytes]] = {}
+        self._call_ids = itertools.count()
         self._num_sent = 0
         self._num_handled = 0
         self._last_sign = 0.0
@@ -123,7 +140,7 @@ class WorkerClient:
             received.cancel()
             died.cancel()
         if isinstance(message, Failed):
-            raise START_ERRORS.get(message.kind, RuntimeError)(message.message)
+            raise ERRORS.get(message.kind, RuntimeError)(message.message)
         if not isinstance(message, Started):
             raise RuntimeError(f"a worker answers with Started, got {type(message).__name__}")
         self.started = message
@@ -134,8 +151,8 @@ class WorkerClient:
         """Take news until the process is dead or of no use any more, and return what happened.
 
         Args:
-            step_timeout: Seconds without a sign of life, while there is work, after which it
-                counts as hung.
+            step_timeout: Seconds without a sign of life, while one is due, after which it counts as
+                hung.
         """
         if self._process is None:
             raise RuntimeError("the worker has not been started")
@@ -160,7 +177,13 @@ class WorkerClient:
     @property
     def is_busy(self) -> bool:
         """Whether a sign of life is due: there is work, or something is unanswered."""
-        return bool(self.load.sequences) or self._num_sent > self._num_handled
+        unanswered = bool(self._calls) or self._num_sent > self._num_handled
+        return self.load.num_runnable > 0 or unanswered
+
+    @property
+    def num_calls(self) -> int:
+        """Calls without an answer."""
+        return len(self._calls)
 
     def add(self, request: EngineRequest) -> None:
         """Send a request."""
@@ -172,8 +195,40 @@ class WorkerClient:
         if aborted := [seq_id for seq_id in seq_ids if self.load.close(seq_id)]:
             self._post(encode(AbortSequences(aborted)))
 
-    def give_up(self) -> list[int]:
-        """Drop what it has to do and what it said of itself; returns the sequences it had."""
+    def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
+        """Hold sequences back, or let them go on; those that have ended do not matter."""
+        if known := [seq_id for seq_id in seq_ids if seq_id in self.load.sequences]:
+            self._post(encode(PauseSequences(known, paused)))
+            self.load.pause(known, paused)
+
+    def call(self, make: MakeCall) -> "asyncio.Future[bytes]":
+        """Send a message that is answered, after all that has been sent before it.
+
+        Returns:
+            The answer's data; cancelling it drops the call. It fails as the worker did, or with an
+            `UnavailableError` if the worker dies first.
+        """
+        call_id = next(self._call_ids)
+        self._post(encode(make(call_id)))
+        answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda done: self._cancel(call_id) if done.cancelled() else None)
+        return answer
+
+    def _cancel(self, call_id: int) -> None:
+        """Have a call dropped; it counts until the worker has answered."""
+        if call_id in self._calls:
+            self._post(encode(CancelCall(call_id)))
+
+    def give_up(self, error: UnavailableError) -> list[int]:
+        """Drop what it has to do and what it said of itself; returns the sequences it had.
+
+        Args:
+            error: What is told to those who wait for an answer.
+        """
+        for answer in self._calls.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._calls.clear()
         lost = list(self.load.sequences)
         self.load = WorkerLoad()
         self.stats = EngineStats()
@@ -232,12 +287,23 @@ class WorkerClient:
     async def _receive_news(self) -> None:
         while True:
             message = await self._receive()
-            if isinstance(message, News):
-                self._last_sign = time.monotonic()
+            self._last_sign = time.monotonic()
+            if isinstance(message, Answer):
+                self._take_answer(message)
+            elif isinstance(message, News):
                 self._num_handled = message.num_handled
                 self.stats = message.stats
                 self.load.take(message.outputs)
                 self._on_news(message)
+
+    def _take_answer(self, message: Answer) -> None:
+        answer = self._calls.pop(message.call_id)
+        if answer.done():  # nobody waits for it any more
+            return
+        if message.kind is None:
+            answer.set_result(message.data)
+        else:
+            answer.set_exception(ERRORS.get(message.kind, RuntimeError)(message.message))
 
     async def _hang(self, step_timeout: float) -> None:
         """Return once the engine hangs."""

@@ -62,6 +62,7 @@ class WorkerLoad:
 
     Attributes:
         sequences: Each open sequence's request.
+        paused: Those of them that are held back.
         num_inflight: Requests with an open sequence.
         outstanding_tokens: Positions still to compute: prompts, and outputs as far as expected.
         waiting_tokens: Prompt tokens of the requests without a result yet.
@@ -69,9 +70,15 @@ class WorkerLoad:
 
     def __init__(self) -> None:
         self.sequences: dict[int, EngineRequest] = {}
+        self.paused: set[int] = set()
         self.num_inflight = 0
         self.outstanding_tokens = 0
         self.waiting_tokens = 0
+
+    @property
+    def num_runnable(self) -> int:
+        """Open sequences that are not held back."""
+        return len(self.sequences) - len(self.paused)
 
     def open(self, request: EngineRequest) -> None:
         """Count a request in."""
@@ -94,9 +101,17 @@ class WorkerLoad:
             if output.finish_reason is not None:
                 self.close(output.seq_id)
 
+    def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
+        """Hold open sequences back, or no more."""
+        if paused:
+            self.paused.update(seq_ids)
+        else:
+            self.paused.difference_update(seq_ids)
+
     def close(self, seq_id: int) -> bool:
         """Count a sequence out; False if it is not open."""
         request = self.sequences.pop(seq_id, None)
+        self.paused.discard(seq_id)
         if request is None:
             return False
         request.num_open -= 1

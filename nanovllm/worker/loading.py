@@ -8,10 +8,14 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.select import select_kernels
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.voxcpm.config import VoxCPMConfig, is_speech
+from nanovllm.models.voxcpm.loading import load_speech_model
 from nanovllm.models.weights import load_model, weight_source
 from nanovllm.runners.memory import select_device, select_dtype
+from nanovllm.runners.speech import SpeechRunner
 from nanovllm.runners.text import TextRunner
 
 
@@ -19,7 +23,7 @@ class LoadedEngine(NamedTuple):
     """An engine, its runner, and the options with what was found out filled in."""
 
     engine: LLMEngine
-    runner: TextRunner
+    runner: TextRunner | SpeechRunner
     config: EngineConfig
 
 
@@ -35,15 +39,28 @@ def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
         NotEnoughMemoryError: The model or a single KV block does not fit.
     """
     device = select_device(config.device)
-    model_config = ModelConfig.from_directory(directory)
+    shape = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
+    if config.enable_lora and not isinstance(shape, VoxCPMConfig):
+        raise InvalidRequestError("enable_lora is for speech models alone", "enable_lora")
     config = config.resolved_for(device.type)
-    dtype = select_dtype(config, model_config, device)
+    dtype = select_dtype(config, shape, device)
     config = replace(config, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     kernels = select_kernels(config, device, dtype)
     with kernels.running():
-        source = weight_source(config, directory, dtype)
-        model = load_model(model_config, source, kernels, dtype=dtype, device=device)
-        runner = TextRunner(model, kernels, config)
+        if isinstance(shape, VoxCPMConfig):
+            speech = load_speech_model(config, shape, directory, kernels, dtype, device)
+            runner: TextRunner | SpeechRunner = SpeechRunner(speech, kernels, config)
+        else:
+            source = weight_source(config, directory, dtype)
+            text = load_model(shape, source, kernels, dtype=dtype, device=device)
+            runner = TextRunner(text, kernels, config)
+    return LoadedEngine(_build_engine(config, runner, directory), runner, config)
+
+
+def _build_engine(
+    config: EngineConfig, runner: TextRunner | SpeechRunner, directory: Path
+) -> LLMEngine:
+    """Put blocks, a scheduler and an engine around a runner."""
     scheduler = Scheduler(
         BlockManager(
             runner.num_kv_blocks,
@@ -53,8 +70,9 @@ def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
         ),
         config.max_num_seqs or 1,
         config.max_num_batched_tokens or 1,
+        config.max_loras if config.enable_lora else 0,
     )
-    engine = LLMEngine(
+    return LLMEngine(
         runner,
         scheduler,
         max_model_len=runner.max_model_len,
@@ -62,4 +80,3 @@ def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
         async_scheduling=bool(config.async_scheduling),
         seed=config.seed,
     )
-    return LoadedEngine(engine, runner, config)

@@ -73,6 +73,12 @@ class EncodeAudio(Message):
     audio: bytes
 
 
+class CancelCall(Message):
+    """Drop a call that nobody waits for any more; it is answered all the same, now or earlier."""
+
+    call_id: int
+
+
 class LoadAdapter(Message):
     """Read a LoRA adapter from a directory; answered by `Answer`."""
 
@@ -123,7 +129,8 @@ class Answer(Message):
 
     Args:
         call_id: Which one.
-        data: The latents of `EncodeAudio`, float32 `[num_patches, patch_size, feat_dim]`.
+        data: The latents of `EncodeAudio`, float32 `[num_patches, patch_size, feat_dim]`; the names
+            of the tensors of `LoadAdapter`, one a line.
         kind: Name of the exception's class if it failed.
         message: Its text.
     """
@@ -164,6 +171,7 @@ ToWorker = (
     | AbortSequences
     | PauseSequences
     | EncodeAudio
+    | CancelCall
     | LoadAdapter
     | UnloadAdapter
     | Shutdown

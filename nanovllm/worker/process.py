@@ -18,17 +18,23 @@ import zmq
 from nanovllm.batch import EngineOutput
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidRequestError
+from nanovllm.worker.calls import Callee, Calls
 from nanovllm.worker.messages import (
     AbortSequences,
     AddRequest,
+    CancelCall,
+    EncodeAudio,
     Failed,
     FromWorker,
+    LoadAdapter,
     LogRecord,
     News,
+    PauseSequences,
     Shutdown,
     Start,
     Started,
     ToWorker,
+    UnloadAdapter,
     decode_to_worker,
     encode,
 )
@@ -100,11 +106,19 @@ class EngineLoop:
         engine: The engine.
         link: Where requests come from and news go to.
         queue_coalesce_ms: How long to wait for more requests once one ends an idle time.
+        callee: What calls are for; None where the model knows none.
     """
 
-    def __init__(self, engine: LLMEngine, link: WorkerLink, queue_coalesce_ms: float) -> None:
+    def __init__(
+        self,
+        engine: LLMEngine,
+        link: WorkerLink,
+        queue_coalesce_ms: float,
+        callee: Callee | None = None,
+    ) -> None:
         self._engine = engine
         self._link = link
+        self._calls = Calls(callee, link.send)
         self._coalesce_time = queue_coalesce_ms / 1000
         self._refused: list[EngineOutput] = []
         self._num_handled = 0
@@ -115,15 +129,18 @@ class EngineLoop:
         """Work until the client says `Shutdown`."""
         while self._running:
             self._take_requests()
-            if self._running and self._engine.has_unfinished:
+            if self._running and self._engine.has_work:
+                started = time.perf_counter()
                 self._step()
+                self._calls.advance_after(time.perf_counter() - started)
             else:
+                self._calls.advance_idle()
                 self._report([], 0)
 
     def _take_requests(self) -> None:
-        idle = not self._engine.has_unfinished
-        self._apply(self._link.receive(None if idle else 0))
-        if not idle or not self._engine.has_unfinished:
+        idle = not self._engine.has_work
+        self._apply(self._link.receive(None if idle and not self._calls.is_busy else 0))
+        if not idle or not self._engine.has_work:
             return
         deadline = time.monotonic() + self._coalesce_time
         while self._running and (remaining := deadline - time.monotonic()) > 0:
@@ -137,16 +154,24 @@ class EngineLoop:
             elif isinstance(message, AbortSequences):
                 for seq_id in message.seq_ids:
                     self._engine.abort(seq_id)
+            elif isinstance(message, PauseSequences):
+                self._engine.pause(message.seq_ids, message.paused)
+            elif isinstance(message, EncodeAudio | LoadAdapter | UnloadAdapter):
+                self._calls.take(message)
+            elif isinstance(message, CancelCall):
+                self._calls.cancel(message.call_id)
             elif isinstance(message, Shutdown):
                 self._running = False
 
     def _add(self, request: AddRequest) -> None:
         try:
+            self._calls.check(request)
             self._engine.add(
                 list(request.keys),
                 request.params,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                adapter_id=request.adapter_id,
                 payload=request.payload,
                 first_seq_id=request.first_seq_id,
             )
@@ -207,6 +232,7 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     import torch
 
     from nanovllm.runners.memory import select_device
+    from nanovllm.runners.speech import SpeechRunner
     from nanovllm.worker.loading import load_engine
 
     config = start.config
@@ -225,7 +251,8 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     gc.collect()
     gc.freeze()
     link.send(Started(config, runner.num_kv_blocks, runner.max_model_len))
-    return EngineLoop(engine, link, start.queue_coalesce_ms)
+    callee = runner if isinstance(runner, SpeechRunner) else None
+    return EngineLoop(engine, link, start.queue_coalesce_ms, callee)
 
 
 def visible_device(index: int) -> str:

@@ -89,6 +89,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner_class, self.depth = runner_class, depth
         self.expected: dict[int, Expected] = {}
         self.live: dict[int, Expected] = {}
+        self.paused: set[int] = set()
         self.roots: dict[tuple[int | None, str | None], int] = {}
         self.contents: dict[bytes, list[int]] = {}
 
@@ -216,6 +217,16 @@ class EngineMachine(RuleBasedStateMachine):
         else:
             assert output is None
 
+    @precondition(lambda self: self.expected)
+    @rule(which=st.lists(st.integers(0, 30), max_size=3), paused=st.booleans())
+    def pause(self, which: list[int], paused: bool) -> None:
+        seq_ids = [number % (len(self.expected) + 1) for number in which]
+        self.engine.pause(seq_ids, paused)
+        for seq_id in seq_ids:
+            if self.scheduler.is_open(seq_id):
+                self.paused.discard(seq_id)
+                self.paused |= {seq_id} if paused else set()
+
     @precondition(lambda self: self.live)
     @rule(
         where=st.sampled_from([None, "before", "launch", "collect", None, None, None]),
@@ -250,6 +261,16 @@ class EngineMachine(RuleBasedStateMachine):
         """Nobody starves, and nothing is left behind."""
         if not hasattr(self, "engine"):
             return
+        while self.engine.has_work:
+            self._step()
+            self.check()
+        # What is left is paused, and a step leaves it as it is.
+        assert all(self.scheduler.is_open(seq_id) for seq_id in self.live)
+        num_computed = {seq_id: e.seq.num_computed for seq_id, e in self.live.items()}
+        assert self.engine.step() == []
+        assert num_computed == {seq_id: e.seq.num_computed for seq_id, e in self.live.items()}
+        self.engine.pause(list(self.live), False)
+        self.paused.clear()
         num_steps = sum(expected.seq.max_keys + 1 for expected in self.live.values())
         for _ in range((self.depth + 1) * num_steps + 2):
             if not self.engine.has_unfinished:
@@ -285,12 +306,17 @@ class EngineMachine(RuleBasedStateMachine):
     def _step(self) -> None:
         """Run a step and see that those who come first made progress."""
         scheduler = self.scheduler
-        heads = scheduler.running[:1] or scheduler.waiting[:1]
+        running, waiting = (
+            [seq for seq in queue if seq.seq_id not in self.paused]
+            for queue in (scheduler.running, scheduler.waiting)
+        )
+        at_rest = [
+            (seq, seq.num_computed) for seq in scheduler.running if seq.seq_id in self.paused
+        ]
+        heads = running[:1] or waiting[:1]
         head_computed = [(seq.num_computed, seq.num_positions) for seq in heads]
         decoding = [
-            (seq, seq.num_computed)
-            for seq in scheduler.running
-            if seq.num_positions - seq.num_computed == 1
+            (seq, seq.num_computed) for seq in running if seq.num_positions - seq.num_computed == 1
         ]
         num_preemptions = scheduler.num_preemptions
         for output in self.engine.step():
@@ -301,6 +327,8 @@ class EngineMachine(RuleBasedStateMachine):
         for seq, num_computed in decoding:
             stalled = not seq.finished and seq.num_computed <= num_computed
             assert not stalled or scheduler.num_preemptions > num_preemptions, "a stream stalls"
+        for seq, num_computed in at_rest:
+            assert seq.num_computed in (num_computed, 0), "paused, and has a row"
 
     def _take(self, output: EngineOutput) -> None:
         """Compare news of a sequence with what it becomes when it runs alone."""
@@ -335,6 +363,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert 0 <= output.num_cached < len(expected.prompt)
         self._learn_hashes(expected)
         del self.live[output.seq_id]
+        self.paused.discard(output.seq_id)
 
     def _check_queues(self) -> None:
         scheduler = self.scheduler
@@ -349,9 +378,14 @@ class EngineMachine(RuleBasedStateMachine):
         slots = [seq.slot for seq in running]
         assert sorted(slots + scheduler._free_slots) == list(range(scheduler.max_num_seqs))
         assert all(seq.slot < 0 and not seq.block_table for seq in waiting)
+        assert {seq.seq_id for seq in waiting + running if seq.paused} == self._open_paused()
+        assert scheduler.num_paused == len(self._open_paused())
         adapters = Counter(seq.adapter_id for seq in running if seq.adapter_id is not None)
         assert adapters == scheduler._adapters
         assert len(adapters) <= scheduler.max_num_adapters
+
+    def _open_paused(self) -> set[int]:
+        return {seq_id for seq_id in self.paused if self.scheduler.is_open(seq_id)}
 
     def _check_sequences(self) -> None:
         unreported: dict[int, list[Key]] = {}

@@ -368,3 +368,25 @@ def test_news_carry_what_was_cached_and_when_it_ran() -> None:
     assert outcome.num_cached == BLOCK_SIZE
     assert outcome.scheduled_time is not None
     assert len({output.scheduled_time for output in harness.news[seq_id]}) == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_engine_whose_sequences_are_all_paused_has_nothing_to_do(depth: int) -> None:
+    harness = Harness(depth)
+    first, second = harness.add(), harness.add()
+    for _ in range(2):
+        harness.step()
+    harness.engine.pause([first, second, 99], True)
+    for _ in range(depth):  # what is in flight still comes in
+        assert harness.engine.has_work
+        assert {news.seq_id for news in harness.step()} == {first, second}
+    assert not harness.engine.has_work
+    assert harness.engine.has_unfinished
+    assert harness.step() == []
+    stats = harness.engine.stats()
+    assert (stats.num_paused, stats.num_running) == (2, 2)
+
+    harness.engine.pause([first], False)
+    harness.engine.abort(second)
+    assert [news.finish_reason for news in harness.drain().values()] == ["length", None]
+    assert harness.engine.stats().num_paused == 0

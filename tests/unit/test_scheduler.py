@@ -620,3 +620,156 @@ def test_keys_of_several_kinds_pass_through() -> None:
 
     assert batch.started[0].keys == keys
     assert len(harness.blocks._hash_of_block) == 1
+
+
+def test_a_paused_sequence_gets_no_rows_and_keeps_what_it_holds() -> None:
+    harness = Harness()
+    first, second = harness.add(6), harness.add(6)
+    harness.step()
+    slot, table = first.slot, list(first.block_table)
+
+    harness.scheduler.pause([first.seq_id, 99], True)
+    for _ in range(3):
+        assert lengths(harness.step(), [first, second]) == [0, 1]
+    assert (first.slot, first.block_table) == (slot, table)
+    assert harness.scheduler.num_paused == 1
+
+    harness.scheduler.pause([first.seq_id], False)
+    assert lengths(harness.step(), [first, second]) == [1, 1]
+    assert harness.scheduler.num_preemptions == 0
+
+
+def test_a_prompt_that_waits_or_is_half_computed_can_be_paused() -> None:
+    harness = Harness(max_num_batched_tokens=8)
+    chunked, waiting = harness.add(20), harness.add(4)
+    harness.step()
+    harness.scheduler.pause([chunked.seq_id, waiting.seq_id], True)
+    assert harness.scheduler.schedule() is None
+    assert not harness.scheduler.has_runnable
+    harness.scheduler.pause([waiting.seq_id], False)
+    assert lengths(harness.step(), [chunked, waiting]) == [0, 4]
+    harness.scheduler.pause([chunked.seq_id], False)
+    assert lengths(harness.step(), [chunked, waiting]) == [7, 1]
+
+
+def test_the_results_of_a_paused_sequence_still_come_in() -> None:
+    harness = Harness()
+    seq = harness.add(3)
+    batch = harness.schedule()
+    harness.scheduler.pause([seq.seq_id], True)
+    assert harness.commit(batch)[seq.seq_id].key == 1003
+    assert harness.scheduler.schedule() is None
+
+
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 2}, {"num_blocks": 5}])
+def test_a_paused_sequence_gives_way_to_one_that_can_run(limits: dict[str, int]) -> None:
+    harness = Harness(**limits)
+    first, second = harness.add(6), harness.add(6)
+    harness.step()
+    harness.scheduler.pause([first.seq_id, second.seq_id], True)
+    third = harness.add(6)
+    batch = harness.step()
+    assert lengths(batch, [third]) == [6]
+    # The older one keeps its place: the one of less precedence is enough.
+    assert first.running
+    assert not second.running
+    assert batch.released != []
+    harness.scheduler.abort(third.seq_id)
+    harness.scheduler.pause([first.seq_id, second.seq_id], False)
+    # Of its seven keys, a block was still in the cache.
+    assert lengths(harness.step(), [first, second]) == [1, 3]
+
+
+def test_an_older_one_gives_way_when_it_is_paused_and_nobody_loses_a_step() -> None:
+    harness = Harness(num_blocks=6)
+    first, second, third = harness.add(4), harness.add(3), harness.add(3)
+    harness.step()
+    harness.step()
+    harness.scheduler.pause([first.seq_id], True)
+    while harness.blocks.num_free:
+        harness.step()
+    while first.running:
+        before = second.num_computed, third.num_computed
+        harness.step()
+        assert (second.num_computed, third.num_computed) == (before[0] + 1, before[1] + 1)
+    assert harness.scheduler.num_preemptions == 1
+
+
+def test_a_paused_sequence_lends_its_adapter_slot() -> None:
+    harness = Harness(max_num_adapters=1)
+    first, second = harness.add(3, adapter_id=1), harness.add(3, adapter_id=2)
+    harness.step()
+    assert not second.running
+    harness.scheduler.pause([first.seq_id], True)
+    assert lengths(harness.step(), [second]) == [3]
+    assert not first.running
+
+
+def test_nobody_gives_way_to_one_whose_adapter_still_has_no_room() -> None:
+    harness = Harness(max_num_adapters=1)
+    running, paused = harness.add(3, adapter_id=1), harness.add(3, adapter_id=1)
+    harness.step()
+    harness.scheduler.pause([paused.seq_id], True)
+    other = harness.add(3, adapter_id=2)
+    assert lengths(harness.step(), [running, paused, other]) == [1, 0, 0]
+    assert paused.running
+    assert harness.scheduler.num_preemptions == 0
+    harness.scheduler.pause([running.seq_id], True)
+    assert lengths(harness.step(), [other]) == [3]
+    assert harness.scheduler.num_preemptions == 2
+
+
+def test_the_adapter_of_least_precedence_gives_way() -> None:
+    harness = Harness(max_num_adapters=3)
+    seqs = [harness.add(3, adapter_id=adapter_id) for adapter_id in (1, 2, 3, 2, 1)]
+    harness.step()
+    harness.scheduler.pause([seq.seq_id for seq in seqs if seq.adapter_id != 3], True)
+    other = harness.add(3, adapter_id=4)
+    assert lengths(harness.step(), [seqs[2], other]) == [1, 3]
+    assert [seq.running for seq in seqs] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("adapter_id", [None, 2])
+def test_nobody_gives_way_to_one_that_still_has_no_room(adapter_id: int | None) -> None:
+    harness = Harness(num_blocks=8, max_num_adapters=1)
+    running, paused = harness.add(18), harness.add(3, adapter_id=1)
+    harness.step()
+    harness.scheduler.pause([paused.seq_id], True)
+    waiting = harness.add(10, adapter_id=adapter_id)
+    # Two blocks and the paused one's make three, of which the running one is to have one to grow.
+    assert lengths(harness.step(), [running, paused, waiting]) == [1, 0, 0]
+    assert paused.running
+    harness.scheduler.abort(running.seq_id)
+    assert lengths(harness.step(), [paused, waiting]) == [0, 10]
+
+
+def test_blocks_that_others_hold_too_do_not_count_as_room() -> None:
+    harness = Harness(num_blocks=8)
+    running = harness.add(13, first_key=0)
+    harness.step()
+    paused = harness.add(13, first_key=0)
+    harness.step()
+    assert paused.num_cached == 12
+    harness.scheduler.pause([paused.seq_id], True)
+    # Three are free; the paused one would give back its last block, and its block of growth.
+    too_long, fits = harness.add(13), harness.add(12)
+    assert lengths(harness.step(), [running, paused, too_long, fits]) == [1, 0, 0, 0]
+    assert harness.scheduler.num_preemptions == 0
+    harness.scheduler.abort(too_long.seq_id)
+    assert lengths(harness.step(), [running, fits]) == [1, 12]
+    assert not paused.running
+
+
+def test_a_paused_sequence_can_be_aborted() -> None:
+    harness = Harness()
+    running, waiting = harness.add(3), harness.add(3)
+    harness.scheduler.pause([waiting.seq_id], True)
+    harness.step()
+    harness.scheduler.pause([running.seq_id], True)
+    for seq in (running, waiting):
+        news = harness.scheduler.abort(seq.seq_id)
+        assert news is not None
+        assert news.finish_reason == "abort"
+    assert harness.scheduler.num_paused == 0
+    assert not harness.scheduler.has_unfinished
+    assert harness.blocks.num_free == harness.blocks.num_blocks

@@ -1,6 +1,7 @@
 """The link and the books of a worker, without a process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,23 +9,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm import EngineConfig, SamplingParams
-from nanovllm.batch import EngineOutput, TextPayload, TextRequest, TokenScores
+from nanovllm.batch import (
+    EngineOutput,
+    Key,
+    SpeechPayload,
+    SpeechRequest,
+    TextPayload,
+    TextRequest,
+    TokenScores,
+)
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import EngineStats, LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import InvalidRequestError
+from nanovllm.worker.calls import IDLE_SLICE, STEP_SHARE, Calls
 from nanovllm.worker.load import EXPECTED_OUTPUT_TOKENS, EngineRequest, WorkerLoad
 from nanovllm.worker.messages import (
     AbortSequences,
     AddRequest,
+    Answer,
+    CancelCall,
+    EncodeAudio,
     Failed,
     FromWorker,
+    LoadAdapter,
     LogRecord,
     News,
+    PauseSequences,
     Shutdown,
     Start,
     Started,
     ToWorker,
+    UnloadAdapter,
     decode_from_worker,
     decode_to_worker,
     encode,
@@ -43,7 +59,12 @@ SCORES = TextPayload(TokenScores([1, 2], [-0.5, -1.0], 1), [None, TokenScores([3
     [
         Start(EngineConfig(model="m", hf_token="secret"), "/dir", 1, [0, 2], 2.0),
         AddRequest(5, [1, 2, 3], PARAMS, -1, "salt", TextRequest(frozenset({1}), ((2, 3),))),
+        AddRequest(5, [1, b"patch", 101], PARAMS, 0, None, SpeechRequest(b"1234", 1.5), 3),
         AbortSequences([1, 2]),
+        PauseSequences([1, 2], True),
+        EncodeAudio(1, b"samples"),
+        LoadAdapter(2, 7, "/dir"),
+        UnloadAdapter(3, 7),
         Shutdown(),
     ],
 )
@@ -61,11 +82,14 @@ def test_what_goes_to_a_worker_comes_out_as_it_went_in(message: ToWorker) -> Non
                 EngineOutput(1, 42, SCORES, None, None, 16, 1.5),
                 EngineOutput(2, b"digest", None, "stop", "END", 0, None),
                 EngineOutput(3, None, None, "error", 7),
+                EngineOutput(4, b"digest", SpeechPayload(b"audio", b"latents"), "length"),
             ],
             EngineStats(num_running=3),
             17,
             2,
         ),
+        Answer(1, b"latents"),
+        Answer(2, kind="InvalidRequestError", message="no"),
         LogRecord("nanovllm.x", 20, "hello"),
     ],
 )
@@ -151,11 +175,13 @@ class FakeLink:
         self.sent.append(message)
 
 
-def make_loop(script: list[list[ToWorker]]) -> tuple[EngineLoop, FakeLink, AsyncFakeRunner]:
+def make_loop(
+    script: list[list[ToWorker]], callee: "FakeCallee | None" = None
+) -> tuple[EngineLoop, FakeLink, AsyncFakeRunner]:
     runner = AsyncFakeRunner(64, 4, 4, 16, 32)
     engine = LLMEngine(runner, Scheduler(BlockManager(64, 4), 4, 16), max_model_len=32)
     link = FakeLink(script)
-    return EngineLoop(engine, link, 0), link, runner  # type: ignore[arg-type]
+    return EngineLoop(engine, link, 0, callee), link, runner  # type: ignore[arg-type]
 
 
 def add(first_seq_id: int, num_prompt: int = 3, **params: Any) -> AddRequest:
@@ -248,3 +274,214 @@ def test_steps_that_all_fail_end_the_worker(pauses: list[list[ToWorker]]) -> Non
     runner.fail_launch = set(range(100))
     with pytest.raises(InjectedError):
         loop.run()
+
+
+def test_a_loop_whose_sequences_are_all_paused_waits() -> None:
+    loop, link, runner = make_loop(
+        [
+            [add(0, max_tokens=3), add(1, max_tokens=3)],
+            [PauseSequences([0, 1, 9], True)],
+            [],
+            [PauseSequences([1], False)],
+            [],
+        ]
+    )
+    loop.run()
+    assert link.timeouts == [None, 0, None, None, 0, None]
+    assert outcomes(link) == {1: "length"}
+    last = link.sent[-1]
+    assert isinstance(last, News)
+    assert (last.stats.num_paused, last.stats.num_running) == (1, 1)
+    assert runner.num_launched == 3
+
+
+class FakeEncoding:
+    """A recording whose frames each take so many seconds of a clock that stands otherwise."""
+
+    def __init__(
+        self, clock: "FakeClock", num_frames: int, frame_time: float, fails: bool = False
+    ) -> None:
+        self.clock, self.num_frames_left, self.frame_time = clock, num_frames, frame_time
+        self.fails = fails
+        self.slices: list[int] = []
+
+    def advance(self, num_frames: int) -> None:
+        if self.fails:
+            raise RuntimeError("a bug")
+        assert 1 <= num_frames <= self.num_frames_left
+        self.num_frames_left -= num_frames
+        self.clock.now += num_frames * self.frame_time
+        self.slices.append(num_frames)
+
+    def latents(self) -> bytes:
+        return b"latents of %d" % sum(self.slices)
+
+
+class FakeClock:
+    """Time that passes when somebody says so."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class FakeCallee:
+    """Encodes what is registered by its audio; its adapters are a dictionary."""
+
+    def __init__(self) -> None:
+        self.encodings: dict[bytes, FakeEncoding] = {}
+        self.adapters: FakeAdapters | None = FakeAdapters()
+
+    def check(self, keys: Sequence[Key], payload: object) -> None:
+        if 99 in keys:
+            raise InvalidRequestError(f"99 with {payload!r:.20}")
+
+    def encode(self, audio: bytes) -> FakeEncoding:
+        if audio not in self.encodings:
+            raise InvalidRequestError("no such audio")
+        return self.encodings[audio]
+
+
+class FakeAdapters(dict[int, Path]):
+    """Adapters as they come from directories."""
+
+    def load(self, adapter_id: int, directory: Path) -> list[str]:
+        if directory == Path("missing"):
+            raise FileNotFoundError("nothing there")
+        if directory == Path("broken"):
+            raise RuntimeError("a bug")
+        self[adapter_id] = directory
+        return ["a", "b"]
+
+    def unload(self, adapter_id: int) -> None:
+        del self[adapter_id]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    clock = FakeClock()
+    monkeypatch.setattr("nanovllm.worker.calls.time", clock)
+    return clock
+
+
+def make_calls(callee: FakeCallee | None) -> tuple[Calls, list[Answer]]:
+    answers: list[Answer] = []
+    return Calls(callee, answers.append), answers
+
+
+@pytest.mark.parametrize("frame_time", [0.001, 0.003, 0.05])
+def test_a_recording_gets_its_share_of_the_steps(clock: FakeClock, frame_time: float) -> None:
+    callee = FakeCallee()
+    callee.encodings[b"a"] = FakeEncoding(clock, 100, frame_time)
+    calls, answers = make_calls(callee)
+    calls.take(EncodeAudio(5, b"a"))
+    num_steps = 0
+    while calls.is_busy:
+        begun = clock.now
+        calls.advance_after(0.1)
+        num_steps += 1
+        assert clock.now - begun <= max(frame_time, STEP_SHARE * 0.1) + 1e-9
+    assert answers == [Answer(5, b"latents of 100")]
+    assert clock.now == pytest.approx(100 * frame_time)
+    share = clock.now / (0.1 * num_steps)
+    assert 0.8 * STEP_SHARE < share < 1.1 * STEP_SHARE
+
+
+def test_recordings_take_turns_and_an_idle_engine_encodes_in_long_slices(clock: FakeClock) -> None:
+    callee = FakeCallee()
+    long = callee.encodings[b"long"] = FakeEncoding(clock, 1000, 0.01)
+    short = callee.encodings[b"short"] = FakeEncoding(clock, 20, 0.01)
+    calls, answers = make_calls(callee)
+    calls.take(EncodeAudio(1, b"long"))
+    calls.take(EncodeAudio(2, b"short"))
+    while not answers:
+        begun = clock.now
+        calls.advance_idle()
+        assert clock.now - begun <= IDLE_SLICE + 1e-9
+    assert answers == [Answer(2, b"latents of 20")]
+    assert sum(long.slices) < 40
+    assert max(short.slices) * 0.01 == pytest.approx(IDLE_SLICE)
+
+
+def test_a_recording_nobody_waits_for_is_dropped_and_answered_once(clock: FakeClock) -> None:
+    callee = FakeCallee()
+    for name in (b"left", b"wanted"):
+        callee.encodings[name] = FakeEncoding(clock, 20, 0.01)
+    loop, link, _ = make_loop(
+        [
+            [EncodeAudio(1, b"left"), EncodeAudio(2, b"wanted")],
+            [CancelCall(1)],
+            *[[]] * 20,
+            [CancelCall(1), CancelCall(2)],
+        ],
+        callee,
+    )
+    loop.run()
+    answers = [sent for sent in link.sent if isinstance(sent, Answer)]
+    assert answers == [Answer(1), Answer(2, b"latents of 20")]
+    assert sum(callee.encodings[b"left"].slices) < 20
+
+
+def test_what_cannot_be_done_is_answered_with_the_error(clock: FakeClock) -> None:
+    callee = FakeCallee()
+    callee.encodings[b"fails"] = FakeEncoding(clock, 2, 1, fails=True)
+    calls, answers = make_calls(callee)
+    calls.take(EncodeAudio(1, b"unknown"))
+    calls.take(LoadAdapter(2, 7, "missing"))
+    calls.take(LoadAdapter(3, 7, "broken"))
+    calls.take(EncodeAudio(4, b"fails"))
+    calls.advance_idle()
+    kinds = [(answer.call_id, answer.kind) for answer in answers]
+    assert kinds == [
+        (1, "InvalidRequestError"),
+        (2, "FileNotFoundError"),
+        (3, "RuntimeError"),
+        (4, "RuntimeError"),
+    ]
+    assert answers[1].message == "nothing there"
+    assert not calls.is_busy
+
+
+def test_a_model_without_speech_answers_that_it_has_none() -> None:
+    calls, answers = make_calls(None)
+    calls.take(EncodeAudio(1, b""))
+    calls.take(UnloadAdapter(2, 7))
+    assert [answer.kind for answer in answers] == ["InvalidRequestError"] * 2
+
+
+def test_adapters_come_and_go_and_a_request_needs_its_own() -> None:
+    callee = FakeCallee()
+    calls, answers = make_calls(callee)
+    adapted = AddRequest(0, [5], PARAMS, 0, None, SpeechRequest(), 7)
+    with pytest.raises(InvalidRequestError, match="adapter with id 7 is not loaded"):
+        calls.check(adapted)
+    calls.take(LoadAdapter(1, 7, "/lora"))
+    calls.check(adapted)
+    calls.take(UnloadAdapter(2, 7))
+    with pytest.raises(InvalidRequestError):
+        calls.check(adapted)
+    assert answers == [Answer(1, b"a\nb"), Answer(2)]
+
+
+def test_what_the_runner_cannot_start_ends_alone() -> None:
+    bad = AddRequest(1, [99], SamplingParams(), 0, None, TextRequest())
+    loop, link, _ = make_loop([[add(0), bad]], FakeCallee())
+    loop.run()
+    assert outcomes(link)[1] == "error"
+
+
+def test_the_loop_encodes_between_steps_and_looks_at_its_link_meanwhile(clock: FakeClock) -> None:
+    callee = FakeCallee()
+    callee.encodings[b"a"] = encoding = FakeEncoding(clock, 500, IDLE_SLICE / 10)
+    script: list[list[ToWorker]] = [[EncodeAudio(8, b"a")], [], [add(0)]]
+    loop, link, _ = make_loop(script + [[]] * 200, callee)
+    loop.run()
+    answer = next(index for index, sent in enumerate(link.sent) if isinstance(sent, Answer))
+    assert link.sent[answer] == Answer(8, b"latents of 500")
+    assert outcomes(link) == {0: "length"}
+    assert len(encoding.slices) > 20
+    # It waits for nothing as long as there is something to encode, and then for a request.
+    assert link.timeouts[0] is None
+    assert set(link.timeouts[1 : answer - 1]) == {0}
+    assert link.timeouts[-1] is None

@@ -1,0 +1,322 @@
+"""Speech: positions hold text tokens or patches, the last one of a row yields a patch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nanovllm.batch import (
+    UNUSABLE_PATCH,
+    Key,
+    SlotStart,
+    SpeechPayload,
+    SpeechRequest,
+    StepResult,
+    Stop,
+    patch_key,
+)
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.attention_backend import IntArray
+from nanovllm.kernels.kernels import Kernels
+from nanovllm.layers.context import ForwardContext
+from nanovllm.models.adapters import AdapterTable
+from nanovllm.models.voxcpm.model import VoxCPM
+from nanovllm.runners.model_runner import HostCopies, ModelRunner, StepRows
+from nanovllm.runners.random_draws import gaussians
+from nanovllm.runners.voice_encoding import VoiceEncoding
+
+AUDIO = -1
+"""Stands for a patch among token ids."""
+
+SETTINGS = np.dtype(
+    [
+        ("num_prompt", np.int64),
+        ("num_known", np.int64),
+        ("seed", np.uint64),
+        ("cfg_value", np.float32),
+        ("num_timesteps", np.int64),
+        ("temperature", np.float32),
+    ]
+)
+"""A slot's row in the table of numbers. `num_known` counts the keys when the sequence started."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechSlot:
+    """What a running sequence owns besides its rows in the tables.
+
+    Args:
+        request: What was asked for, and the patches generated so far.
+        token_ids: What stood at its positions when it started, `AUDIO` for patches, `[num_known]`.
+        patches: These patches, on the device, `[num_patches, patch_size, feat_dim]`.
+        patch_numbers: Which of them a position holds, where it holds one, `[num_known]`.
+    """
+
+    request: SpeechRequest
+    token_ids: IntArray
+    patches: Tensor
+    patch_numbers: IntArray
+
+
+class SpeechHidden(NamedTuple):
+    """Hidden states of a step's positions, of the base and of the residual language model."""
+
+    lm: Tensor
+    residual: Tensor
+
+
+class Generated(NamedTuple):
+    """What the tail made of the rows that emit.
+
+    Args:
+        patches: float32 `[num_rows, patch_size, feat_dim]`.
+        audio: Their sound, float32 `[num_rows, samples_per_patch]`.
+        stops: Whether the stop head says that the speech ends here, `[num_rows]`.
+        valid: Whether patch and sound are finite, `[num_rows]`.
+    """
+
+    patches: Tensor
+    audio: Tensor
+    stops: Tensor
+    valid: Tensor
+
+
+class SpeechStep(NamedTuple):
+    """A step in flight: the rows that emit, and what they yield."""
+
+    slots: list[int]
+    states: list[SpeechSlot]
+    patch_indices: list[int]
+    generated: HostCopies | None
+
+
+class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
+    """Feeds token ids and patches and generates the next patch, with its sound.
+
+    The last patch of each running sequence lies in a table on the device: a step reads it as input
+    and as the condition of the next patch, which it writes there; so the next step can start before
+    the host has seen it. What the host has seen is kept with the request: a sequence that was
+    preempted goes on from there.
+
+    Attributes:
+        adapters: The LoRA adapters, if there is room for them.
+        noise_source: Draws the noise of a patch from (seed, patch index), float32
+            `[patch_size, feat_dim]`, in place of our own.
+    """
+
+    def __init__(self, model: VoxCPM, kernels: Kernels, config: EngineConfig) -> None:
+        num_slots = config.max_num_seqs or 1
+        # Before the KV cache, which takes of the memory what is left.
+        self._vae, self._vae_state = model.vae, model.vae.new_decoder_state(num_slots)
+        super().__init__(model, kernels, config)
+        shape = model.config
+        self._patch_shape = (shape.patch_size, shape.feat_dim)
+        self._last_patches = torch.zeros(num_slots, *self._patch_shape, device=self.device)
+        self._settings = np.zeros(num_slots, SETTINGS)
+        self._slots: dict[int, SpeechSlot] = {}
+        self.adapters: AdapterTable | None = None
+        if config.lora is not None:
+            self.adapters = AdapterTable(model, config.lora, num_slots, model.dtype, self.device)
+        self.noise_source: Callable[[int, int], Tensor] | None = None
+
+    def check(self, keys: Sequence[Key], payload: object) -> None:
+        """See that a sequence can start: in a step it would take others along.
+
+        Args:
+            keys: The prompt's keys.
+            payload: The `SpeechRequest`.
+
+        Raises:
+            InvalidRequestError: It cannot; the message says why.
+        """
+        if not isinstance(payload, SpeechRequest):
+            raise InvalidRequestError("this is a speech model: it takes speech requests alone")
+        vocab_size = self.model.config.vocab_size
+        if any(isinstance(key, int) and not 0 <= key < vocab_size for key in keys):
+            raise InvalidRequestError(f"a token id is not in the vocabulary of {vocab_size}")
+        num_patches = sum(isinstance(key, bytes) for key in keys)
+        size = 4 * self._patch_shape[0] * self._patch_shape[1]
+        if len(payload.latents) != num_patches * size:
+            raise InvalidRequestError(
+                f"{num_patches} audio positions need {num_patches * size} bytes of latents, got "
+                f"{len(payload.latents)}",
+                "latents",
+            )
+        if not np.isfinite(np.frombuffer(payload.latents, dtype=np.float32)).all():
+            raise InvalidRequestError("the latents have values that are NaN or infinite", "latents")
+
+    def encode(self, audio: bytes) -> VoiceEncoding:
+        """Begin to encode a recording.
+
+        Args:
+            audio: float32 mono samples at the encoder's rate, padded to whole patches.
+
+        Raises:
+            InvalidRequestError: It is empty, not padded or not finite.
+        """
+        return VoiceEncoding(self._vae, self.kernels, self.device, self._patch_shape[0], audio)
+
+    def _start_slot(self, start: SlotStart) -> None:
+        slot, request = start.slot, cast(SpeechRequest, start.payload)
+        if self.adapters is not None:
+            self.adapters.start(slot, start.adapter_id)
+        # Patches of steps that were in flight when it was preempted have not become keys.
+        del request.generated[len(start.keys) - start.num_prompt_keys :]
+        token_ids = np.array([key if isinstance(key, int) else AUDIO for key in start.keys])
+        is_audio = token_ids == AUDIO
+        content = np.frombuffer(request.latents + b"".join(request.generated), dtype=np.float32)
+        patches = self._to_device(content.reshape(-1, *self._patch_shape).copy())
+        if len(patches) != is_audio.sum():
+            raise ValueError(f"{len(patches)} patches for {is_audio.sum()} audio positions")
+        self._slots[slot] = SpeechSlot(request, token_ids, patches, is_audio.cumsum() - 1)
+        self._settings[slot] = (
+            start.num_prompt_keys,
+            len(start.keys),
+            start.seed,
+            request.cfg_value,
+            request.inference_timesteps,
+            request.temperature,
+        )
+        self._go_on_from(slot, is_audio, patches)
+
+    def _go_on_from(self, slot: int, is_audio: npt.NDArray[np.bool_], patches: Tensor) -> None:
+        """Set up what depends on the audio that a sequence ends with so far, if it does.
+
+        That is the recording which the speech continues, and what has been said of it.
+        """
+        text = (~is_audio).nonzero()[0]
+        num_trailing = len(is_audio) - (int(text[-1]) + 1 if len(text) else 0)
+        trailing = patches[len(patches) - num_trailing :]
+        self._last_patches[slot] = trailing[-1] if num_trailing else 0.0
+        self._vae.prime(trailing.flatten(0, 1), self._vae_state, slot)
+
+    def _release_slot(self, slot: int) -> None:
+        self._slots.pop(slot, None)
+        if self.adapters is not None:
+            self.adapters.release(slot)
+
+    def _forward(self, rows: StepRows, ctx: ForwardContext) -> SpeechHidden:
+        ctx = self._with_adapters(ctx, np.repeat(rows.slots, rows.lengths))
+        token_ids, is_audio, patches = self._inputs(rows)
+        return SpeechHidden(*self.model(token_ids, is_audio, patches, rows.positions, ctx))
+
+    def _inputs(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids and audio mask by token, and the patches at the audio positions, in order."""
+        num_tokens = len(rows.positions)
+        token_ids = np.zeros(num_tokens, dtype=np.int64)
+        is_audio = np.ones(num_tokens, dtype=np.bool_)
+        # What a sequence had when it started is fed from there, all after that as it is made.
+        prefills = (rows.starts < self._settings["num_known"][rows.slots]).nonzero()[0]
+        pool = [self._last_patches]
+        sources = np.repeat(rows.slots, rows.lengths)  # which patch of the pool a token takes
+        num_pooled = len(self._last_patches)
+        for row in prefills.tolist():
+            state = self._slots[int(rows.slots[row])]
+            known = slice(int(rows.starts[row]), int(rows.ends[row]))
+            last = int(rows.last_tokens[row]) + 1
+            tokens = slice(last - int(rows.lengths[row]), last)
+            is_audio[tokens] = state.token_ids[known] == AUDIO
+            token_ids[tokens] = state.token_ids[known].clip(0)
+            sources[tokens] = num_pooled + state.patch_numbers[known]
+            pool.append(state.patches)
+            num_pooled += len(state.patches)
+        patches = torch.cat(pool)[self._to_device(sources[is_audio])]
+        return self._to_device(token_ids), self._to_device(is_audio), patches
+
+    def _tail(self, hidden: SpeechHidden, rows: StepRows, ctx: ForwardContext) -> SpeechStep:
+        slots = rows.slots[rows.emits]
+        settings = self._settings[slots]
+        indices = rows.ends[rows.emits] - settings["num_prompt"]
+        generated = None
+        if len(slots):
+            last = self._to_device(rows.last_tokens[rows.emits])
+            at_end = SpeechHidden(hidden.lm[last], hidden.residual[last])
+            generated = HostCopies(self._generate(at_end, slots, settings, indices, ctx))
+        states = [self._slots[slot] for slot in slots.tolist()]
+        return SpeechStep(slots.tolist(), states, indices.tolist(), generated)
+
+    def _generate(
+        self,
+        hidden: SpeechHidden,
+        slots: IntArray,
+        settings: npt.NDArray[np.void],
+        indices: IntArray,
+        ctx: ForwardContext,
+    ) -> Generated:
+        """Denoise, decode and keep the next patch of each row."""
+        device_slots = self._to_device(slots)
+        cond = self._last_patches[device_slots]
+        noise = self._noise(settings, indices)
+        patches = torch.empty_like(noise)
+        for num_timesteps in np.unique(settings["num_timesteps"]).tolist():
+            of_group = (settings["num_timesteps"] == num_timesteps).nonzero()[0]
+            rows = self._to_device(of_group)
+            patches[rows] = self.model.sample(
+                hidden.lm[rows],
+                hidden.residual[rows],
+                cond[rows],
+                noise[rows],
+                torch.from_numpy(settings["cfg_value"][of_group]),
+                num_timesteps,
+                self._with_adapters(ctx, slots[of_group]),
+            )
+        stop_logits = self.model.stop_logits(hidden.lm, self._with_adapters(ctx, slots))
+        stops = stop_logits.argmax(-1) == 1
+        # The sequence of an invalid row ends when the step is collected; until then it must not
+        # leave anything in the state or the cache that others could meet.
+        finite = patches.isfinite().flatten(1).all(1)
+        patches = torch.where(finite[:, None, None], patches, 0)
+        audio = self._vae.decode(patches, self._vae_state, device_slots)
+        self._last_patches[device_slots] = patches
+        return Generated(patches, audio, stops, finite & audio.isfinite().all(1))
+
+    def _with_adapters(self, ctx: ForwardContext, slots: IntArray) -> ForwardContext:
+        """The context of rows that belong to these slots."""
+        return ctx if self.adapters is None else replace(ctx, lora=self.adapters.batch(slots))
+
+    def _noise(self, settings: npt.NDArray[np.void], indices: IntArray) -> Tensor:
+        """Where the sampler starts, float32 `[num_rows, patch_size, feat_dim]`."""
+        seeds = settings["seed"]
+        if self.noise_source is None:
+            size = self._patch_shape[0] * self._patch_shape[1]
+            draws = gaussians(seeds, indices.astype(np.uint64), size)
+        else:
+            pairs = zip(seeds.tolist(), indices.tolist(), strict=True)
+            draws = np.stack([self.noise_source(*pair).numpy().ravel() for pair in pairs])
+        noise = self._to_device(draws * settings["temperature"][:, None])
+        return noise.view(-1, *self._patch_shape)
+
+    def collect(self, handle: SpeechStep) -> list[StepResult]:
+        """Wait for a step and return one result for each row that emits, in row order."""
+        if handle.generated is None:
+            return []
+        patches, audio, stops, valid = handle.generated.wait()
+        return [
+            self._result(slot, state, index, patches[row], audio[row], stops[row])
+            if valid[row]
+            else StepResult(slot, b"", Stop("error", UNUSABLE_PATCH))
+            for row, (slot, state, index) in enumerate(
+                zip(handle.slots, handle.states, handle.patch_indices, strict=True)
+            )
+        ]
+
+    def _result(
+        self,
+        slot: int,
+        state: SpeechSlot,
+        patch_index: int,
+        patch: npt.NDArray[np.float32],
+        audio: npt.NDArray[np.float32],
+        stops: bool,
+    ) -> StepResult:
+        latents = patch.tobytes()
+        # A sequence that has left its slot meanwhile goes on from what it had.
+        if self._slots.get(slot) is state:
+            state.request.generated.append(latents)
+        stop = Stop("stop") if stops and patch_index > state.request.min_len else None
+        return StepResult(slot, patch_key(latents), stop, SpeechPayload(audio.tobytes(), latents))
