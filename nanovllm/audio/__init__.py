@@ -1,0 +1,1 @@
+"""Recordings in, speech out: files, resampling, containers, voices, and a model's text side."""
