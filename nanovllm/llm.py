@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import progress_bar
+from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import Prompt
@@ -48,7 +49,8 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         directory = resolve_model(config)
         self._frontend = TextFrontend(directory, config)
-        self.engine, self._runner, self.config = load_engine(config, directory)
+        self.engine, runner, self.config = load_engine(config, directory)
+        self._runner = cast(TextRunner, runner)
         self._inputs = self._frontend.input_processor(self._runner.max_model_len)
         self._outputs = self._frontend.output_processor()
         self._request_ids = itertools.count()

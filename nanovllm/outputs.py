@@ -1,5 +1,6 @@
 """What a user gets back. Names and fields are vLLM's."""
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 
@@ -73,6 +74,15 @@ class RequestOutput:
         return all(output.finished for output in self.outputs)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far, of all completions."""
+        return sum(len(output.token_ids) for output in self.outputs)
+
+    @property
     def finish_reason(self) -> str | None:
         return self.outputs[0].finish_reason
 
@@ -97,3 +107,52 @@ class RequestOutput:
             raise KeyError(f"{name!r}; only 'text' and 'token_ids' can be read so")
         value: str | list[int] = getattr(self.outputs[0], name)
         return value
+
+
+@dataclass(slots=True)
+class SpeechOutput:
+    """A request for speech, and how far it is.
+
+    Args:
+        request_id: Its name.
+        text: What is spoken.
+        sample_rate: Of its sound, in Hz.
+        num_prompt_tokens: Positions of the prompt: text, and patches of recordings.
+        metrics: When what happened.
+        num_target_tokens: Tokens of `text` alone.
+        num_patches: Patches generated so far.
+        num_samples: Samples they are decoded to.
+        unread: Sound of the latest patches, until a stream has handed it on: float32 samples.
+        latents: Each patch's latents, float32 `[patch_size, feat_dim]`; None unless asked for.
+        finish_reason: "stop", "length", "abort", "error", or None while unfinished.
+        stop_reason: The text of an error.
+        num_cached_tokens: Positions of the prompt that came from the prefix cache.
+    """
+
+    request_id: str
+    text: str
+    sample_rate: int
+    num_prompt_tokens: int
+    metrics: RequestMetrics
+    num_target_tokens: int = 0
+    num_patches: int = 0
+    num_samples: int = 0
+    unread: deque[bytes] = field(default_factory=deque, repr=False)
+    latents: list[bytes] | None = field(default=None, repr=False)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions generated so far: patches."""
+        return self.num_patches
+
+    @property
+    def duration(self) -> float:
+        """Seconds of sound so far."""
+        return self.num_samples / self.sample_rate

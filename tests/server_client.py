@@ -1,16 +1,20 @@
 """Requests to a server in this process, and what comes of them."""
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from nanovllm.config import ServerConfig
+from nanovllm.audio.containers import encode_audio
+from nanovllm.config import ServerConfig, SpeechConfig
 from nanovllm.server.app import create_app
 from tests.fake_llm import FakeLLM
+from tests.fake_speech import FakeSpeech
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -19,6 +23,27 @@ HI = [{"role": "user", "content": "Hi"}]
 
 def build(llm: FakeLLM, **options: Any) -> FastAPI:
     return create_app(ServerConfig(**options), llm=llm)  # type: ignore[arg-type]
+
+
+def build_speech(
+    speech: FakeSpeech,
+    llm: FakeLLM | None = None,
+    options: SpeechConfig | None = None,
+    **server: Any,
+) -> FastAPI:
+    """A server that speaks, and with a text model writes, too."""
+    config, models = ServerConfig(**server), {"llm": llm, "speaker": speech}
+    return create_app(config, speech=options or SpeechConfig(), **models)  # type: ignore[arg-type]
+
+
+def recording(seconds: float = 0.5, rate: int = 16000) -> bytes:
+    """A WAV of a tone."""
+    times = np.arange(int(seconds * rate)) / rate
+    return encode_audio("wav", rate, (0.5 * np.sin(2764 * times)).astype(np.float32))
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def post(client: TestClient, path: str, **body: Any) -> Any:
@@ -31,7 +56,7 @@ def post(client: TestClient, path: str, **body: Any) -> Any:
 def refused(client: TestClient, path: str, **body: Any) -> dict[str, Any]:
     """A bad request's error."""
     response = client.post(path, json=body)
-    assert response.status_code == 400, response.text
+    assert response.status_code == 400, response.text[:300]
     error: dict[str, Any] = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"

@@ -18,13 +18,22 @@ from cyclopts.config import Dict, Yaml
 from nanovllm import __version__
 from nanovllm.cli.bench import offline, quality
 from nanovllm.cli.bench import serve as bench_serve
+from nanovllm.cli.bench_speech import speech
 from nanovllm.cli.chat import chat
 from nanovllm.cli.control import drain, health, metrics, warm
 from nanovllm.cli.doctor import doctor
 from nanovllm.cli.generate import generate
 from nanovllm.cli.options import environment
 from nanovllm.cli.serve import serve
-from nanovllm.config import ALIASES, EngineConfig, Options, PoolConfig, ServerConfig
+from nanovllm.cli.speak import speak
+from nanovllm.config import (
+    ALIASES,
+    EngineConfig,
+    Options,
+    PoolConfig,
+    ServerConfig,
+    SpeechConfig,
+)
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 
 USAGE_ERROR = 2
@@ -42,12 +51,14 @@ app = App(
 app.command(serve, default_parameter=Parameter(negative_iterable=(), consume_multiple=True))
 app.command(generate)
 app.command(chat)
+app.command(speak)
 app.command(doctor)
 
 benches = App(name="bench", help="Measure the engine on this machine.")
 benches.command(offline)
 benches.command(quality)
 benches.command(bench_serve, name="serve")
+benches.command(speech)
 app.command(benches)
 
 # `--endpoint` is the socket here, not the hub that the environment may set under that name.
@@ -76,7 +87,7 @@ def launch(
     app["serve"].config = [
         _check_one_model,
         *file,
-        _environment(EngineConfig, PoolConfig, ServerConfig),
+        _environment(EngineConfig, PoolConfig, ServerConfig, SpeechConfig),
     ]
     app(_canonical(tokens), result_action="return_value", end_of_options_delimiter="--")
 

@@ -2,26 +2,26 @@
 
 import json as json_format
 import sys
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from nanovllm.bench.offline import make_workload, run_offline
 from nanovllm.bench.quality import quality_options, reference_config, run_quality
 from nanovllm.bench.serve_config import ServeConfig
+from nanovllm.cli.facts import hardware, listed, milliseconds, show_facts, versions
 from nanovllm.cli.options import DEFAULT_CONFIG, Engine, open_llm
 from nanovllm.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nanovllm.bench.machine import Machine
     from nanovllm.bench.offline import OfflineResult
     from nanovllm.bench.quality import QualityResult
     from nanovllm.bench.serve import ServeResult
-    from nanovllm.bench.stats import Distribution, LoadResult
+    from nanovllm.bench.stats import LoadResult
 
 LoadTest = Annotated[ServeConfig, Parameter(name="*")]
 DEFAULT_LOAD = ServeConfig()
@@ -169,9 +169,9 @@ def _show(result: "OfflineResult") -> None:
     facts = {
         "engine": f"{result.num_steps} steps, {result.num_preemptions} preemptions, "
         f"{result.num_cached_tokens} cached tokens",
-        "settings": _listed(result.settings),
+        "settings": listed(result.settings),
     }
-    _show_facts(console, _hardware(result.machine) | facts | _versions(result.machine))
+    show_facts(console, hardware(result.machine) | facts | versions(result.machine))
 
 
 def _show_quality(result: "QualityResult") -> None:
@@ -192,8 +192,8 @@ def _show_quality(result: "QualityResult") -> None:
     table.add_row("same most likely token", "", f"{result.agreement:.2%}", "")
     table.add_row("KL divergence, nats", "", f"{result.kl_divergence:.5f}", "")
     console.print(table)
-    facts = {"reference": _listed(result.reference), "model": _listed(result.settings)}
-    _show_facts(console, _hardware(result.machine) | facts | _versions(result.machine))
+    facts = {"reference": listed(result.reference), "model": listed(result.settings)}
+    show_facts(console, hardware(result.machine) | facts | versions(result.machine))
 
 
 def _show_serve(result: "ServeResult") -> None:
@@ -206,9 +206,9 @@ def _show_serve(result: "ServeResult") -> None:
         if len(result.loads) == 1:
             _show_load(console, load)
         _show_doubts(console, load)
-    facts = {"server": _listed(result.server), "settings": _listed(result.settings)}
-    hardware = {f"{name} of the client": value for name, value in _hardware(result.machine).items()}
-    _show_facts(console, facts | hardware | _versions(result.machine))
+    facts = {"server": listed(result.server), "settings": listed(result.settings)}
+    client = {f"{name} of the client": value for name, value in hardware(result.machine).items()}
+    show_facts(console, facts | client | versions(result.machine))
 
 
 def _show_load(console: "Console", result: "LoadResult") -> None:
@@ -220,7 +220,7 @@ def _show_load(console: "Console", result: "LoadResult") -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, words in LATENCIES.items():
-        table.add_row(f"{words} ({name.upper()})", *_milliseconds(getattr(result, name)))
+        table.add_row(f"{words} ({name.upper()})", *milliseconds(getattr(result, name)))
     console.print(table)
     facts = {
         "requests": f"{result.num_completed} of {result.num_requests} in {result.duration:.2f} s",
@@ -232,7 +232,7 @@ def _show_load(console: "Console", result: "LoadResult") -> None:
     if result.goodput is not None:
         good = f"{result.num_good} of {result.num_requests}"
         facts["goodput"] = f"{result.goodput:.2f} requests/s, {good}"
-    _show_facts(console, facts)
+    show_facts(console, facts)
 
 
 def _show_sweep(console: "Console", results: "list[LoadResult]") -> None:
@@ -246,7 +246,7 @@ def _show_sweep(console: "Console", results: "list[LoadResult]") -> None:
     for result in results:
         latencies = []
         for figures in (result.ttft, result.tpot, result.e2e):
-            _, p50, _, p99, _ = _milliseconds(figures)
+            _, p50, _, p99, _ = milliseconds(figures)
             latencies += [p50, p99]
         goodput = "-" if result.goodput is None else f"{result.goodput:.2f}"
         rates = f"{result.request_throughput:.2f}", f"{result.output_throughput:.1f}"
@@ -255,18 +255,14 @@ def _show_sweep(console: "Console", results: "list[LoadResult]") -> None:
     console.print(table)
 
 
-def _milliseconds(figures: "Distribution | None") -> list[str]:
-    return ["-"] * 5 if figures is None else [f"{value * 1e3:.1f}" for value in astuple(figures)]
-
-
 def _show_doubts(console: "Console", result: "LoadResult") -> None:
     """Say what went wrong, and whether the client was fit to measure."""
     facts = {}
     if result.errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.errors.items())
         facts[f"failed ({result.load})"] = f"{kinds}; the first: {result.first_error}"
-    _, p50, _, p99, most = _milliseconds(result.loop_lag)
-    _, _, _, _, late = _milliseconds(result.late)
+    _, p50, _, p99, most = milliseconds(result.loop_lag)
+    _, _, _, _, late = milliseconds(result.late)
     client = (
         f"{result.client_cpu:.0%} of a core, event loop late by p50 {p50} p99 {p99} max {most} ms, "
         f"requests sent up to {late} ms late"
@@ -274,23 +270,4 @@ def _show_doubts(console: "Console", result: "LoadResult") -> None:
     if result.is_client_slow:
         client += "; TOO SLOW to trust these latencies: give it a core or lower the load"
     facts[f"client ({result.load})"] = client
-    _show_facts(console, facts)
-
-
-def _hardware(machine: "Machine") -> dict[str, str]:
-    parts = [f"{machine.cpu_model}, {machine.num_cores} cores", *(g.name for g in machine.gpus)]
-    return {"hardware": "; ".join(parts)}
-
-
-def _versions(machine: "Machine") -> dict[str, str]:
-    return {"versions": ", ".join(f"{name} {value}" for name, value in machine.versions.items())}
-
-
-def _listed(settings: dict[str, Any]) -> str:
-    given = {name: value for name, value in settings.items() if value is not None}
-    return ", ".join(f"{name}={value}" for name, value in given.items())
-
-
-def _show_facts(console: "Console", facts: dict[str, str]) -> None:
-    for name, value in facts.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    show_facts(console, facts)

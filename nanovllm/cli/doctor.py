@@ -65,11 +65,13 @@ def _describe_machine(machine: "Machine") -> dict[str, str]:
 
 
 def _describe_fit(fit: "Fit") -> dict[str, str]:
+    num_vae = fit.num_vae_parameters
+    autoencoder = f", and {num_vae / 1e6:,.1f} M of the autoencoder" if num_vae else ""
     return {
         "model": fit.model,
         "architecture": fit.architecture,
         "device, kernels, dtype": f"{fit.device}, {fit.kernels}, {fit.dtype}",
-        "parameters": f"{fit.num_parameters / 1e6:,.1f} M",
+        "parameters": f"{fit.num_parameters / 1e6:,.1f} M{autoencoder}",
         "weights": f"{fit.weight_bytes / MIB:,.1f} MiB",
         "KV cache": f"{fit.kv_bytes_per_token / 1024:,.1f} KiB a token, "
         f"up to {fit.kv_cache_bytes / MIB:,.0f} MiB",

@@ -55,7 +55,9 @@ def generate(
             write_stream(llm.stream(text, params))
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
+def read_prompt(
+    prompt: str | None, file: Path | None, example: str = 'nanovllm generate "Once upon a time"'
+) -> str:
     """Return the prompt from where it was given, without the newline that ends a file."""
     if prompt is not None:
         if file is not None:
@@ -63,8 +65,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return prompt
     if file is None and sys.stdin.isatty():
         raise InvalidRequestError(
-            'no prompt: give one in quotes, as in nanovllm generate "Once upon a time", '
-            "or --file, or pipe it in",
+            f"no prompt: give one in quotes, as in {example}, or --file, or pipe it in",
             "prompt",
         )
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter, Token
 
-from nanovllm.config import EngineConfig, Options, PoolConfig, ServerConfig
+from nanovllm.config import EngineConfig, Options, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -59,22 +59,32 @@ class SamplingFlags:
 DEFAULT_SAMPLING = SamplingFlags()
 
 
-def _numbers(kind: type, tokens: Sequence[Token]) -> list[int]:  # noqa: ARG001
+def numbers(kind: type, tokens: Sequence[Token]) -> list[int]:  # noqa: ARG001
     """Read `0,1` as well as `0 1`."""
     return [int(number) for token in tokens for number in token.value.split(",")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolFlags(PoolConfig):  # noqa: D101  # PoolConfig's docstring is the help
-    devices: Annotated[list[int] | None, Parameter(converter=_numbers)] = None
+    devices: Annotated[list[int] | None, Parameter(converter=numbers)] = None
 
 
 PoolFlags.__doc__ = PoolConfig.__doc__
 DEFAULT_POOL = PoolFlags()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechFlags(SpeechConfig):  # noqa: D101  # SpeechConfig's docstring is the help
+    speech_devices: Annotated[list[int] | None, Parameter(converter=numbers)] = None
+
+
+SpeechFlags.__doc__ = SpeechConfig.__doc__
+DEFAULT_SPEECH = SpeechFlags()
 DEFAULT_SERVER = ServerConfig()
 
 Server = Annotated[ServerConfig, Parameter(name="*", group=Group("Server", sort_key=2))]
 Pool = Annotated[PoolFlags, Parameter(name="*", group=Group("Pool", sort_key=4))]
+Speech = Annotated[SpeechFlags, Parameter(name="*", group=Group("Speech", sort_key=5))]
 Engine = Annotated[EngineConfig, Parameter(name="*", group=Group("Engine", sort_key=3))]
 Sampling = Annotated[SamplingFlags, Parameter(name="*", group=Group("Sampling", sort_key=2))]
 

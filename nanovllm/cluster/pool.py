@@ -17,8 +17,10 @@ from typing import Protocol
 
 import zmq.asyncio
 
+from nanovllm.cluster.admission import Admission
 from nanovllm.cluster.router import make_router, policy_name
 from nanovllm.cluster.stats import WorkerStats
+from nanovllm.cluster.worker import Worker, share_of_cpus
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.engine.block_manager import root_hash
 from nanovllm.errors import (
@@ -28,9 +30,8 @@ from nanovllm.errors import (
     OverloadedError,
     UnavailableError,
 )
-from nanovllm.kernels.cpu.threads import usable_cpus
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.worker.client import WorkerClient
+from nanovllm.worker.client import MakeCall, WorkerClient
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import News, Start, Started
 
@@ -57,51 +58,8 @@ class PoolListener(Protocol):
     def on_lost(self, seq_ids: Iterable[int], error: UnavailableError) -> None:
         """These sequences have ended without a result."""
 
-    def on_restarted(self, worker: "Worker") -> None:
+    def on_restarted(self, worker: Worker) -> None:
         """An engine that had died runs again, with an empty cache."""
-
-
-class Worker:
-    """A place in the pool, and the engine process that fills it."""
-
-    def __init__(self, index: int, client: WorkerClient) -> None:
-        self.index = index
-        self.client = client
-        self.state = "starting"
-        self.num_restarts = 0
-
-    @property
-    def num_inflight(self) -> int:
-        return self.client.load.num_inflight
-
-    @property
-    def num_open_sequences(self) -> int:
-        return len(self.client.load.sequences)
-
-    @property
-    def outstanding_tokens(self) -> int:
-        return self.client.load.outstanding_tokens
-
-    @property
-    def num_kv_blocks(self) -> int:
-        return 0 if self.client.started is None else self.client.started.num_kv_blocks
-
-    @property
-    def block_size(self) -> int:
-        started = self.client.started
-        return 1 if started is None else started.config.block_size or 1
-
-    def stats(self) -> WorkerStats:
-        return WorkerStats(
-            self.index,
-            self.state,
-            self.client.pid,
-            self.num_restarts,
-            self.num_inflight,
-            self.num_open_sequences,
-            self.outstanding_tokens,
-            self.client.stats,
-        )
 
 
 class EnginePool:
@@ -115,7 +73,11 @@ class EnginePool:
     """
 
     def __init__(
-        self, config: PoolConfig, engine: EngineConfig, directory: Path, listener: PoolListener
+        self,
+        config: PoolConfig,
+        engine: EngineConfig,
+        directory: Path,
+        listener: PoolListener,
     ) -> None:
         self.config = config
         self.draining = False
@@ -123,12 +85,14 @@ class EnginePool:
         self._engine_config = engine
         self._directory = directory
         self._listener = listener
+        self._closed = False
         self._router = make_router(self._effective_policy(engine))
         self._workers: list[Worker] = []
         self._line: deque[EngineRequest] = deque()
         self._supervisors: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
+        self._num_held = 0
         self._context = zmq.asyncio.Context()
         self._sockets = _private_directory()
         self._num_processes = 0
@@ -189,7 +153,8 @@ class EnginePool:
         Args:
             force: Whether to kill the processes without asking them to end.
         """
-        self.draining = True
+        self.draining = self._closed = True
+        error = NotReadyError("the engines are being shut down")
         if self._expiry is not None:
             self._expiry.cancel()
         for supervisor in self._supervisors:
@@ -198,8 +163,8 @@ class EnginePool:
         lost = [seq_id for request in self._line for seq_id in request.seq_ids]
         self._line.clear()
         for worker in self._workers:
-            lost += worker.client.give_up()
-        self._lose(lost, NotReadyError("the engines are being shut down"))
+            lost += worker.client.give_up(error)
+        self._lose(lost, error)
         clients = [worker.client for worker in self._workers]
         await asyncio.gather(*(client.kill() if force else client.stop() for client in clients))
         for worker in self._workers:
@@ -209,6 +174,8 @@ class EnginePool:
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Take no more requests, and wait until those in flight have ended.
+
+        Those that follow on one in flight, such as the next sentence of a text, are part of it.
 
         Returns:
             Whether all have ended within `timeout` seconds.
@@ -224,19 +191,35 @@ class EnginePool:
         self._next_seq_id += num_sequences
         return first
 
-    def admit(self, num_sequences: int, num_tokens: int) -> None:
+    def admission(self) -> Admission:
+        """Make what requests that follow one another are admitted by."""
+        return Admission(self._hold)
+
+    def admit(
+        self, num_sequences: int, num_tokens: int, admission: Admission | None = None
+    ) -> None:
         """Check that the queue takes so many more sequences with so many prompt tokens.
+
+        Args:
+            num_sequences: How many.
+            num_tokens: Of their prompts.
+            admission: What they belong to; it is opened. If it is open already they get in.
 
         Raises:
             InvalidRequestError: They would not fit an empty queue either.
             OverloadedError: They do not fit it now.
             NotReadyError: No engine runs, or the pool is draining.
         """
+        if admission is not None and admission.is_open:
+            self._check_running()
+            return
+        self.check_ready()
+        self._check_room(num_sequences, num_tokens)
+        if admission is not None:
+            admission.open()
+
+    def _check_room(self, num_sequences: int, num_tokens: int) -> None:
         ready = [worker.client.started for worker in self.ready_workers if worker.client.started]
-        if self.draining:
-            raise NotReadyError("the server is shutting down: send the request to another one")
-        if not ready:
-            raise NotReadyError("no engine is running: one is being started", 5.0)
         per_engine = ready[0].config.max_num_seqs or 1
         most = self._capacity(per_engine * len(self._workers))
         if num_sequences > most:
@@ -304,9 +287,67 @@ class EnginePool:
                 self._line.remove(request)
         self._move_line()
 
+    def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
+        """Hold sequences back in their engines, or let them go on."""
+        seq_ids = list(seq_ids)
+        for worker in self._workers:
+            worker.client.pause(seq_ids, paused)
+
+    async def call_any(self, make: MakeCall) -> bytes:
+        """Have the engine with the least to do answer a call; returns the answer's data.
+
+        Raises:
+            NotReadyError: No engine runs, or the pool is draining.
+            EngineDeadError: The engine died before it answered.
+        """
+        self.check_ready()
+        least = min(self.ready_workers, key=lambda w: (w.client.num_calls, w.outstanding_tokens))
+        return await self._answered(least, make)
+
+    async def call_all(self, make: MakeCall) -> list[bytes]:
+        """Have every engine that runs answer a call; returns their answers' data.
+
+        An engine that dies before it answers does not count: another one will take its place.
+
+        Raises:
+            NotReadyError: No engine runs, or the pool is draining.
+            EngineDeadError: All of them died.
+        """
+        self.check_ready()
+        calls = [self._answered(worker, make) for worker in self.ready_workers]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        for error in errors:
+            if not isinstance(error, UnavailableError) or len(errors) == len(calls):
+                raise error
+        return [answer for answer in answers if isinstance(answer, bytes)]
+
     def worker_stats(self) -> list[WorkerStats]:
         """Each worker as of now."""
         return [worker.stats() for worker in self._workers]
+
+    async def _answered(self, worker: Worker, make: MakeCall) -> bytes:
+        self._idle.clear()
+        try:
+            return await worker.client.call(make)
+        finally:
+            self._move_line()
+
+    def check_ready(self) -> None:
+        """See that the pool takes anything new.
+
+        Raises:
+            NotReadyError: No engine runs, or the pool is draining.
+        """
+        if self.draining:
+            raise NotReadyError("the server is shutting down: send the request to another one")
+        self._check_running()
+
+    def _check_running(self) -> None:
+        if self._closed:
+            raise NotReadyError("the engines are being shut down")
+        if not self.ready_workers:
+            raise NotReadyError("no engine is running: one is being started", 5.0)
 
     def _effective_policy(self, engine: EngineConfig) -> str:
         """The policy, but one that hashes no prompts where that is for nothing."""
@@ -336,7 +377,8 @@ class EnginePool:
             started = time.monotonic()
             ending = await worker.client.run(self.config.step_timeout)
             worker.state = "dead"
-            lost = worker.client.give_up()
+            error = EngineDeadError("the engine died while it worked on this; try again")
+            lost = worker.client.give_up(error)
             logger.error(
                 "engine %d died (%s) with %d sequences; another one is started",
                 worker.index,
@@ -344,7 +386,7 @@ class EnginePool:
                 len(lost),
             )
             # Whoever waits must not wait for a process that is stuck to be reaped.
-            self._lose(lost, EngineDeadError("the engine died while it worked on this; try again"))
+            self._lose(lost, error)
             self._router.forget(worker.index)
             await worker.client.kill()
             if time.monotonic() - started > STABLE_AFTER:
@@ -392,8 +434,17 @@ class EnginePool:
             request = self._line.popleft()
             worker = self._router.pick(targets, request.keys, self._root(request))
             self._send(request, worker)
-        if not self.num_open_sequences:
+        num_calls = sum(worker.client.num_calls for worker in self._workers)
+        if not (self.num_open_sequences or num_calls or self._num_held):
             self._idle.set()
+
+    def _hold(self, held: bool) -> None:
+        """Have a drain wait for what is still to come, or no more."""
+        self._num_held += 1 if held else -1
+        if held:
+            self._idle.clear()
+        else:
+            self._move_line()
 
     def _send(self, request: EngineRequest, worker: Worker) -> None:
         num_cached = self._router.sent(worker, request.keys, self._root(request))
@@ -401,7 +452,8 @@ class EnginePool:
         worker.client.add(request)
 
     def _root(self, request: EngineRequest) -> bytes:
-        return root_hash(str(self._directory), None, request.message.cache_salt)
+        message = request.message
+        return root_hash(str(self._directory), message.adapter_id, message.cache_salt)
 
     def _expire(self) -> None:
         """Refuse the requests that have waited in line for too long, now and when it is time."""
@@ -426,18 +478,6 @@ class EnginePool:
         """Completions let in when so many can run at a time."""
         queued = self.config.max_num_queued_reqs
         return num_running + (QUEUED_PER_RUNNING * num_running if queued is None else queued)
-
-
-def share_of_cpus(index: int, num_shares: int) -> list[int] | None:
-    """The CPUs of one of several engines that share this machine; None for a single one.
-
-    With fewer CPUs than engines some engines share one.
-    """
-    cpus = usable_cpus()
-    if num_shares == 1 or not cpus:
-        return None
-    first, last = (len(cpus) * i // num_shares for i in (index, index + 1))
-    return cpus[first:last] or [cpus[index % len(cpus)]]
 
 
 def _private_directory() -> "tempfile.TemporaryDirectory[str]":

@@ -1,4 +1,4 @@
-"""Options of engine, pool and server, and the only place that reads the environment."""
+"""Options of engine, pool, server and speech, and the only place that reads the environment."""
 
 from nanovllm.config.engine import (
     DEFAULT_BLOCK_SIZE,
@@ -10,6 +10,7 @@ from nanovllm.config.engine import (
 from nanovllm.config.options import ALIASES, Options, split_options
 from nanovllm.config.pool import PoolConfig
 from nanovllm.config.server import RESERVED_TEMPLATE_NAMES, ServerConfig
+from nanovllm.config.speech import SpeechConfig
 
 __all__ = [
     "ALIASES",
@@ -22,5 +23,6 @@ __all__ = [
     "Options",
     "PoolConfig",
     "ServerConfig",
+    "SpeechConfig",
     "split_options",
 ]

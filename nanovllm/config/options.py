@@ -37,6 +37,9 @@ class Options:
     environment_aliases: ClassVar[Mapping[str, str]] = {}
     """The family's variables besides `NANOVLLM_<OPTION>`; the first one set wins."""
 
+    removed_variables: ClassVar[Mapping[str, str]] = {}
+    """Variables that the family has given up, and what there is instead."""
+
     @classmethod
     def names(cls) -> list[str]:
         return [option.name for option in fields(cls)]  # type: ignore[arg-type]
@@ -57,9 +60,15 @@ class Options:
         """Build from `NANOVLLM_<OPTION>` and the family's variables.
 
         Raises:
-            InvalidRequestError: A value cannot be read as its option's type or is out of range.
+            InvalidRequestError: A value cannot be read as its option's type or is out of range, or
+                a variable is no longer supported.
         """
         environ = os.environ if environ is None else environ
+        for variable, instead in cls.removed_variables.items():
+            if environ.get(variable):
+                raise InvalidRequestError(
+                    f"environment variable {variable} is no longer supported: {instead}", variable
+                )
         hints = get_type_hints(cls)
         variables = {f"NANOVLLM_{name.upper()}": name for name in cls.names()}
         variables |= {f"NANOVLLM_SERVERPOOL_{name.upper()}": name for name in cls.names()}

@@ -30,6 +30,9 @@ class PoolConfig(Options):
             others to start in the same step.
         step_timeout: Seconds without a step, while there is work, after which an engine counts as
             hung and is started anew.
+        max_unread_seconds: Seconds of speech that a request may be ahead of its reader; it is held
+            back from then on.
+        unread_timeout: Seconds without a read after which a request that is held back is ended.
         adaptive_max_new_tokens: Whether `max_tokens` shrinks while many requests are in flight.
         adaptive_max_inflight_threshold: From how many; None is the number of engines.
         adaptive_max_new_tokens_factor: To which share, at least 0.1.
@@ -51,6 +54,8 @@ class PoolConfig(Options):
     max_num_queued_tokens: int | None = None
     queue_coalesce_ms: float = 2.0
     step_timeout: float = 300.0
+    max_unread_seconds: float = 30.0
+    unread_timeout: float = 60.0
     adaptive_max_new_tokens: bool = False
     adaptive_max_inflight_threshold: int | None = None
     adaptive_max_new_tokens_factor: float = 0.8
@@ -76,7 +81,8 @@ class PoolConfig(Options):
         self._check_range(0, "max_num_queued_reqs", "max_num_queued_tokens")
         self._check_range(0, "adaptive_max_inflight_threshold")
         self._check_range(0, "queue_coalesce_ms", high=50)
-        self._check_range(0.001, "step_timeout")
+        self._check_range(0.001, "step_timeout", "unread_timeout")
+        self._check_range(1, "max_unread_seconds")
         self._check_range(0.1, "adaptive_max_new_tokens_factor", high=1)
         devices = self.devices
         if devices is not None and (

@@ -39,11 +39,14 @@ class ServerConfig(Options):
         served_model_name: Names that requests may use; the first is the one that responses have.
             None is the model's own.
         api_key: Keys, one of which a request has to bring; None lets everybody in.
+        admin_key: Key for what changes the server, such as its LoRA adapters; None lets nobody.
+        lora_dir: Directory below which the adapters lie that may be loaded while it serves.
         allowed_origins: Origins that browsers may call from; none by default.
         default_chat_template_kwargs: JSON object of what chat templates read besides the
             messages, such as `{"enable_thinking": false}`.
         chat_template_kwarg_names: Names a request may set in `chat_template_kwargs`.
         max_body_size: Bytes of a request's body.
+        max_audio_body_size: The same for requests that may bring a recording.
         max_headers: Headers of a request.
         max_header_size: Bytes of a request line and its headers.
         request_timeout: Seconds a client may take to send a request.
@@ -71,10 +74,13 @@ class ServerConfig(Options):
     root_path: str = ""
     served_model_name: list[str] | None = None
     api_key: list[str] | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    lora_dir: str | None = None
     allowed_origins: list[str] | None = None
     default_chat_template_kwargs: str | None = None
     chat_template_kwarg_names: list[str] | None = None
     max_body_size: int = 4 << 20
+    max_audio_body_size: int = 16 << 20
     max_headers: int = 256
     max_header_size: int = 64 << 10
     request_timeout: float = 30.0
@@ -101,14 +107,16 @@ class ServerConfig(Options):
         object.__setattr__(self, "log_level", str(self.log_level).lower())
         self._check_types()
         self._check_range(0, "port", high=65535)
-        self._check_range(1, "max_body_size", "max_headers", "max_header_size", "max_n")
-        self._check_range(1, "max_stop_strings")
+        self._check_range(1, "max_body_size", "max_audio_body_size", "max_headers")
+        self._check_range(1, "max_header_size", "max_n", "max_stop_strings")
         self._check_range(1, "max_prompts", high=MAX_PROMPTS)
         self._check_range(0.001, "request_timeout", "keep_alive_timeout")
         self._check_range(0.001, "sse_keep_alive_interval")
         self._check_range(0, "shutdown_timeout")
         if any(not key for key in self.api_key or []):
             raise InvalidRequestError("api_key must not be empty", "api_key")
+        if self.admin_key == "":
+            raise InvalidRequestError("admin_key must not be empty", "admin_key")
         self._check_template_kwargs()
         if self.served_model_name is not None and not all(self.served_model_name):
             raise InvalidRequestError("served_model_name must not be empty", "served_model_name")

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.models.model_config import ModelConfig, read_generation_config
+from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
@@ -42,6 +43,12 @@ class TextFrontend:
     """
 
     def __init__(self, directory: Path, config: EngineConfig) -> None:
+        if is_speech(directory):
+            raise UnsupportedModelError(
+                f"{config.model_id} speaks, and does not write: load it with AsyncSpeech or "
+                "VoxCPM.from_pretrained",
+                "model",
+            )
         self.model_config = ModelConfig.from_directory(directory)
         self.tokenizer = _load_tokenizer(directory, config)
         self._generation_config = read_generation_config(directory)

@@ -320,7 +320,7 @@ def test_news_that_cannot_be_taken_end_the_requests_they_were_for() -> None:
             outputs.process = process  # type: ignore[method-assign]
             raise KeyError("a bug")
 
-        outputs.process = broken  # type: ignore[assignment]
+        outputs.process = broken  # type: ignore[method-assign]
         with pytest.raises(EngineDeadError):
             await finish(stream)
         while not llm.is_ready:

@@ -426,6 +426,30 @@ def test_what_fits_is_what_the_engine_takes(checkpoint: Callable[[str], Path]) -
         assert fit.max_model_len == llm.engine.max_model_len
 
 
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_what_fits_of_a_speech_model_is_what_its_engine_takes(
+    kind: str, speech_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nanovllm.bench.fit import work_out_fit
+    from nanovllm.worker.loading import load_engine
+
+    directory = speech_checkpoint(kind)
+    config = EngineConfig(
+        model=str(directory), device="cpu", dtype="float32", kv_cache_memory_bytes=100_000
+    )
+    fit = work_out_fit(config)
+    loaded = load_engine(config, directory)
+    blocks = loaded.engine.scheduler.block_manager
+    assert fit.num_kv_tokens == blocks.num_blocks * blocks.block_size
+    assert fit.max_model_len == loaded.engine.max_model_len
+    assert fit.num_vae_parameters > 0
+    assert fit.weight_bytes == 4 * (fit.num_parameters + fit.num_vae_parameters)
+    main(["doctor", "--model", str(directory), "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert "autoencoder" in table
+    assert fit.architecture in table
+
+
 def result() -> OfflineResult:
     machine = Machine(
         "Linux", "A CPU", 2, ["AVX2"], 8 << 30, 4 << 30, [], 2, [], {}, {"torch": "2"}

@@ -11,6 +11,7 @@ from nanovllm.config import (
     Options,
     PoolConfig,
     ServerConfig,
+    SpeechConfig,
     split_options,
 )
 from nanovllm.config.server import MAX_PROMPTS
@@ -48,6 +49,15 @@ DEFAULTS: dict[str, Any] = {
     "cpu_threads": None,
     "cpu_isa": "auto",
     "seed": 0,
+    "enable_lora": False,
+    "max_loras": 1,
+    "max_lora_rank": 32,
+    "lora_enable_lm": True,
+    "lora_enable_dit": True,
+    "lora_enable_proj": False,
+    "lora_target_modules_lm": None,
+    "lora_target_modules_dit": None,
+    "lora_target_proj_modules": None,
 }
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("some/model", "some/model"),
@@ -81,6 +91,15 @@ VALUES: dict[str, tuple[str, Any]] = {
     "cpu_threads": ("3", 3),
     "cpu_isa": ("avx2", "avx2"),
     "seed": (" 7 ", 7),
+    "enable_lora": ("true", True),
+    "max_loras": ("4", 4),
+    "max_lora_rank": ("64", 64),
+    "lora_enable_lm": ("false", False),
+    "lora_enable_dit": ("false", False),
+    "lora_enable_proj": ("true", True),
+    "lora_target_modules_lm": ("q_proj, up_proj", ["q_proj", "up_proj"]),
+    "lora_target_modules_dit": ("v_proj", ["v_proj"]),
+    "lora_target_proj_modules": ("enc_to_lm_proj", ["enc_to_lm_proj"]),
 }
 """A value of each option as the environment writes it, and as it is read."""
 POOL_VALUES: dict[str, tuple[str, Any]] = {
@@ -94,6 +113,8 @@ POOL_VALUES: dict[str, tuple[str, Any]] = {
     "max_num_queued_tokens": ("1000", 1000),
     "queue_coalesce_ms": ("0", 0.0),
     "step_timeout": ("10", 10.0),
+    "max_unread_seconds": ("10", 10.0),
+    "unread_timeout": ("10", 10.0),
     "adaptive_max_new_tokens": ("1", True),
     "adaptive_max_inflight_threshold": ("3", 3),
     "adaptive_max_new_tokens_factor": ("0.5", 0.5),
@@ -109,10 +130,13 @@ SERVER_VALUES: dict[str, tuple[str, Any]] = {
     "root_path": ("/llm", "/llm"),
     "served_model_name": ("a,b", ["a", "b"]),
     "api_key": ("secret", ["secret"]),
+    "admin_key": ("secret", "secret"),
+    "lora_dir": ("/adapters", "/adapters"),
     "allowed_origins": ("https://a.example", ["https://a.example"]),
     "default_chat_template_kwargs": ('{"enable_thinking": false}', '{"enable_thinking": false}'),
     "chat_template_kwarg_names": ("enable_thinking", ["enable_thinking"]),
     "max_body_size": ("1000", 1000),
+    "max_audio_body_size": ("2000", 2000),
     "max_headers": ("10", 10),
     "max_header_size": ("1000", 1000),
     "request_timeout": ("5", 5.0),
@@ -128,8 +152,30 @@ SERVER_VALUES: dict[str, tuple[str, Any]] = {
     "log_level": ("INFO", "info"),
     "access_log": ("1", True),
 }
+SPEECH_VALUES: dict[str, tuple[str, Any]] = {
+    "inference_timesteps": ("6", 6),
+    "voices": ("/voices", "/voices"),
+    "default_voice": ("ann", "ann"),
+    "mp3_bitrate_kbps": ("128", 128),
+    "mp3_quality": ("0", 0),
+}
+BESIDE_VALUES: dict[str, tuple[str, Any]] = {
+    "speech_model": ("some/speaker", "some/speaker"),
+    "speech_served_model_name": ("a,b", ["a", "b"]),
+    "speech_devices": ("0, 1", [0, 1]),
+    "speech_dtype": ("float32", "float32"),
+    "speech_quantization": ("int8", "int8"),
+    "speech_max_model_len": ("512", 512),
+    "speech_max_num_seqs": ("4", 4),
+    "speech_max_num_batched_tokens": ("64", 64),
+    "speech_gpu_memory_utilization": ("0.4", 0.4),
+    "speech_cpu_threads": ("2", 2),
+}
+"""Of a speech model beside a text model, which has to be named."""
 OTHERS = [(PoolConfig, name, *value) for name, value in POOL_VALUES.items()] + [
-    (ServerConfig, name, *value) for name, value in SERVER_VALUES.items()
+    (config, name, *value)
+    for config, values in ((ServerConfig, SERVER_VALUES), (SpeechConfig, SPEECH_VALUES))
+    for name, value in values.items()
 ]
 
 
@@ -161,7 +207,25 @@ def test_every_option_of_pool_and_server_is_read_from_the_environment(
         assert getattr(config.from_env({variable: text}), option) == value
 
 
+def test_the_options_of_a_speech_model_beside_another() -> None:
+    environ = {f"NANOVLLM_{name.upper()}": text for name, (text, _) in BESIDE_VALUES.items()}
+    speech = SpeechConfig.from_env(environ)
+    assert {name: getattr(speech, name) for name in BESIDE_VALUES} == {
+        name: value for name, (_, value) in BESIDE_VALUES.items()
+    }
+    base = EngineConfig(model="writer", device="cpu", max_num_seqs=9, quantization="int4")
+    engine = speech.engine(base)
+    assert (engine.model, engine.device, engine.quantization) == ("some/speaker", "cpu", "int8")
+    assert (engine.max_model_len, engine.max_num_seqs, engine.cpu_threads) == (512, 4, 2)
+    plain = SpeechConfig(speech_model="some/speaker").engine(base)
+    assert (plain.device, plain.max_num_seqs, plain.quantization) == ("cpu", None, None)
+    pool = speech.pool(PoolConfig(replicas=3, step_timeout=9, warm_prefixes="a"))
+    assert (pool.devices, pool.num_engines, pool.step_timeout) == ([0, 1], 2, 9)
+    assert pool.warm_prefixes is None
+
+
 def test_all_options_of_pool_and_server_have_a_value_above() -> None:
+    assert SpeechConfig.names() == [*BESIDE_VALUES, *SPEECH_VALUES]
     assert PoolConfig.names() == list(POOL_VALUES)
     assert ServerConfig.names() == list(SERVER_VALUES)
 
@@ -178,6 +242,10 @@ def test_all_options_of_pool_and_server_have_a_value_above() -> None:
         (ServerConfig, {"max_prompts": 16385}, r"max_prompts must be in \[1, 16384\], got 16385"),
         (ServerConfig, {"log_level": "loud"}, "log_level must be one of debug, info"),
         (ServerConfig, {"api_key": [""]}, "api_key must not be empty"),
+        (ServerConfig, {"admin_key": ""}, "admin_key must not be empty"),
+        (SpeechConfig, {"inference_timesteps": 1}, r"inference_timesteps must be in \[2, 100\]"),
+        (SpeechConfig, {"mp3_bitrate_kbps": 8}, r"mp3_bitrate_kbps must be in \[32, 320\]"),
+        (SpeechConfig, {"speech_devices": [0]}, "give speech_model, or devices"),
         (
             ServerConfig,
             {"default_chat_template_kwargs": "[]"},
@@ -200,7 +268,7 @@ def test_a_server_allows_no_more_prompts_than_a_request_can_have() -> None:
 
 
 def test_a_key_does_not_show_where_a_config_is_printed() -> None:
-    assert "secret" not in repr(ServerConfig(api_key=["secret"]))
+    assert "secret" not in repr(ServerConfig(api_key=["secret"], admin_key="secret"))
 
 
 def test_our_own_variable_wins_over_the_family_s() -> None:
@@ -227,6 +295,13 @@ def test_unreadable_variables_are_named(variable: str, text: str, kind: str) -> 
     with pytest.raises(InvalidRequestError) as caught:
         EngineConfig.from_env({variable: text})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("variable", EngineConfig.removed_variables)
+def test_variables_that_the_family_gave_up_are_not_passed_over(variable: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{variable} is no longer supported: set NANO"):
+        EngineConfig.from_env({variable: "hub://adapter"})
+    assert EngineConfig.from_env({variable: ""}) == EngineConfig()
 
 
 @pytest.mark.parametrize(("alias", "option"), ALIASES.items())
@@ -289,6 +364,7 @@ def test_an_option_under_two_names_is_refused() -> None:
             "max_num_batched_tokens=4 must be at least max_num_seqs=8, one position for each "
             "running sequence",
         ),
+        ({"max_loras": 0}, "max_loras must be at least 1, got 0"),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.batch import Batch
 from nanovllm.config import DEMO_MODEL
+from nanovllm.errors import UnsupportedModelError
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.text.input_processor import Prompt
 
@@ -388,3 +389,8 @@ def test_a_mistake_in_the_options_is_told(
         pytest.skip("this machine has CUDA")
     with pytest.raises(error, match=message):
         LLM(**options)
+
+
+def test_a_model_that_speaks_is_sent_elsewhere(speech_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="AsyncSpeech"):
+        LLM(str(speech_checkpoint("v1")), device="cpu")

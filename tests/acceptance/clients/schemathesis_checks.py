@@ -26,6 +26,17 @@ BEYOND_A_SCHEMA = re.compile(
     r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|stop strings)"
     # JSON inside JSON.
     r"|arguments: must be the JSON text of an object"
+    # Speech: recordings inside JSON, voices and adapters that are there, and what goes together.
+    r"|Invalid base64 in|Invalid latent payload in|must be base64 or a data: URL|fetches nothing"
+    r"|the recording|a recording may|cannot decode|the form is cut off|of the form has no name"
+    r"|must be a recording|must be JSON or multipart|is not valid JSON|there is a voice"
+    r"|there is no voice|Prompt with id|are mutually exclusive|wav requires|wav prompt requires"
+    r"|latents prompt requires|not allowed for zero-shot|cannot be provided at the same time"
+    r"|target text must be a non-empty|speed must be 1|instructions are not supported"
+    r"|input may have|retry_badcase needs|ref_text needs|give either voice or ref_audio"
+    r"|Reference audio is not supported|LoRA '.*' is not registered|Runtime LoRA is disabled"
+    r"|Prompt is too long|Request may exceed max_model_len|needs PyAV"
+    r"|named voices need a directory|The model `.*` cannot do this"
 )
 
 

@@ -1,0 +1,5 @@
+"""Where nanovllm-voxcpm has `VoxCPM`."""
+
+from nanovllm.voxcpm import VoxCPM
+
+__all__ = ["VoxCPM"]

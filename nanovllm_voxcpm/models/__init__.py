@@ -1,0 +1,1 @@
+"""Names of nanovllm-voxcpm's models."""

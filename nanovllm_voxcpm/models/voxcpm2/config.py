@@ -1,0 +1,5 @@
+"""Where nanovllm-voxcpm has `LoRAConfig`."""
+
+from nanovllm.lora_config import LoRAConfig
+
+__all__ = ["LoRAConfig"]

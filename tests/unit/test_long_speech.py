@@ -1,0 +1,180 @@
+"""Speech sentence by sentence, without an engine: how it ends, is aborted and is admitted."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from nanovllm.cluster.admission import Admission
+from nanovllm.errors import OverloadedError
+from nanovllm.long_speech import LongSpeech, Sentences
+from nanovllm.loop_thread import LoopThread
+from tests.fake_speech import FakeSpeech
+
+TEXT = "One is here. Two is there. Three."
+
+
+class Spoken:
+    """A text of three sentences as a fake speaks it; sentences wait for `gate`."""
+
+    def __init__(self, num_patches: int = 2) -> None:
+        self.fake = FakeSpeech(num_patches)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_released = 0
+        self.error: Exception | None = None
+        begin: Any = self._begin
+        self.long = LongSpeech(Sentences(TEXT, {}, has_design=False), begin, self._release)
+
+    async def _begin(self, sentence: str, **options: Any) -> Any:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return await self.fake.generate(sentence, **options)
+
+    def _release(self) -> None:
+        self.num_released += 1
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_it_has_not_finished_while_sentences_are_to_come(reason: str) -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        await spoken.long.start()
+        assert not spoken.long.output.finished
+        for number, end in enumerate((None, None, reason), 1):
+            await anext(spoken.long)
+            await anext(spoken.long)
+            for stream in list(spoken.fake._streams.values())[:number]:
+                stream.end(reason)
+            assert spoken.long.output.finish_reason == end
+            assert bool(spoken.num_released) == (number == 3)
+        assert [chunk async for chunk in spoken.long] == []
+        assert len(spoken.fake.asked) == 3
+
+    run(scenario)
+
+
+def test_an_abort_in_a_sentence_leaves_what_there_is_and_begins_no_more() -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        await spoken.long.start()
+        await anext(spoken.long)
+        assert spoken.long.abort()
+        assert not spoken.long.abort()
+        assert spoken.num_released
+        assert [chunk async for chunk in spoken.long] == []
+        assert spoken.long.output.finish_reason == "abort"
+        assert len(spoken.fake.asked) == 1
+        assert spoken.fake.num_open == 0
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_an_abort_between_two_sentences_ends_the_text(is_begun: bool) -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        await spoken.long.start()
+        for _ in range(2):
+            await anext(spoken.long)
+        if not is_begun:
+            spoken.gate.clear()
+        waiting = asyncio.ensure_future(anext(spoken.long, None))
+        for _ in range(5 if not is_begun else 1):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        assert spoken.long.abort()
+        assert await waiting is None
+        assert spoken.long.output.finish_reason == "abort"
+        assert spoken.fake.num_open == 0
+        await spoken.long.aclose()
+
+    run(scenario)
+
+
+def test_a_reader_that_goes_does_not_take_the_next_sentence_along() -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        await spoken.long.start()
+        for _ in range(2):
+            await anext(spoken.long)
+        spoken.gate.clear()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(anext(spoken.long), 0.05)
+        spoken.gate.set()
+        assert len([chunk async for chunk in spoken.long]) == 4
+
+    run(scenario)
+
+
+def test_a_sentence_that_is_refused_ends_the_text_with_that() -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        await spoken.long.start()
+        for _ in range(2):
+            await anext(spoken.long)
+        spoken.error = OverloadedError("the queue is full")
+        with pytest.raises(OverloadedError):
+            await anext(spoken.long)
+        assert spoken.num_released
+        assert [chunk async for chunk in spoken.long] == []
+        assert spoken.long.output.finished
+
+        refused = Spoken()
+        refused.error = OverloadedError("the queue is full")
+        with pytest.raises(OverloadedError):
+            await refused.long.start()
+        assert refused.num_released
+
+    run(scenario)
+
+
+def test_an_admission_holds_once_and_lets_go_when_it_is_dropped() -> None:
+    async def scenario() -> None:
+        held: list[bool] = []
+        admission = Admission(held.append)
+        admission.close()
+        admission.open()
+        admission.open()
+        admission.close()
+        admission.close()
+        assert held == [True, False]
+        admission.open()
+        del admission
+        gc.collect()
+        await asyncio.sleep(0)
+        assert held == [True, False, True, False]
+
+    run(scenario)
+
+
+def test_the_loops_own_thread_does_not_wait_for_what_it_finishes() -> None:
+    loop = LoopThread()
+    ended: list[int] = []
+    in_loop = threading.Event()
+
+    async def end() -> None:
+        ended.append(threading.get_ident())
+        if len(ended) == 2:
+            in_loop.set()
+
+    async def collect() -> int:
+        loop.finish(end())  # as the garbage collector would
+        return threading.get_ident()
+
+    loop.finish(end())
+    assert len(ended) == 1
+    thread = loop.call(collect())
+    assert in_loop.wait(10)
+    assert set(ended) == {thread}
+    loop.close()
+    loop.finish(end())
+    assert len(ended) == 2
