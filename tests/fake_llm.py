@@ -131,6 +131,13 @@ class FakeStream:
             await self.aclose()
         return self.output
 
+    def abort(self) -> bool:
+        """End the request; False if it has ended."""
+        if self.output.finished:
+            return False
+        self._llm.processor.abort(self.output.request_id)
+        return True
+
     def _step(self) -> None:
         llm, params = self._llm, self._item.params
         ids = [*llm.reply_ids, EOS]

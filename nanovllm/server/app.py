@@ -5,32 +5,40 @@ import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import compile_path
 
 from nanovllm import __version__
-from nanovllm.async_llm import AsyncLLM
 from nanovllm.cluster.control import ControlServer
-from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
+from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.errors import InvalidRequestError, UnavailableError
-from nanovllm.server import family, health, info, openai, playground, tokens
-from nanovllm.server.auth import Authenticate
+from nanovllm.server import family, health, info, openai, playground, speech, tokens
+from nanovllm.server.auth import Authenticate, route_path
+from nanovllm.server.control import ControlledServer
 from nanovllm.server.edge import Edge
 from nanovllm.server.errors import to_api_error
 from nanovllm.server.limits import RequestLimits
+from nanovllm.server.loading import load_models
 from nanovllm.server.metrics import Metrics
 from nanovllm.server.openapi import DescribedAPI
 from nanovllm.server.state import ServerState, require_loaded
 
+if TYPE_CHECKING:
+    from nanovllm.async_engine import AsyncEngine
+    from nanovllm.async_llm import AsyncLLM
+    from nanovllm.async_speech import AsyncSpeech
+
 logger = logging.getLogger(__name__)
 
-MODEL_ROUTERS = (openai.router, tokens.router, info.router, family.router)
+MODEL_ROUTERS = (openai.router, tokens.router, info.router, family.router, speech.router)
 HANDLED_ERRORS = (HTTPException, RequestValidationError, InvalidRequestError, UnavailableError)
 
 
@@ -38,8 +46,10 @@ def create_app(
     server: ServerConfig | None = None,
     engine: EngineConfig | None = None,
     pool: PoolConfig | None = None,
+    speech: SpeechConfig | None = None,
     *,
-    llm: AsyncLLM | None = None,
+    llm: "AsyncLLM | None" = None,
+    speaker: "AsyncSpeech | None" = None,
 ) -> FastAPI:
     """Build the application.
 
@@ -47,26 +57,24 @@ def create_app(
         server: Whom it serves, and what it takes at most; None is what the environment says.
         engine: What it serves; likewise.
         pool: How many engines there are; likewise.
-        llm: A model that runs already, in place of `engine` and `pool`; its owner closes it.
+        speech: Whether a speech model is served beside it, and which voices; likewise.
+        llm: A model that runs already, in place of the options; its owner closes it.
+        speaker: A speech model that runs already; likewise.
     """
     server = server or ServerConfig.from_env()
     engine = engine or EngineConfig.from_env()
     pool = pool or PoolConfig.from_env()
-    model_id = engine.model_id if llm is None else llm.model_id
-    metrics = Metrics((server.served_model_name or [model_id])[0])
-    state = ServerState(
-        server,
-        llm or AsyncLLM.from_config(engine, pool, metrics.requests),
-        metrics,
-        loaded=llm is not None,
-    )
-    metrics.watch(state.llm)
+    loaded = llm is not None or speaker is not None
+    state = ServerState(server, speech or SpeechConfig.from_env(), Metrics(), llm, speaker, loaded)
+    state.metrics.watch(state)
+    if not loaded:
+        state.metrics.requests_of((server.served_model_name or [engine.model_id])[0])
     app = DescribedAPI(
         title="nanovllm",
         version=__version__,
         redirect_slashes=False,
-        lifespan=_lifespan if llm is None else None,
-        middleware=_middleware(server, metrics),
+        lifespan=None if loaded else partial(_lifespan, engine=engine, pool=pool),
+        middleware=_middleware(state),
     )
     # Unlike uvicorn's option, right whether or not the proxy strips the prefix.
     app.root_path = server.root_path
@@ -80,9 +88,14 @@ def create_app(
     return app
 
 
-def _middleware(server: ServerConfig, metrics: Metrics) -> list[Middleware]:
+def _middleware(state: ServerState) -> list[Middleware]:
     """The layers around the routes, outermost first."""
-    layers = [Middleware(Edge, metrics=metrics.http)]
+    server = state.config
+
+    def speaks() -> bool:
+        return state.speech_model is not None
+
+    layers = [Middleware(Edge, metrics=state.metrics.http)]
     if server.allowed_origins:  # before the keys: browsers ask for permission without one
         layers.append(
             Middleware(
@@ -93,27 +106,42 @@ def _middleware(server: ServerConfig, metrics: Metrics) -> list[Middleware]:
             )
         )
     if server.api_key:
-        layers.append(Middleware(Authenticate, keys=server.api_key))
-    return [*layers, Middleware(RequestLimits, config=server)]
+        admin = [] if server.admin_key is None else [server.admin_key]
+        layers.append(Middleware(Authenticate, keys=[*server.api_key, *admin]))
+    return [*layers, Middleware(RequestLimits, config=server, takes_audio=speaks)]
 
 
-async def _answer(request: Request, e: Exception) -> Response:  # noqa: ARG001
-    return to_api_error(e).response()
+async def _answer(request: Request, e: Exception) -> Response:
+    error = to_api_error(e)
+    if error.status_code == 405:
+        error.headers = {**(error.headers or {}), "Allow": ", ".join(_methods_of(request))}
+    return error.response()
+
+
+def _methods_of(request: Request) -> list[str]:
+    """The methods of a path; a route knows only its own."""
+    path = route_path(request.scope)
+    return sorted(
+        method
+        for route in iter_route_contexts(request.app.routes)
+        if route.path and compile_path(route.path)[0].match(path)
+        for method in route.methods or ()
+    )
 
 
 @asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Load the model while the socket is already open, so that /health and /ready answer."""
+async def _lifespan(app: FastAPI, engine: EngineConfig, pool: PoolConfig) -> AsyncIterator[None]:
+    """Load the models while the socket is already open, so that /health and /ready answer."""
     state: ServerState = app.state.server
-    loading = asyncio.ensure_future(state.llm.start())
+    loading = asyncio.ensure_future(load_models(state, engine, pool))
     loading.add_done_callback(lambda task: _on_loaded(state, task))
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(state.llm.close)
+        stack.push_async_callback(state.close)
         stack.callback(loading.cancel)
         if state.config.zmq_control:
             control = ControlServer(
                 state.config.zmq_control_endpoint,
-                state.llm,
+                ControlledServer(state),
                 metrics=lambda: health.pool_metrics(state).model_dump(),
             )
             await control.start()
@@ -127,8 +155,9 @@ def _on_loaded(state: ServerState, loading: "asyncio.Future[None]") -> None:
     state.startup_error = e = loading.exception()
     if e is None:
         state.loaded = True
-        for line in _describe(state):
-            logger.info("%s", line)
+        for name, model in state.named_models():
+            for line in _describe(name, model):
+                logger.info("%s", line)
         return
     expected = isinstance(e, ValueError | OSError | RuntimeError | ImportError)
     message = " ".join(str(e).split()) or type(e).__name__
@@ -136,18 +165,17 @@ def _on_loaded(state: ServerState, loading: "asyncio.Future[None]") -> None:
     signal.raise_signal(signal.SIGTERM)  # ends whatever server runs us
 
 
-def _describe(state: ServerState) -> list[str]:
+def _describe(name: str, model: "AsyncEngine[Any]") -> list[str]:
     """What has been loaded, and how much it can take on."""
-    llm = state.llm
-    config, engines = llm.config, llm.stats().workers
+    config, engines = model.config, model.stats().workers
     num_blocks = sum(worker.engine.num_kv_blocks for worker in engines)
     block_size = config.block_size or 1
     plural = "" if len(engines) == 1 else "s"
     return [
-        f"{', '.join(state.model_names)} on {config.device}, {config.dtype}, {len(engines)} "
+        f"{name} on {config.device}, {config.dtype}, {len(engines)} "
         f"engine{plural} of up to {config.max_num_seqs} sequences",
         f"KV cache of {num_blocks:,} blocks, {num_blocks * block_size:,} tokens; a request may "
-        f"have {llm.max_model_len:,}",
+        f"have {model.max_model_len:,}",
     ]
 
 

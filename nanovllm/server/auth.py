@@ -18,6 +18,43 @@ OPEN_PATHS = frozenset({"/health", "/ready", *ASSETS})
 POLICY_VIOLATION = 1008
 
 
+class Keys:
+    """Keys that a request may bring as `Authorization: Bearer KEY`.
+
+    Args:
+        keys: The keys.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        # Digests have one length, so comparing them tells nothing of a key's.
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def admit(self, scope: Scope) -> bool:
+        """Whether a request has one of them."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        credentials = next((value for name, value in headers if name == b"authorization"), b"")
+        scheme, _, key = credentials.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()
+        # All of them, so that the time does not tell which key it was.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def key_needed(what: str) -> APIError:
+    """The error of a request without a valid key."""
+    return APIError(
+        401,
+        f"no valid {what}: send one as 'Authorization: Bearer KEY'",
+        code="invalid_api_key",
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def is_admin(scope: Scope, admin_key: str | None) -> bool:
+    """Whether a request has the admin key; where there is none, nobody has it."""
+    return admin_key is not None and Keys([admin_key]).admit(scope)
+
+
 class Authenticate:
     """Lets a request through if it is for an open path or has one of the keys.
 
@@ -28,8 +65,7 @@ class Authenticate:
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
-        # Digests have one length, so comparing them tells nothing of a key's.
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = Keys(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self._admits(scope):
@@ -37,25 +73,13 @@ class Authenticate:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
-            error = APIError(
-                401,
-                "no valid API key: send one as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await error.response()(scope, receive, send)
+            await key_needed("API key").response()(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         # What the router matches. The URL would not do: its host part is the client's to choose.
         if route_path(scope) in OPEN_PATHS:
             return True
-        headers: list[tuple[bytes, bytes]] = scope["headers"]
-        credentials = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, key = credentials.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # All of them, so that the time does not tell which key it was.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return self._keys.admit(scope)
 
 
 def route_path(scope: Scope) -> str:

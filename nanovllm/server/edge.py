@@ -9,7 +9,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.server.auth import route_path
-from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, to_api_error
+from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, BrokenStreamError, to_api_error
 from nanovllm.server.metrics import HTTPMetrics
 from nanovllm.server.request_id import HEADER, PATTERN
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 UNMATCHED = "unmatched"
 
 NOSNIFF = (b"x-content-type-options", b"nosniff")
+ARRIVAL = "nanovllm.arrival"
 REQUEST_ID = HEADER.lower().encode()
 METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 
@@ -53,10 +54,12 @@ class Edge:
                 message["headers"] = [*headers, *missing]
             await send(message)
 
-        start = time.monotonic()
+        scope[ARRIVAL] = start = time.monotonic()
         self._metrics.inflight.labels(route).inc()
         try:
             await self._app(scope, receive, send_watched)
+        except BrokenStreamError as e:  # what the server that runs us makes of a cut-off answer
+            logger.warning("%s %s is broken off: %s", scope["method"], route, e)
         except Exception as e:  # the last resort
             logger.exception("%s %s failed", scope["method"], route)
             self._metrics.exceptions.labels(route, type(e).__name__).inc()
@@ -75,6 +78,12 @@ class Edge:
             self._templates = [(compile_path(path)[0], path) for path in paths if path]
         path = route_path(scope)
         return next((name for regex, name in self._templates if regex.match(path)), UNMATCHED)
+
+
+def arrival_time(scope: Scope) -> float:
+    """The monotonic time at which a request's head was there, in seconds."""
+    time_of_arrival: float = scope[ARRIVAL]
+    return time_of_arrival
 
 
 def _sent_id(scope: Scope) -> list[tuple[bytes, bytes]]:

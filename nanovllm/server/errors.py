@@ -102,6 +102,10 @@ class APIError(HTTPException):
         return Response(content, self.status_code, self.headers, media_type="application/json")
 
 
+class BrokenStreamError(Exception):
+    """An answer that can neither go on nor say so: its connection is to be broken off."""
+
+
 def to_api_error(e: BaseException) -> APIError:
     """The error that a client is told of an exception, without our internals."""
     if isinstance(e, APIError):

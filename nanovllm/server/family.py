@@ -1,7 +1,8 @@
 """`POST /generate`: what the engines that this one descends from answer there.
 
-One path, three dialects for text, told apart by what the request has:
+One path, and four dialects, told apart by what the request has:
 
+* `target_text`, to speak it: see `speech.generate`. The others are for text.
 * `ignore_eos`, as mini-sglang's clients send it: server-sent events with the bare text, then
   `[DONE]`.
 * `max_tokens`, `temperature`, `top_p`, `stop` or `repetition_penalty`: `{"generated_text": ...}`.
@@ -12,20 +13,21 @@ Where `stream` is given it decides: true is JSON lines, unless `ignore_eos` make
 false is `{"generated_text": ...}`. Errors have a `detail` beside the `error` of our other routes.
 """
 
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from nanovllm.server.errors import ERROR_RESPONSES, APIError, to_api_error
-from nanovllm.server.json_body import JSONRoute
+from nanovllm.server.errors import ERROR_RESPONSES, APIError
+from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.openai.answer import encode, event
 from nanovllm.server.openai.fields import (
+    OrSay,
     RepetitionPenalty,
     Share,
     Stop,
@@ -33,33 +35,17 @@ from nanovllm.server.openai.fields import (
     Text,
     TokenCount,
     WireModel,
-    not_served,
 )
 from nanovllm.server.openai.generation import Cursor, Generation
 from nanovllm.server.openai.streaming import DONE, also_streams, stream_unless_gone, unless_gone
 from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.speech.generate import SpeechGenerateRequest, answer_speech
 from nanovllm.server.state import ServerState, State
+
+EITHER = OrSay("must be left out: send either prompt, to write, or target_text, to speak")
 
 DEFAULT_MAX_TOKENS = 128
 DEFAULT_MAX_NEW_TOKENS = 512
-
-
-class FamilyRoute(JSONRoute):
-    """Writes errors as the family does."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler = super().get_route_handler()
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except Exception as e:
-                error = to_api_error(e)
-                if error.status_code == 500:
-                    raise  # the app logs it
-                return error.response(detail=error.message)
-
-        return handle
 
 
 router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["the family"])
@@ -68,7 +54,7 @@ router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["th
 class GenerateRequest(WireModel):
     """A prompt to write on from, in any of the dialects."""
 
-    target_text: Annotated[None, not_served("this model writes text and does not speak")] = None
+    target_text: Annotated[None, EITHER] = None
     prompt: Text
     max_tokens: TokenCount | None = Field(None, description="By default 128.")
     max_new_tokens: TokenCount | None = Field(None, description="By default 512.")
@@ -98,9 +84,29 @@ class Generated(TypedDict):
     generated_text: str
 
 
-@router.post("/generate", response_model=Generated, responses=also_streams(Generated))
-async def generate(body: GenerateRequest, request: Request, state: State) -> Response:
-    """Write on from a prompt, in the dialect that the request is in."""
+ANSWERS = also_streams(Generated)
+for media_type in ("audio/raw", "audio/L16", "audio/mpeg"):
+    ANSWERS[200]["content"][media_type] = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _kind(body: Any) -> str:
+    # Names with a space, so that they are no part of the path in an error's `param`.
+    speaks = isinstance(body, Mapping) and body.get("target_text") is not None
+    return "a speech" if speaks else "a text"
+
+
+AnyGenerateRequest = Annotated[
+    Annotated[GenerateRequest, Tag("a text")] | Annotated[SpeechGenerateRequest, Tag("a speech")],
+    Discriminator(_kind),
+    Body(),
+]
+
+
+@router.post("/generate", response_model=Generated, responses=ANSWERS)
+async def generate(body: AnyGenerateRequest, request: Request, state: State) -> Response:
+    """Write on from a prompt, or speak a text, in the dialect that the request is in."""
+    if isinstance(body, SpeechGenerateRequest):
+        return await answer_speech(body, request, state)
     dialect, name = body.dialect, request_id(request.headers)
     if dialect == "whole":
         return await unless_gone(request, _respond_whole(body, state, name))

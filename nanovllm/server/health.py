@@ -46,6 +46,7 @@ class CacheMetrics(BaseModel):
 class EngineMetrics(BaseModel):
     """One engine."""
 
+    model: str
     index: int
     state: str = Field(description="starting, ready or dead.")
     num_restarts: int
@@ -69,7 +70,7 @@ class PoolMetrics(BaseModel):
     num_running: int
     num_waiting: int
     kv_cache_usage: float = Field(description="Share of the KV blocks in use, 1 is all.")
-    generation_tokens: int = Field(description="Tokens generated so far.")
+    generation_tokens: int = Field(description="Tokens and patches of speech generated so far.")
     engines: list[EngineMetrics]
 
 
@@ -123,7 +124,7 @@ async def metrics_json(state: State) -> PoolMetrics:
 
 def pool_metrics(state: ServerState) -> PoolMetrics:
     """What the engines are doing, for people and scripts without Prometheus."""
-    stats, requests = state.llm.stats(), state.metrics.requests
+    stats, requests = state.stats(), state.metrics.requests.values()
     engines = [worker.engine for worker in stats.workers]
     num_cached = sum(engine.num_cached_tokens for engine in engines)
     return PoolMetrics(
@@ -132,8 +133,8 @@ def pool_metrics(state: ServerState) -> PoolMetrics:
         inflight_total=stats.num_inflight,
         inflight_per_engine=[worker.num_inflight for worker in stats.workers],
         cache=CacheMetrics(
-            prefill_hits=requests.num_prefix_hits,
-            prefill_misses=requests.num_prefix_misses,
+            prefill_hits=sum(of_model.num_prefix_hits for of_model in requests),
+            prefill_misses=sum(of_model.num_prefix_misses for of_model in requests),
             prefix_hits=num_cached,
             prefix_misses=sum(engine.num_prompt_tokens for engine in engines) - num_cached,
         ),
@@ -142,14 +143,19 @@ def pool_metrics(state: ServerState) -> PoolMetrics:
         num_running=stats.num_running,
         num_waiting=stats.num_waiting,
         kv_cache_usage=stats.kv_usage,
-        generation_tokens=requests.num_generation_tokens,
-        engines=[_engine_metrics(worker) for worker in stats.workers],
+        generation_tokens=sum(of_model.num_generation_tokens for of_model in requests),
+        engines=[
+            _engine_metrics(name, worker)
+            for name, model in state.named_models()
+            for worker in model.stats().workers
+        ],
     )
 
 
-def _engine_metrics(worker: WorkerStats) -> EngineMetrics:
+def _engine_metrics(model_name: str, worker: WorkerStats) -> EngineMetrics:
     engine = worker.engine
     return EngineMetrics(
+        model=model_name,
         index=worker.index,
         state=worker.state,
         num_restarts=worker.num_restarts,

@@ -1,13 +1,19 @@
 """How much a request may be, and how long it may take to arrive."""
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.config import ServerConfig
 from nanovllm.errors import OverloadedError
+from nanovllm.server.auth import route_path
 from nanovllm.server.errors import APIError, to_api_error
 
+AUDIO_PATHS = frozenset(
+    {"/v1/audio/speech", "/v1/audio/voices", "/generate", "/encode_latents", "/add_prompt"}
+)
+"""Where a request may bring a recording."""
 MAX_URL_SIZE = 8 << 10
 MAX_BYTES_ARRIVING = 32 << 20
 """Of all unfinished bodies together; one alone may have as much as `max_body_size` anyway."""
@@ -24,11 +30,15 @@ class RequestLimits:
     Args:
         app: What comes next.
         config: The limits.
+        takes_audio: Whether the server has a use for recordings, which are larger.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, takes_audio: Callable[[], bool] = bool
+    ) -> None:
         self._app = app
         self._config = config
+        self._takes_audio = takes_audio
         self._num_arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +47,8 @@ class RequestLimits:
             return
         try:
             self._check_head(scope)
-            body = await asyncio.wait_for(self._read(receive), self._config.request_timeout)
+            reading = self._read(receive, self._max_size(scope))
+            body = await asyncio.wait_for(reading, self._config.request_timeout)
         except asyncio.TimeoutError:
             message = f"the request took longer than {self._config.request_timeout:g} s to arrive"
             error = APIError(408, message, code="request_timeout", headers={"Connection": "close"})
@@ -46,7 +57,9 @@ class RequestLimits:
             await to_api_error(e).response()(scope, receive, send)
         else:
             if body is not None:
-                await self._app(scope, _replay(body, receive), send)
+                replay = _replay(body, receive)
+                del body  # the app's to keep; an answer may take much longer than it needs it
+                await self._app(scope, replay, send)
 
     def _check_head(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
@@ -60,10 +73,15 @@ class RequestLimits:
         if sum(len(name) + len(value) for name, value in headers) > size:
             raise APIError(431, f"the headers exceed {size} bytes", code="headers_too_large")
         length = dict(headers).get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._config.max_body_size:
-            raise self._too_large()
+        if length.isdigit() and int(length) > self._max_size(scope):
+            raise _too_large(self._max_size(scope))
 
-    async def _read(self, receive: Receive) -> bytes | None:
+    def _max_size(self, scope: Scope) -> int:
+        if route_path(scope) in AUDIO_PATHS and self._takes_audio():
+            return self._config.max_audio_body_size
+        return self._config.max_body_size
+
+    async def _read(self, receive: Receive, max_size: int) -> bytes | None:
         """The body, or None if the client went away."""
         # Unlike a list of chunks, one block goes back to the system when it is freed.
         body = bytearray()
@@ -74,14 +92,14 @@ class RequestLimits:
                 if message["type"] == "http.disconnect":
                     return None
                 chunk: bytes = message.get("body", b"")
-                self._count(size, size := size + len(chunk))
+                self._count(size, size := size + len(chunk), max_size)
                 body += chunk
                 if not message.get("more_body", False):
                     return bytes(body)
         finally:
             self._num_arriving -= max(0, size - UNCOUNTED_BYTES)
 
-    def _count(self, old_size: int, size: int) -> None:
+    def _count(self, old_size: int, size: int, max_size: int) -> None:
         """Take note that a body has grown.
 
         Raises:
@@ -89,25 +107,21 @@ class RequestLimits:
             OverloadedError: All of them together are.
         """
         self._num_arriving += max(0, size - UNCOUNTED_BYTES) - max(0, old_size - UNCOUNTED_BYTES)
-        if size > self._config.max_body_size:
-            raise self._too_large()
-        if self._num_arriving > max(MAX_BYTES_ARRIVING, self._config.max_body_size):
+        if size > max_size:
+            raise _too_large(max_size)
+        if self._num_arriving > max(MAX_BYTES_ARRIVING, max_size):
             raise OverloadedError("too many large requests arrive at once: try again")
 
-    def _too_large(self) -> APIError:
-        message = f"the body exceeds {self._config.max_body_size} bytes"
-        return APIError(413, message, code="request_too_large")
+
+def _too_large(max_size: int) -> APIError:
+    return APIError(413, f"the body exceeds {max_size} bytes", code="request_too_large")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the whole body first."""
-    given = False
+    """A `receive` that gives the whole body first, and does not keep it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return replay

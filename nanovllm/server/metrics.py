@@ -6,13 +6,15 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nanovllm.async_llm import AsyncLLM
 from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import DEFAULT_BLOCK_SIZE
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import RequestOutput, SpeechOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.speech.metrics import AudioMetrics
+from nanovllm.server.state import ServerState
 
 Family = GaugeMetricFamily | CounterMetricFamily
+Output = RequestOutput | SpeechOutput
 
 ENGINE_LABELS = ("model_name", "engine")
 WAITING = "vllm:num_requests_waiting"
@@ -38,39 +40,57 @@ FINISHED_REASONS = ("stop", "length", "abort", "error")
 REJECTION_REASONS = ("requests", "tokens", "timeout", "not_ready")
 
 
-class RequestMetrics:
-    """What becomes of the requests; an `Observer` of `AsyncLLM`.
+class Families:
+    """The series of all models, each made when the first of them asks for it.
 
     Args:
-        registry: Where the series go.
+        registry: Where they go.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+
+    def counter(self, name: str, says: str, *labels: str) -> Counter:
+        if name not in self._counters:
+            every = ["model_name", *labels]
+            self._counters[name] = Counter(name, says, every, registry=self._registry)
+        return self._counters[name]
+
+    def histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
+        if name not in self._histograms:
+            self._histograms[name] = Histogram(
+                name, says, ["model_name"], registry=self._registry, buckets=buckets
+            )
+        return self._histograms[name]
+
+
+class RequestMetrics:
+    """What becomes of the requests for one model; an `Observer`. Patches of speech are tokens.
+
+    Args:
+        families: Where the series are.
         model_name: Label of them all.
     """
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    def __init__(self, families: Families, model_name: str) -> None:
         self._model_name = model_name
 
         def counter(name: str, says: str) -> Counter:
-            return Counter(name, says, ["model_name"], registry=registry).labels(model_name)
+            return families.counter(name, says).labels(model_name)
 
         def histogram(name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
-            labels = ["model_name"]
-            made = Histogram(name, says, labels, registry=registry, buckets=buckets)
-            return made.labels(model_name)
+            return families.histogram(name, says, buckets).labels(model_name)
 
         self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of started requests.")
         self.cached_tokens = counter("vllm:prompt_tokens_cached", "Of these, found cached.")
         self.generation_tokens = counter("vllm:generation_tokens", "Tokens generated.")
-        self.success = Counter(
-            "vllm:request_success",
-            "Requests that ended.",
-            ["model_name", "finished_reason"],
-            registry=registry,
+        self.success = families.counter(
+            "vllm:request_success", "Requests that ended.", "finished_reason"
         )
-        self.rejections = Counter(
-            "vllm:admission_rejections",
-            "Requests refused for want of room.",
-            ["model_name", "reason"],
-            registry=registry,
+        self.rejections = families.counter(
+            "vllm:admission_rejections", "Requests refused for want of room.", "reason"
         )
         # A rate needs a value to start from.
         for reason in FINISHED_REASONS:
@@ -115,13 +135,13 @@ class RequestMetrics:
         self.num_prefix_misses = 0
         self.num_generation_tokens = 0
 
-    def received(self, output: RequestOutput, params: SamplingParams) -> None:
-        self.request_prompt_tokens.observe(len(output.prompt_token_ids))
+    def received(self, output: Output, params: SamplingParams) -> None:
+        self.request_prompt_tokens.observe(output.num_prompt_tokens)
         self.params_n.observe(params.n)
         if params.max_tokens is not None:
             self.params_max_tokens.observe(params.max_tokens)
 
-    def tokens(self, output: RequestOutput, num_new: int, now: float) -> None:
+    def tokens(self, output: Output, num_new: int, now: float) -> None:
         self.generation_tokens.inc(num_new)
         self.num_generation_tokens += num_new
         last = self._last_news.get(output.request_id)
@@ -130,18 +150,17 @@ class RequestMetrics:
             self.itl.observe(now - last)
             return
         self.ttft.observe(now - output.metrics.arrival_time)
-        self.prompt_tokens.inc(len(output.prompt_token_ids))
+        self.prompt_tokens.inc(output.num_prompt_tokens)
         self.cached_tokens.inc(output.num_cached_tokens)
         if output.num_cached_tokens:
             self.num_prefix_hits += 1
         else:
             self.num_prefix_misses += 1
 
-    def finished(self, output: RequestOutput) -> None:
+    def finished(self, output: Output) -> None:
         self._last_news.pop(output.request_id, None)
         self.success.labels(self._model_name, output.finish_reason or "abort").inc()
-        num_tokens = sum(len(completion.token_ids) for completion in output.outputs)
-        self.request_generation_tokens.observe(num_tokens)
+        self.request_generation_tokens.observe(output.num_tokens)
         times = output.metrics
         for histogram, start, end in (
             (self.e2e, times.arrival_time, times.finished_time),
@@ -202,6 +221,12 @@ ENGINE_FIGURES: tuple[tuple[type[Family], str, str, Callable[[WorkerStats], floa
     ),
     (
         GaugeMetricFamily,
+        "nanovllm_num_requests_paused",
+        "Of those that run or wait, sequences that get no steps as nobody reads what they said.",
+        lambda worker: worker.engine.num_paused,
+    ),
+    (
+        GaugeMetricFamily,
         "vllm:kv_cache_usage_perc",
         "Share of the KV blocks in use, 1 is all.",
         lambda worker: worker.engine.num_used_blocks / max(worker.engine.num_kv_blocks, 1),
@@ -237,51 +262,61 @@ ENGINE_FIGURES: tuple[tuple[type[Family], str, str, Callable[[WorkerStats], floa
 class EngineCollector(Collector):
     """What the engines say of themselves, read when Prometheus asks.
 
+    The labels are the model's name and the engine's number.
+
     Args:
-        llm: The engines.
-        model_name: Label of all series; the other one is the engine's number.
+        state: The server, which may have no models yet.
     """
 
-    def __init__(self, llm: AsyncLLM, model_name: str) -> None:
-        self._llm = llm
-        self._model_name = model_name
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
 
     def collect(self) -> Iterator[Metric]:
-        stats, config = self._llm.stats(), self._llm.config
-        workers = [([self._model_name, str(worker.index)], worker) for worker in stats.workers]
+        models = [(name, model.stats()) for name, model in self._state.named_models()]
         for kind, name, says, read in ENGINE_FIGURES:
             family = kind(name, says, labels=ENGINE_LABELS)
-            for labels, worker in workers:
-                family.add_metric(labels, read(worker))
-            if name == WAITING:
-                in_line = stats.num_waiting - sum(worker.num_waiting for worker in stats.workers)
-                family.add_metric([self._model_name, "line"], max(in_line, 0))
+            for model_name, stats in models:
+                for worker in stats.workers:
+                    family.add_metric([model_name, str(worker.index)], read(worker))
+                if name == WAITING:
+                    on_engines = sum(worker.num_waiting for worker in stats.workers)
+                    in_line = max(stats.num_waiting - on_engines, 0)
+                    family.add_metric([model_name, "line"], in_line)
             yield family
+        yield self._cache_info()
+
+    def _cache_info(self) -> Metric:
         facts = ("block_size", "num_gpu_blocks", "cache_dtype")
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache.", labels=[*ENGINE_LABELS, *facts]
         )
-        block_size = str(config.block_size or DEFAULT_BLOCK_SIZE)
-        for labels, worker in workers:
-            num_blocks = str(worker.engine.num_kv_blocks)
-            info.add_metric([*labels, block_size, num_blocks, config.kv_cache_dtype], 1)
-        yield info
+        for name, model in self._state.named_models():
+            block_size = str(model.config.block_size or DEFAULT_BLOCK_SIZE)
+            for worker in model.stats().workers:
+                labels = [name, str(worker.index), block_size, str(worker.engine.num_kv_blocks)]
+                info.add_metric([*labels, model.config.kv_cache_dtype], 1)
+        return info
 
 
 class Metrics:
-    """All series of one server.
+    """All series of one server."""
 
-    Args:
-        model_name: Label of what is about a model.
-    """
-
-    def __init__(self, model_name: str) -> None:
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.model_name = model_name
         self.http = HTTPMetrics(self.registry)
-        self.requests = RequestMetrics(self.registry, model_name)
+        self.audio = AudioMetrics(self.registry)
+        self.requests: dict[str, RequestMetrics] = {}
+        self._families = Families(self.registry)
         ProcessCollector(registry=self.registry)
 
-    def watch(self, llm: AsyncLLM) -> None:
-        """Show what the engines say of themselves, too."""
-        self.registry.register(EngineCollector(llm, self.model_name))
+    def requests_of(self, model_name: str) -> RequestMetrics:
+        """Those of the requests for one model."""
+        if model_name not in self.requests:
+            self.requests[model_name] = RequestMetrics(self._families, model_name)
+        return self.requests[model_name]
+
+    def watch(self, state: ServerState) -> None:
+        """Show what the models' engines say of themselves, too."""
+        for name, _ in state.named_models():
+            self.requests_of(name)
+        self.registry.register(EngineCollector(state))

@@ -14,7 +14,7 @@ from types import FrameType
 
 import uvicorn
 
-from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
+from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.app import create_app
 from nanovllm.server.logs import configure_logging
@@ -29,13 +29,19 @@ MAX_FILES = 1 << 16
 DRAIN_TICK = 0.05
 
 
-def serve(server: ServerConfig, engine: EngineConfig, pool: PoolConfig) -> int:
+def serve(
+    server: ServerConfig,
+    engine: EngineConfig,
+    pool: PoolConfig,
+    speech: SpeechConfig | None = None,
+) -> int:
     """Serve until a signal; return the exit status of the process.
 
     Args:
         server: Where and whom to serve.
         engine: What to serve.
         pool: With how many engines.
+        speech: Which speech model beside it, and which voices.
 
     Raises:
         InvalidRequestError: The certificate or the socket cannot be used.
@@ -47,7 +53,7 @@ def serve(server: ServerConfig, engine: EngineConfig, pool: PoolConfig) -> int:
             "everybody who reaches %s may use this server: set --api-key, or NANOVLLM_API_KEY",
             server.host,
         )
-    app = create_app(server, engine, pool)
+    app = create_app(server, engine, pool, speech or SpeechConfig())
     state: ServerState = app.state.server
     config = uvicorn.Config(
         app,
@@ -101,7 +107,7 @@ class DrainingServer(uvicorn.Server):
         deadline = time.monotonic() + timeout
         if not await self._drain(timeout):
             logger.warning("the requests that are left are aborted")
-            await self._state.llm.close(force=self.force_exit)  # their clients hear of it
+            await self._state.close(force=self.force_exit)  # their clients hear of it
         # What is left is the last bytes of answers; nobody may take for ever to read them.
         self.config.timeout_graceful_shutdown = max(1, math.ceil(deadline - time.monotonic()))
         if self.force_exit:
@@ -111,9 +117,9 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self, timeout: float) -> bool:
         """Wait for the requests in flight; False if some are left, or a second signal came."""
-        if inflight := self._state.llm.stats().num_inflight:
+        if inflight := self._state.stats().num_inflight:
             logger.info("requests in flight: %d; they get up to %g s to end", inflight, timeout)
-        draining = asyncio.ensure_future(self._state.llm.drain(timeout))
+        draining = asyncio.ensure_future(self._state.drain(timeout))
         while not draining.done() and not self.force_exit:
             await asyncio.sleep(DRAIN_TICK)
         if draining.done():

@@ -20,7 +20,6 @@ from nanovllm.server.openai.fields import (
     WireModel,
 )
 from nanovllm.server.openai.requests import ChatTemplateOptions
-from nanovllm.server.openai.sampling import check_model
 from nanovllm.server.state import ServerState, State
 from nanovllm.text.tokenizer import Tokenizer
 
@@ -108,7 +107,7 @@ class TokenizerInfo(TypedDict):
 @router.post("/tokenize", response_model=Tokenized)
 async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
     """Tokenise a text, or a conversation as `/v1/chat/completions` would."""
-    check_model(body.model or None, state)
+    state.check_model(body.model or None)
     if isinstance(body, TokenizeChatRequest):
         text, add_special_tokens = await render(body, state), bool(body.add_special_tokens)
     else:
@@ -129,7 +128,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
 @router.post("/detokenize", response_model=Detokenized)
 async def detokenize(body: DetokenizeRequest, state: State) -> Detokenized:
     """Turn token ids into text."""
-    check_model(body.model or None, state)
+    state.check_model(body.model or None)
     num_ids = _tokenizer(state).end_id
     if wrong := next((i for i in body.tokens if i >= num_ids), None):
         raise InvalidRequestError(

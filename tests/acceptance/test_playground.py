@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.server_client import recording
 from tests.serving import Server, serve
 
 pytest.importorskip("playwright")
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.accept
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 LONG_MS = 15_000
 CHAT, COMPLETIONS = "**/v1/chat/completions", "**/v1/completions"
+SPEECH = "**/v1/audio/speech"
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +270,110 @@ def test_the_strip_shows_what_the_engine_does(page: Page) -> None:
     expect(running).to_have_text("0")
 
 
-def test_speech_has_its_place(page: Page) -> None:
+def test_a_server_without_speech_says_so(page: Page) -> None:
     page.get_by_role("tab", name="Speech").click()
-    expect(page.get_by_text("Speech comes later.")).to_be_visible()
+    expect(page.get_by_text("This server has no model that speaks")).to_be_visible()
     expect(page.get_by_label("Your text")).to_be_hidden()
+
+
+# Speech
+
+
+@pytest.fixture(scope="module")
+def speaking(speech_checkpoint: Callable[..., Path]) -> Iterator[Server]:
+    """A server that writes and speaks; what it says is 0.4 s long."""
+    speaker = str(speech_checkpoint("v1", stop_bias=1.0))
+    with serve(speech_model=speaker, speech_served_model_name=["tts"]) as running:
+        yield running
+
+
+@pytest.fixture
+def speech_page(browser: Browser, speaking: Server) -> Iterator[Page]:
+    with visit(browser, speaking) as visited:
+        expect(visited.locator("#model")).to_have_text("demo_model · tts")
+        visited.get_by_role("tab", name="Speech").click()
+        yield visited
+
+
+def test_speech_is_played(speech_page: Page) -> None:
+    with speech_page.expect_request(SPEECH) as request:
+        send(speech_page, "Hello there.")
+    body = body_of(request.value)
+    assert body == {"model": "tts", "input": "Hello there.", "response_format": "pcm"}
+    wait_for_end(speech_page)
+    figures = speech_page.locator("#panel-speech .figures")
+    expect(figures).to_have_text(re.compile(r"first sound \d+ ms.*0\.\d\d s.*RTF \d"))
+    with speech_page.expect_request(SPEECH):
+        speech_page.get_by_role("button", name="Regenerate").click()
+    wait_for_end(speech_page)
+    expect(figures).to_have_text(re.compile("RTF"))
+
+
+def test_speech_is_heard_to_its_end(speech_page: Page) -> None:
+    """An audio context that is closed plays nothing of what is scheduled."""
+    speech_page.evaluate(
+        """() => {
+            const { start } = AudioBufferSourceNode.prototype;
+            AudioBufferSourceNode.prototype.start = function (at) {
+                window.scheduledTo = at + this.buffer.duration;
+                return start.call(this, at);
+            };
+            const { close } = AudioContext.prototype;
+            AudioContext.prototype.close = function () {
+                window.closedAt = this.currentTime;
+                return close.call(this);
+            };
+        }"""
+    )
+    send(speech_page, "Hello there.")
+    wait_for_end(speech_page)
+    assert speech_page.evaluate("closedAt >= scheduledTo && scheduledTo > 0.3")
+
+
+def test_speech_can_be_stopped(speech_page: Page, speaking: Server) -> None:
+    def forever(route: Route) -> None:
+        body = body_of(route.request) | {"min_len": 300, "max_generate_length": 300}
+        long = {"input": "word " * 60, **{k: v for k, v in body.items() if k != "input"}}
+        route.continue_(post_data=json.dumps(long))
+
+    speech_page.route(SPEECH, forever)
+    send(speech_page, "Hello there.")
+    expect(speech_page.locator("#panel-speech .figures")).to_have_text(re.compile("first sound"))
+    speech_page.get_by_role("button", name="Stop").click()
+    wait_for_end(speech_page)
+    expect(speech_page.locator("#panel-speech .figures")).to_have_text("stopped")
+    deadline = time.monotonic() + 5
+    while speaking.get("/metrics.json")[1]["num_running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert speaking.get("/metrics.json")[1]["num_running"] == 0
+
+
+def test_a_voice_is_added_and_used(speech_page: Page) -> None:
+    if speech_page.locator("#settings").is_hidden():
+        speech_page.get_by_role("button", name="Settings").click()
+    file: Any = {"name": "ann.wav", "mimeType": "audio/wav", "buffer": recording()}
+    speech_page.get_by_label("Recording of a voice").set_input_files(file)
+    speech_page.get_by_label("What the recording says").fill("Hi, I am Ann.")
+    speech_page.get_by_role("button", name="Add the voice").click()
+    chosen = speech_page.locator("#voice option:checked")
+    expect(chosen).to_have_text("ann")
+    with speech_page.expect_request(SPEECH) as request:
+        send(speech_page, "Hello there.")
+    assert body_of(request.value)["voice"] == chosen.get_attribute("value")
+    wait_for_end(speech_page)
+    speech_page.get_by_role("button", name="Add the voice").click()
+    expect(speech_page.locator("#notice")).to_contain_text("already")
+
+
+def test_a_server_that_only_speaks(
+    browser: Browser, speech_checkpoint: Callable[..., Path]
+) -> None:
+    with serve(speech_checkpoint("v1", stop_bias=1.0)) as server, visit(browser, server) as page:
+        expect(page.get_by_role("tab", name="Speech")).to_have_attribute("aria-selected", "true")
+        expect(page.get_by_role("tab", name="Chat")).to_be_hidden()
+        send(page, "Hello there.")
+        wait_for_end(page)
+        expect(page.locator("#panel-speech .figures")).to_have_text(re.compile("RTF"))
 
 
 # The request as it is, and conversations as files

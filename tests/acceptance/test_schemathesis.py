@@ -1,7 +1,9 @@
 """schemathesis holds every answer against the API's own description, `/openapi.json`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,14 +17,22 @@ SEED = 1
 KEY = "sk-test"
 
 
-@pytest.mark.parametrize("keys", [[], [KEY]], ids=["open", "with a key"])
-def test_the_description_holds(keys: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "speaks"), [([], False), ([KEY], True)], ids=["open", "with a key, and speech"]
+)
+def test_the_description_holds(
+    keys: list[str], speaks: bool, tmp_path: Path, speech_checkpoint: Callable[..., Path]
+) -> None:
     """No 5xx, no answer that is not described, nothing refused that is described as right.
 
     A short context keeps the answers short where a request sets no limit.
     """
     report = tmp_path / "report.json"
-    with serve(api_key=keys, max_model_len=128) as server:
+    speech: dict[str, Any] = {
+        "speech_model": str(speech_checkpoint("v2")),
+        "speech_max_model_len": 128,
+    }
+    with serve(api_key=keys, max_model_len=128, **speech if speaks else {}) as server:
         output = environment("schemathesis").run(
             [
                 *("-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"),

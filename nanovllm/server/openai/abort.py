@@ -37,9 +37,5 @@ async def abort(body: AbortRequest, state: State) -> Aborted:
     for prefix in ID_PREFIXES:
         names.add(body.request_id.removeprefix(prefix))
     meant = [generation for generation in state.generations if generation.request_id in names]
-    stopped = [
-        await state.llm.abort(stream_id)
-        for generation in meant
-        for stream_id in generation.stream_ids
-    ]
+    stopped = [await generation.abort() for generation in meant]
     return {"request_id": body.request_id, "aborted": any(stopped)}

@@ -38,6 +38,7 @@ class Answer(ABC):
     chunk_object: ClassVar[str]
 
     def __init__(self, request: GenerationRequest, http: Request, state: ServerState) -> None:
+        state.check_model(request.model or None)
         self.request = request
         self.state = state
         self.request_id = request_id(http.headers, request.request_id)
@@ -50,7 +51,7 @@ class Answer(ABC):
             "id": f"{self.id_prefix}-{self.request_id}",
             "object": self.chunk_object if request.stream else self.whole_object,
             "created": int(time.time()),
-            "model": state.model_names[0],
+            "model": state.names_of("text")[0],
             "system_fingerprint": f"nanovllm-{__version__}",
         }
 

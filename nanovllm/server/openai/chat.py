@@ -18,7 +18,7 @@ from nanovllm.server.openai.responses import (
     ChatDeltaChoice,
     ChatLogprobs,
 )
-from nanovllm.server.openai.sampling import check_model, sampling_params
+from nanovllm.server.openai.sampling import sampling_params
 from nanovllm.server.openai.streaming import also_streams
 from nanovllm.server.state import State
 
@@ -48,7 +48,6 @@ class ChatAnswer(Answer):
 
     async def start(self) -> Generation:
         request = self.request
-        check_model(request.model or None, self.state)
         _check_served(request)
         params = sampling_params(request, self.state)
         prompt = await render(request, self.state, request.reasoning_effort)

@@ -16,7 +16,7 @@ from nanovllm.server.openai.logprobs import (
 )
 from nanovllm.server.openai.requests import CompletionRequest
 from nanovllm.server.openai.responses import Completion, CompletionChoice, CompletionLogprobs
-from nanovllm.server.openai.sampling import check_model, sampling_params
+from nanovllm.server.openai.sampling import sampling_params
 from nanovllm.server.openai.streaming import also_streams
 from nanovllm.server.state import ServerState, State
 
@@ -49,7 +49,6 @@ class CompletionAnswer(Answer):
 
     async def start(self) -> Generation:
         request = self.request
-        check_model(request.model or None, self.state)
         prompts = request.prompts
         params = sampling_params(request, self.state, len(prompts))
         if request.echo and request.logprobs is not None and params.prompt_logprobs is None:

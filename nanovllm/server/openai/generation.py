@@ -123,10 +123,10 @@ class Generation:
             "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
-    @property
-    def stream_ids(self) -> list[str]:
-        """What the engines know its requests by."""
-        return [output.request_id for output in self.outputs]
+    async def abort(self) -> bool:
+        """End it; its client gets what there is. False if it has ended already."""
+        aborted = [stream.abort() for stream in self._streams]
+        return any(aborted)
 
     async def aclose(self) -> None:
         """Abort what has not ended."""

@@ -7,7 +7,6 @@ from fastapi import APIRouter
 from typing_extensions import TypedDict
 
 from nanovllm.server.openai.responses import Model, ModelList
-from nanovllm.server.openai.sampling import check_model
 from nanovllm.server.state import ServerState, State
 
 router = APIRouter(tags=["OpenAI"])
@@ -43,19 +42,21 @@ async def list_models(state: State) -> ModelList:
 )
 async def retrieve_model(model_id: str, state: State) -> Model:
     """Describe one model; names may contain slashes."""
-    check_model(model_id, state)
+    if model_id not in state.model_names:
+        state.check_model(model_id)
     return _describe(model_id, state)
 
 
 def _describe(name: str, state: ServerState) -> Model:
+    model = state.llm if name in state.names_of("text") else state.speech
     return {
         "id": name,
         "object": "model",
         "created": STARTED,
         "owned_by": "nanovllm",
-        "root": state.llm.model_id,
+        "root": model.model_id,
         "parent": None,
-        "max_model_len": state.llm.max_model_len,
+        "max_model_len": model.max_model_len,
         "permission": [
             {
                 "id": f"modelperm-{name}",

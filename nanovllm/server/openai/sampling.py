@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from nanovllm.config import ServerConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.errors import APIError
 from nanovllm.server.openai.requests import GenerationRequest
 from nanovllm.server.state import ServerState
 
@@ -16,22 +15,6 @@ MAX_COMPLETIONS = 1024
 """Of one request, over all its prompts, unless `max_n` or `max_prompts` is more."""
 SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {f.name for f in fields(SamplingParams)}
 """What goes through as it is."""
-
-
-def check_model(name: str | None, state: ServerState) -> None:
-    """Refuse a name that is not served; none at all is the model there is.
-
-    Raises:
-        APIError: It is not.
-    """
-    if name is not None and name not in state.model_names:
-        served = ", ".join(f"`{served}`" for served in state.model_names)
-        raise APIError(
-            404,
-            f"The model `{name}` does not exist; this server has {served}.",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def sampling_params(

@@ -11,7 +11,12 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, APIError, to_api_error
+from nanovllm.server.errors import (
+    CLIENT_CLOSED_REQUEST,
+    APIError,
+    BrokenStreamError,
+    to_api_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +52,7 @@ async def unless_gone(http: Request, work: Coroutine[Any, Any, Response]) -> Res
 async def stream_unless_gone(
     http: Request,
     events: AsyncGenerator[bytes, None],
-    as_event: Callable[[APIError], bytes],
+    as_event: Callable[[APIError], bytes] | None,
     *,
     keep_alive: float | None,
     headers: Mapping[str, str] | None = None,
@@ -58,7 +63,8 @@ async def stream_unless_gone(
         http: The request.
         events: Whole events. An error before the first is raised here, and so becomes a status;
             one after it is written by `as_event` and ends the stream.
-        as_event: Writes an error as the last events of a stream.
+        as_event: Writes an error as the last events of a stream; None breaks the connection off,
+            in formats that have no errors.
         keep_alive: Seconds of silence after which a comment is sent, also if the first event takes
             as long: from then on an error cannot be a status any more. None is never.
         headers: Headers of the response.
@@ -84,7 +90,7 @@ class EventStream(StreamingResponse):
     Args:
         first: The first event, which may be on its way.
         events: Those behind it; closed when the client is gone.
-        as_event: Writes an error as the last events.
+        as_event: Writes an error as the last events; None breaks the connection off.
         keep_alive: Seconds of silence after which a comment is sent; None is never.
         headers: Headers of the response.
     """
@@ -95,7 +101,7 @@ class EventStream(StreamingResponse):
         self,
         first: "asyncio.Future[bytes]",
         events: AsyncGenerator[bytes, None],
-        as_event: Callable[[APIError], bytes],
+        as_event: Callable[[APIError], bytes] | None,
         keep_alive: float | None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -145,6 +151,8 @@ class EventStream(StreamingResponse):
             error = to_api_error(e)
             if error.status_code == 500 and error is not e:
                 logger.exception("a stream failed", exc_info=e)
+            if self._as_event is None:
+                raise BrokenStreamError(str(error.message)) from e
             yield self._as_event(error)
 
     async def _tick(self, send: Send) -> None:

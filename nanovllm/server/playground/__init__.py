@@ -20,6 +20,7 @@ ASSETS = {
     "/playground/playground.css": ("playground.css", "text/css"),
     "/playground/playground.js": ("playground.js", "text/javascript"),
     "/playground/requests.js": ("requests.js", "text/javascript"),
+    "/playground/speech.js": ("speech.js", "text/javascript"),
     "/playground/settings.js": ("settings.js", "text/javascript"),
 }
 """File and media type of each path; all of them are open to requests without a key."""

@@ -6,26 +6,31 @@ import { Conversation } from "./conversation.js";
 import { watchEngine } from "./engine.js";
 import { chatRequest, completionRequest, curlOf, messagesOf, receive } from "./requests.js";
 import * as settings from "./settings.js";
+import * as speech from "./speech.js";
 
 const MODES = ["chat", "complete", "speech"];
 const RETRY_MS = 1000;
-const PLACEHOLDERS = { chat: "Say something", complete: "Begin a text", speech: "" };
+const PLACEHOLDERS = { chat: "Say something", complete: "Begin a text", speech: "Say it aloud" };
 
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt");
 const conversations = {
   chat: new Conversation(byId("panel-chat")),
   complete: new Conversation(byId("panel-complete")),
+  speech: new Conversation(byId("panel-speech")),
 };
 let mode = "chat";
-let model = null;
+const models = { text: null, speech: null }; // the names of those that the server has
 let running = null; // the AbortController of the answer that is being written
 
 // --- Asking
 
 /** The request that would answer `exchange`, of the conversation or next in it. */
 function requestFor(exchange) {
-  const parameters = settings.readParameters();
+  if (mode === "speech") {
+    return speech.speechRequest(models.speech, exchange.prompt, speech.readVoice());
+  }
+  const [model, parameters] = [models.text, settings.readParameters()];
   if (mode === "complete") return completionRequest(model, exchange.prompt, parameters);
   const said = conversations.chat.exchanges.filter((other) => other !== exchange && other.answer);
   const messages = messagesOf(settings.readSystem(), [...said, { prompt: exchange.prompt }]);
@@ -35,14 +40,15 @@ function requestFor(exchange) {
 /** Have the last exchange of the conversation answered, anew if it was. */
 async function ask(conversation) {
   const exchange = conversation.last;
-  const { path, body } = requestFor(exchange);
+  const request = requestFor(exchange);
   Object.assign(exchange, { answer: "", figures: null, ending: null, error: null, running: true });
   running = new AbortController();
   showRunning();
   conversation.refreshNow();
   try {
-    const chunks = stream(path, { body, signal: running.signal });
-    await receive(exchange, chunks, () => conversation.refresh());
+    const refresh = () => conversation.refresh();
+    if (mode === "speech") await speech.speak(exchange, request, running.signal, refresh);
+    else await receive(exchange, stream(request.path, { ...request, signal: running.signal }), refresh);
   } catch (error) {
     if (error.name === "AbortError") exchange.ending = "stopped";
     else exchange.error = error.message;
@@ -77,8 +83,8 @@ function fitPrompt() {
 }
 
 function send() {
-  if (running || mode === "speech" || !prompt.value.trim()) return;
-  const text = mode === "chat" ? prompt.value.trim() : prompt.value;
+  if (running || !prompt.value.trim()) return;
+  const text = mode === "complete" ? prompt.value : prompt.value.trim();
   writePrompt("");
   say("");
   conversations[mode].add({ prompt: text });
@@ -154,7 +160,7 @@ function showRequest() {
 function exportConversation() {
   const system = mode === "chat" ? settings.readSystem() : "";
   const messages = messagesOf(system, conversations[mode].exchanges);
-  download("conversation.json", { model, mode, parameters: settings.readParameters(), messages });
+  download("conversation.json", { model: models.text, mode, parameters: settings.readParameters(), messages });
 }
 
 async function importConversation() {
@@ -202,8 +208,12 @@ function showMode(name) {
     tab.tabIndex = each === name ? 0 : -1;
     byId(`panel-${each}`).hidden = each !== name;
   }
-  byId("composer").hidden = name === "speech";
+  const speaks = name === "speech";
+  byId("composer").hidden = speaks && !models.speech;
   byId("system-section").hidden = name !== "chat";
+  byId("sampling-section").hidden = speaks;
+  byId("voice-section").hidden = !speaks || !models.speech;
+  for (const id of ["import", "export"]) byId(id).hidden = speaks;
   prompt.placeholder = PLACEHOLDERS[name];
   showToLatest();
 }
@@ -211,7 +221,8 @@ function showMode(name) {
 function onTabKey(event) {
   const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (!step) return;
-  showMode(MODES.at((MODES.indexOf(mode) + step) % MODES.length));
+  const shown = MODES.filter((name) => !byId(`tab-${name}`).hidden);
+  showMode(shown.at((shown.indexOf(mode) + step) % shown.length));
   byId(`tab-${mode}`).focus();
 }
 
@@ -224,10 +235,8 @@ async function showServer(news) {
   const label = byId("model");
   try {
     if (news instanceof Error) throw news;
-    const { data } = await (await call("v1/models")).json();
-    model = data[0].id;
-    if (data[0].max_model_len) settings.limitTokens(data[0].max_model_len);
-    label.textContent = model;
+    await showModels(await (await call("info")).json());
+    label.textContent = [models.text, models.speech].filter(Boolean).join(" · ");
     label.className = "online";
   } catch (error) {
     label.textContent = { 401: "key needed", 503: "not ready" }[error.status] ?? "not reachable";
@@ -235,6 +244,22 @@ async function showServer(news) {
     if (error.status === 401) settings.askForKey();
     else if (news === "online") setTimeout(showServer, RETRY_MS, news);
   }
+}
+
+/** Show what the models of the server can do, and nothing else. */
+async function showModels({ model, speech: speaker }) {
+  const writes = model.kind === "text";
+  models.text = writes ? model.served_model_names[0] : null;
+  models.speech = speaker?.served_model_names[0] ?? null;
+  if (writes) settings.limitTokens(model.max_model_len);
+  for (const name of ["chat", "complete"]) byId(`tab-${name}`).hidden = !writes;
+  document.querySelector("#panel-speech .openers").hidden = !speaker;
+  if (!speaker) {
+    byId("speech-hint").textContent = "This server has no model that speaks: start it with one.";
+  } else {
+    await speech.loadVoices();
+  }
+  showMode(writes ? mode : "speech");
 }
 
 function wireTabs() {
@@ -282,6 +307,7 @@ function wireTools() {
 function start() {
   const refreshEngine = watchEngine(byId("engine"), showServer);
   settings.start(refreshEngine);
+  speech.start(say);
   wireTabs();
   wireComposer();
   wireConversations();

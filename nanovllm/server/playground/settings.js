@@ -2,56 +2,15 @@
 
 import { keepKey, readKey } from "./api.js";
 
-// `neutral` is where the slider rests while nothing is set; without it there is none.
+// Name, label, hint, range [min, max, step], and where the slider rests while nothing is set; without it there is none.
 const PARAMETERS = [
-  {
-    name: "temperature",
-    label: "Temperature",
-    hint: "0 always takes the likeliest token",
-    scale: { min: 0, max: 2, step: 0.05 },
-    neutral: 1,
-  },
-  {
-    name: "top_p",
-    label: "Top p",
-    hint: "Of the likeliest tokens, as many as have this probability together",
-    scale: { min: 0.01, max: 1, step: 0.01 },
-    neutral: 1,
-  },
-  {
-    name: "top_k",
-    label: "Top k",
-    hint: "So many of the likeliest tokens; 0 is all",
-    scale: { min: 0, max: 200, step: 1 },
-    neutral: 0,
-  },
-  {
-    name: "min_p",
-    label: "Min p",
-    hint: "Tokens at least this likely, relative to the likeliest",
-    scale: { min: 0, max: 1, step: 0.01 },
-    neutral: 0,
-  },
-  {
-    name: "repetition_penalty",
-    label: "Repetition penalty",
-    hint: "Above 1, tokens that were there before become less likely",
-    scale: { min: 1, max: 2, step: 0.01 },
-    neutral: 1,
-  },
-  {
-    name: "max_tokens",
-    label: "Max tokens",
-    hint: "The answer ends after so many tokens at the latest",
-    scale: { min: 1, max: 2048, step: 1 },
-    neutral: 512,
-  },
-  {
-    name: "seed",
-    label: "Seed",
-    hint: "The same seed and request give the same answer",
-    scale: { min: 0, step: 1 },
-  },
+  ["temperature", "Temperature", "0 always takes the likeliest token", [0, 2, 0.05], 1],
+  ["top_p", "Top p", "Of the likeliest tokens, as many as have this probability together", [0.01, 1, 0.01], 1],
+  ["top_k", "Top k", "So many of the likeliest tokens; 0 is all", [0, 200, 1], 0],
+  ["min_p", "Min p", "Tokens at least this likely, relative to the likeliest", [0, 1, 0.01], 0],
+  ["repetition_penalty", "Repetition penalty", "Above 1, tokens that were there become less likely", [1, 2, 0.01], 1],
+  ["max_tokens", "Max tokens", "The answer ends after so many tokens at the latest", [1, 2048, 1], 512],
+  ["seed", "Seed", "The same seed and request give the same answer", [0, undefined, 1]],
 ];
 const INITIAL = { max_tokens: 512 };
 const THEMES = ["auto", "light", "dark"];
@@ -61,18 +20,18 @@ const byId = (id) => document.getElementById(id);
 const inputs = {};
 
 /** A row of name, number and slider; the two inputs follow each other. */
-function addParameter({ name, label, hint, scale, neutral }) {
+function addParameter([name, label, hint, [min, max, step], neutral]) {
   const row = byId("parameter-template").content.firstElementChild.cloneNode(true);
   const [number, range] = row.querySelectorAll("input");
   row.title = hint;
   number.id = name;
   Object.assign(row.querySelector("label"), { htmlFor: name, textContent: label });
-  Object.assign(number, { min: scale.min, step: scale.step });
+  Object.assign(number, { min, step });
   if (neutral === undefined) {
     range.remove();
   } else {
     range.setAttribute("aria-label", `${label} slider`);
-    Object.assign(range, scale);
+    Object.assign(range, { min, max, step });
     range.addEventListener("input", () => setParameter(name, range.value));
   }
   const follow = () => {

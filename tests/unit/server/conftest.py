@@ -5,12 +5,24 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from tests.fake_llm import FakeLLM
-from tests.server_client import build
+from tests.fake_speech import FakeSpeech
+from tests.server_client import build, build_speech
 
 
 @pytest.fixture
 def llm() -> FakeLLM:
     return FakeLLM()
+
+
+@pytest.fixture
+def speech() -> FakeSpeech:
+    return FakeSpeech()
+
+
+@pytest.fixture
+def speaker(speech: FakeSpeech) -> TestClient:
+    """A client of a server that speaks and does not write."""
+    return TestClient(build_speech(speech))
 
 
 @pytest.fixture

@@ -101,7 +101,10 @@ def test_info_tells_what_is_served(client: TestClient, llm: FakeLLM) -> None:
     info = client.get("/info").json()
     assert info["model"]["served_model_names"] == ["demo_model"]
     assert info["model"]["max_model_len"] == llm.max_model_len
-    assert info["lora"] == {"enabled": False, "registered_names": [], "loaded": []}
+    assert info["model"]["kind"] == "text"
+    assert info["speech"] is info["mp3"] is None
+    assert info["lora"]["enabled"] is False
+    assert info["lora"]["registered_names"] == info["lora"]["loaded"] == []
 
 
 @pytest.mark.parametrize("more", [{}, {"max_tokens": 50}, {"ignore_eos": True}])

@@ -59,6 +59,7 @@ class TestHealth:
     def test_the_pool_as_json(self) -> None:
         llm = FakeLLM()
         engines = [EngineStats(num_running=1, num_kv_blocks=8, num_used_blocks=2) for _ in "ab"]
+        engines[0].num_paused = 1
         engines[0].num_prompt_tokens, engines[0].num_cached_tokens = 10, 4
         workers = [WorkerStats(i, "ready", 1, 0, 3, 3, 9, e) for i, e in enumerate(engines)]
         llm.stats = lambda: PoolStats("rr", workers, 6, 6, 0.5, 20.0)  # type: ignore[method-assign]
@@ -86,6 +87,7 @@ class TestHealth:
         }
         text = client.get("/metrics").text
         assert 'vllm:num_requests_running{engine="1",model_name="demo_model"} 1.0' in text
+        assert 'nanovllm_num_requests_paused{engine="0",model_name="demo_model"} 1.0' in text
         assert 'vllm:kv_cache_usage_perc{engine="0",model_name="demo_model"} 0.25' in text
         assert 'vllm:prefix_cache_hits_total{engine="0",model_name="demo_model"} 4.0' in text
 
@@ -128,8 +130,8 @@ class TestMetrics:
         assert not missing
 
     def test_a_request_from_its_arrival_to_its_end(self) -> None:
-        metrics = Metrics("m")
-        watch = metrics.requests
+        metrics = Metrics()
+        watch = metrics.requests_of("m")
         done = [CompletionOutput(i, token_ids=[7] * 3, finish_reason="stop") for i in (0, 1)]
         output = RequestOutput(
             "id", "x", [1, 2, 3, 4], done, RequestMetrics(10.0, 10.5, 11.0, 13.0)
@@ -164,20 +166,20 @@ class TestMetrics:
         assert self.value(metrics, "vllm:admission_rejections_total", reason="tokens") == 1
 
     def test_a_request_that_never_ran(self) -> None:
-        metrics = Metrics("m")
+        metrics = Metrics()
         output = RequestOutput("id", "x", [1], [CompletionOutput(0)], RequestMetrics(1.0))
-        metrics.requests.finished(output)
+        metrics.requests_of("m").finished(output)
         assert self.value(metrics, "vllm:request_success_total", finished_reason="abort") == 1
         assert self.value(metrics, "vllm:e2e_request_latency_seconds_count") == 0
 
     def test_nothing_is_kept_of_a_request(self) -> None:
-        metrics = Metrics("m")
+        metrics = Metrics()
         for number in range(100):
             times = RequestMetrics(1.0, 1.0, 1.0, 2.0)
             output = RequestOutput(str(number), "x", [1], [CompletionOutput(0)], times)
-            metrics.requests.tokens(output, 1, 2.0)
-            metrics.requests.finished(output)
-        assert not metrics.requests._last_news
+            metrics.requests_of("m").tokens(output, 1, 2.0)
+            metrics.requests_of("m").finished(output)
+        assert not metrics.requests_of("m")._last_news
 
     def test_routes_not_paths(self) -> None:
         app = build()

@@ -393,6 +393,7 @@ class TestErrors:
         response = client.delete("/probe")
         assert error_of(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == "POST"
+        assert client.put("/loras").headers["allow"] == "GET, POST"
 
     def test_an_exception_nobody_handles(self, caplog: pytest.LogCaptureFixture) -> None:
         response = client_of().get("/broken/hunter2")

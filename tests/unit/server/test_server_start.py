@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,17 +14,19 @@ import pytest
 from starlette.testclient import TestClient
 
 from nanovllm.cli import main
-from nanovllm.config import EngineConfig, PoolConfig, ServerConfig
+from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.server.app import create_app
+from nanovllm.server.loading import load_models
 from nanovllm.server.logs import JSONFormatter, configure_logging
 from nanovllm.server.serve import MAX_FILES, _raise_file_limit, serve
 from tests.fake_llm import FakeLLM
+from tests.fake_speech import FakeSpeech
 
 KEY = "sk-one"
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, Any]]:
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, Any, Any]]:
     """Run `nanovllm serve` up to the point where it would serve; return its options."""
     for variable in ("API_KEY", "MODEL", "PORT", "HOST"):
         monkeypatch.delenv(f"NANOVLLM_{variable}", raising=False)
@@ -35,22 +38,22 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any, Any
 
     monkeypatch.setattr("nanovllm.server.serve.serve", remember)
 
-    def run(*arguments: str) -> tuple[Any, Any, Any]:
+    def run(*arguments: str) -> tuple[Any, Any, Any, Any]:
         with pytest.raises(SystemExit) as caught:
             main(["serve", *arguments])
         assert caught.value.code == 0
-        options: tuple[Any, Any, Any] = given.pop()
+        options: tuple[Any, Any, Any, Any] = given.pop()
         return options
 
     return run
 
 
-Served = Callable[..., tuple[ServerConfig, EngineConfig, PoolConfig]]
+Served = Callable[..., tuple[ServerConfig, EngineConfig, PoolConfig, SpeechConfig]]
 
 
 class TestCommandLine:
     def test_flags_of_all_three(self, served: Served) -> None:
-        server, engine, pool = served(
+        server, engine, pool, _ = served(
             "some/model",
             *("--served-model-name", "a", "b", "--api-key", "k", "--api-key", "l"),
             *("--port", "0", "--max-model-len", "128", "--no-enable-prefix-caching"),
@@ -62,14 +65,28 @@ class TestCommandLine:
         assert server.port == 0
         assert (pool.devices, pool.dispatch_policy) == ([0, 1], "rr")
 
+    def test_a_speech_model_beside_it(self, served: Served) -> None:
+        _, engine, _, speech = served(
+            *("writer", "--speech-model", "speaker", "--speech-devices", "1,2", "--voices=v"),
+            *("--speech-quantization=int8", "--max-num-seqs=3", "--device=cuda"),
+        )
+        assert (speech.speech_model, speech.speech_devices, speech.voices) == (
+            "speaker",
+            [1, 2],
+            "v",
+        )
+        beside = speech.engine(engine)
+        assert (beside.model, beside.quantization, beside.device) == ("speaker", "int8", "cuda")
+        assert (beside.max_num_seqs, engine.model, engine.quantization) == (None, "writer", None)
+
     def test_nothing_given(self, served: Served) -> None:
-        server, engine, pool = served()
+        server, engine, pool, _ = served()
         assert (server, engine) == (ServerConfig(), EngineConfig())
         assert pool.num_engines == 1
         assert server.host == "127.0.0.1"
 
     def test_the_model_by_flag_and_the_familys_names(self, served: Served) -> None:
-        _, engine, pool = served(
+        _, engine, pool, _ = served(
             "--model=m", "--max-running-requests", "3", "--data-parallel-size=2"
         )
         assert (engine.model, engine.max_num_seqs, pool.replicas) == ("m", 3, 2)
@@ -83,7 +100,7 @@ class TestCommandLine:
         monkeypatch.setenv("NANOVLLM_MAX_NUM_SEQS", "5")
         options = tmp_path / "options.yaml"
         options.write_text("port: 4321\nmodel: m\nserved-model-name: [x, y]\nqueue_timeout: 3\n")
-        server, engine, pool = served("--config", str(options), "--max-num-seqs", "6")
+        server, engine, pool, _ = served("--config", str(options), "--max-num-seqs", "6")
         assert (server.api_key, server.port) == (["a", "b"], 4321)
         assert server.served_model_name == ["x", "y"]
         assert (engine.model, engine.max_num_seqs) == ("m", 6)
@@ -95,7 +112,7 @@ class TestCommandLine:
             "warm_prefixes: [Once, upon a]\n"
             "default-chat-template-kwargs:\n  enable_thinking: false\n"
         )
-        server, _, pool = served("--config", str(options))
+        server, _, pool, _ = served("--config", str(options))
         assert pool.warm_prefixes == "Once||upon a"
         assert server.default_chat_template_kwargs == '{"enable_thinking": false}'
         options.write_text("warm_prefixes: a||b\n")
@@ -150,6 +167,39 @@ class TestCommandLine:
         assert shown.count("\n") == 1
 
 
+@pytest.fixture
+def models(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Take "speaker" for a model that speaks and start none; return what is done with them."""
+    events: list[str] = []
+
+    def stand_in(fake: type[Any]) -> type[Any]:
+        class Starting(fake):  # type: ignore[misc]
+            @classmethod
+            def from_config(cls, *_: Any) -> Any:
+                return cls()
+
+            async def start(self) -> None:
+                events.append(f"start {self.model_id}")
+
+            async def close(self, force: bool = False) -> None:
+                events.append(f"close {self.model_id}")
+
+        return Starting
+
+    loading = "nanovllm.server.loading"
+    monkeypatch.setattr(f"{loading}._speaks", lambda engine: engine.model == "speaker")
+    monkeypatch.setattr(f"{loading}.AsyncLLM", stand_in(FakeLLM))
+    monkeypatch.setattr(f"{loading}.AsyncSpeech", stand_in(FakeSpeech))
+    return events
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 class TestApplication:
     def test_importing_it_starts_nothing_and_app_is_what_the_environment_says(
         self, monkeypatch: pytest.MonkeyPatch
@@ -171,25 +221,46 @@ class TestApplication:
     def test_no_key_in_what_is_shown_of_the_options(self) -> None:
         assert KEY not in repr(ServerConfig(api_key=[KEY]))
 
-    def test_it_starts_and_closes_its_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        events = []
-
-        class StartingLLM(FakeLLM):
-            @classmethod
-            def from_config(cls, *args: Any) -> "StartingLLM":
-                return cls()
-
-            async def start(self) -> None:
-                events.append("start")
-
-            async def close(self) -> None:
-                events.append("close")
-
-        monkeypatch.setattr("nanovllm.server.app.AsyncLLM", StartingLLM)
-        app = create_app(ServerConfig(), EngineConfig(), PoolConfig())
+    @pytest.mark.parametrize(
+        ("options", "names"),
+        [
+            (("writer", SpeechConfig()), ["demo_model"]),
+            (("speaker", SpeechConfig()), ["voxcpm"]),
+            (("writer", SpeechConfig(speech_model="speaker")), ["demo_model", "voxcpm"]),
+        ],
+    )
+    def test_it_starts_and_closes_its_models(
+        self, models: list[str], options: tuple[str, SpeechConfig], names: list[str]
+    ) -> None:
+        engine = EngineConfig(model=options[0])
+        app = create_app(ServerConfig(), engine, PoolConfig(), options[1])
         with TestClient(app) as client:
-            assert client.get("/ready").status_code == 200
-        assert events == ["start", "close"]
+            wait_until(lambda: client.get("/ready").status_code == 200)
+            listed = client.get("/v1/models").json()["data"]
+            assert [model["id"] for model in listed] == names
+        assert models == [f"start {name}" for name in names] + [f"close {name}" for name in names]
+
+    @pytest.mark.parametrize(
+        ("model", "speech", "says"),
+        [
+            ("speaker", SpeechConfig(speech_model="speaker"), "speaks already"),
+            ("writer", SpeechConfig(voices="/v"), "there is none"),
+            ("speaker", SpeechConfig(default_voice="ann"), "'ann' is none of the voices"),
+            ("speaker", SpeechConfig(voices="/no/such/voices"), "/no/such/voices"),
+            (
+                "writer",
+                SpeechConfig(speech_model="speaker", speech_served_model_name=["demo_model"]),
+                "two models are called 'demo_model'",
+            ),
+        ],
+    )
+    def test_models_that_do_not_go_together(
+        self, models: list[str], model: str, speech: SpeechConfig, says: str
+    ) -> None:
+        app = create_app(ServerConfig(), EngineConfig(), PoolConfig(), speech)
+        with pytest.raises((ValueError, OSError), match=says):
+            asyncio.run(load_models(app.state.server, EngineConfig(model=model), PoolConfig()))
+        assert not models
 
 
 @pytest.fixture
