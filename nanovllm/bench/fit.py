@@ -12,6 +12,9 @@ from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.quantization import weight_bits
 from nanovllm.models.registry import CLASSES
+from nanovllm.models.voxcpm import vae
+from nanovllm.models.voxcpm.config import VoxCPMConfig, is_speech
+from nanovllm.models.voxcpm.model import VoxCPM
 from nanovllm.models.weights import expected_tensors
 from nanovllm.runners.memory import (
     attention_config,
@@ -32,12 +35,15 @@ class Fit:
         device: Where it would run.
         kernels: What it would run on, as `cpu_isa` names it.
         dtype: Dtype it would run in.
-        num_parameters: Parameters, shared ones counted once.
-        weight_bytes: Memory for these.
+        num_parameters: Parameters, shared ones counted once; those of a speech model's autoencoder
+            are apart.
+        weight_bytes: Memory for all of them.
         kv_bytes_per_token: Memory for the keys and values of one token.
         kv_cache_bytes: Memory the KV cache may take once the weights are loaded.
         num_kv_tokens: Tokens for which it has room and use.
         max_model_len: Longest prompt plus output.
+        num_vae_parameters: Parameters of a speech model's autoencoder, as its file has them; its
+            state of each running sequence is counted nowhere.
     """
 
     model: str
@@ -51,6 +57,7 @@ class Fit:
     kv_cache_bytes: int
     num_kv_tokens: int
     max_model_len: int
+    num_vae_parameters: int = 0
 
 
 def work_out_fit(config: EngineConfig) -> Fit:
@@ -64,14 +71,13 @@ def work_out_fit(config: EngineConfig) -> Fit:
     directory = resolve_model(config)
     device = select_device(config.device)
     config = config.resolved_for(device.type)
-    model = ModelConfig.from_directory(directory)
+    model = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
     dtype = select_dtype(config, model, device)
-    with torch.device("meta"):
-        shapes = expected_tensors(CLASSES[model.architecture](model))
-    num_parameters = sum(math.prod(shape) for shape in shapes.values())
+    num_parameters, num_vae_parameters = count_parameters(model)
     kernels = select_kernels(config, device, dtype)
     bits = weight_bits(config) if isinstance(kernels, CpuKernels) else None
     weight_bytes = int(num_parameters * (bits or 8 * dtype.itemsize) / 8)
+    weight_bytes += num_vae_parameters * torch.float32.itemsize
     cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
     backend = kernels.attention(attention_config(config, model, dtype))
     block_bytes = backend.cache_spec(1).num_bytes * model.num_layers
@@ -89,4 +95,20 @@ def work_out_fit(config: EngineConfig) -> Fit:
         kv_cache_bytes=cache_bytes,
         num_kv_tokens=num_blocks * block_size,
         max_model_len=max_model_len,
+        num_vae_parameters=num_vae_parameters,
     )
+
+
+def count_parameters(model: ModelConfig | VoxCPMConfig) -> tuple[int, int]:
+    """Parameters of a model's networks, and of its autoencoder if it is one of speech."""
+    vae_shapes: dict[str, tuple[int, ...]] = {}
+    with torch.device("meta"):
+        if isinstance(model, VoxCPMConfig):
+            shapes = expected_tensors(VoxCPM(model))
+            vae_shapes = vae.expected_tensors(model.vae)
+        else:
+            shapes = expected_tensors(CLASSES[model.architecture](model))
+    num_parameters, num_vae_parameters = (
+        sum(math.prod(shape) for shape in of.values()) for of in (shapes, vae_shapes)
+    )
+    return num_parameters, num_vae_parameters

@@ -15,12 +15,15 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from nanovllm.bench.http import HTTPClient, Response
 from nanovllm.bench.serve_config import Load
+
+Request = TypeVar("Request")
+Outcome = TypeVar("Outcome")
 
 LAG_INTERVAL = 0.01
 MAX_DETAIL = 500
@@ -235,26 +238,30 @@ Ask = Callable[[int, float], Coroutine[Any, Any, None]]
 
 
 async def run_load(
-    target: Target,
-    bodies: Sequence[bytes],
+    ask: Callable[[Request, float], Coroutine[Any, Any, Outcome]],
+    requests: Sequence[Request],
     load: Load,
     *,
     seed: int = 0,
     on_done: Callable[[], None] = lambda: None,
-) -> tuple[list[Record], ClientLoad]:
+) -> tuple[list[Outcome], ClientLoad]:
     """Send requests and wait for all answers.
 
     Args:
-        target: Where to.
-        bodies: The requests.
+        ask: Sends one of them, which was to be sent at this `time.perf_counter`, and waits for
+            its answer.
+        requests: What to send.
         load: How fast they are sent.
         seed: Of the gaps.
         on_done: Called after each answer.
-    """
-    records: list[Record] = []
 
-    async def ask(index: int, intended: float) -> None:
-        records.append(await target.ask(bodies[index], intended))
+    Returns:
+        What `ask` returned, in the order of the answers, and how busy this process was.
+    """
+    records: list[Outcome] = []
+
+    async def ask_for(index: int, intended: float) -> None:
+        records.append(await ask(requests[index], intended))
         on_done()
 
     client = ClientLoad()
@@ -262,9 +269,9 @@ async def run_load(
     wall, cpu = time.perf_counter(), time.process_time()
     try:
         if load.concurrency is not None:
-            await _closed_loop(ask, len(bodies), load.concurrency)
+            await _closed_loop(ask_for, len(requests), load.concurrency)
         else:
-            await _open_loop(ask, send_times(len(bodies), load.request_rate, seed))
+            await _open_loop(ask_for, send_times(len(requests), load.request_rate, seed))
     finally:
         watch.cancel()
         with suppress(asyncio.CancelledError):

@@ -81,7 +81,7 @@ async def run_serve(
         loads = []
         for index, load in enumerate(config.loads()):
             records, client_load = await run_load(
-                target,
+                target.ask,
                 _bodies(config, server, config.num_requests, f"load {index}"),
                 load,
                 seed=config.seed,
@@ -143,7 +143,7 @@ def _ignores_eos(config: ServeConfig, server: dict[str, str]) -> bool:
 async def _warm_up(target: Target, bodies: list[bytes]) -> None:
     if not bodies:
         return
-    records, _ = await run_load(target, bodies, Load())
+    records, _ = await run_load(target.ask, bodies, Load())
     failed = [record for record in records if record.error is not None]
     if failed:
         raise InvalidRequestError(

@@ -270,7 +270,7 @@ def test_open_loop_counts_from_the_intended_moment(script: Script) -> None:
         target = Target(HTTPClient(script.url), "/v1/completions", 10)
         body = json.dumps({"max_tokens": 2}).encode()
         asyncio.get_running_loop().call_later(0.05, _block, 0.3)
-        return await run_load(target, [body] * 20, Load(request_rate=100))
+        return await run_load(target.ask, [body] * 20, Load(request_rate=100))
 
     records, client = run(stalled())
     load = summarize(records, client, Load(request_rate=100), {})
