@@ -40,6 +40,14 @@ WORKER = ("tests/unit/test_worker.py",)
 ROUTING = ("tests/unit/test_router.py",)
 POOL = ("tests/unit/test_async_llm.py",)
 SHELL = ("tests/unit/server/test_server_shell.py",)
+SPEECH_MODELS = ("tests/unit/test_voxcpm_model.py",)
+VOCODING = ("tests/unit/test_voxcpm_vae.py",)
+ADAPTERS = ("tests/unit/test_lora.py",)
+REGISTRY = ("tests/unit/test_adapter_registry.py",)
+CLIENT = ("tests/unit/test_worker_client.py",)
+STREAMING = ("tests/unit/test_speech_stream.py",)
+SPEAKING = ("tests/unit/test_async_speech.py",)
+SPEECH = ("tests/unit/test_speech_runner.py", "tests/integration/test_speech_engine.py")
 
 BLOCKS = "nanovllm/engine/block_manager.py"
 SCHEDULER = "nanovllm/engine/scheduler.py"
@@ -47,6 +55,7 @@ ENGINE = "nanovllm/engine/llm_engine.py"
 SEQUENCE = "nanovllm/engine/sequence.py"
 RUNNER = "nanovllm/runners/model_runner.py"
 TEXT_RUNNER = "nanovllm/runners/text.py"
+SPEECH_RUNNER = "nanovllm/runners/speech.py"
 TABLE = "nanovllm/runners/sampling_table.py"
 SAMPLER = "nanovllm/layers/sampler.py"
 ROTARY = "nanovllm/layers/rotary.py"
@@ -59,6 +68,16 @@ CPU_LINEAR = "nanovllm/kernels/cpu/csrc/linear.cpp"
 CPU_SAMPLER = "nanovllm/kernels/cpu/csrc/sampler.cpp"
 SDPA = "nanovllm/kernels/sdpa.py"
 DECODER = "nanovllm/models/decoder.py"
+AUDIO = "nanovllm/kernels/audio.py"
+CPU_AUDIO = "nanovllm/kernels/cpu/csrc/audio.cpp"
+VOXCPM = "nanovllm/models/voxcpm/model.py"
+VOXCPM_LOCAL = "nanovllm/models/voxcpm/local.py"
+VOXCPM_SAMPLER = "nanovllm/models/voxcpm/cfm.py"
+VAE = "nanovllm/models/voxcpm/vae.py"
+VAE_LAYERS = "nanovllm/models/voxcpm/vae_layers.py"
+LORA = "nanovllm/layers/lora.py"
+LORA_TABLE = "nanovllm/models/adapters.py"
+LORA_NAMES = "nanovllm/adapter_registry.py"
 
 
 class Fault(NamedTuple):
@@ -225,8 +244,8 @@ FAULTS = [
     Fault(
         "the oldest sequence is preempted",
         SCHEDULER,
-        "victim = self.running[-1]",
-        "victim = self.running[0]",
+        "self._last_paused() or self.running[-1]",
+        "self._last_paused() or self.running[0]",
         SCHEDULING,
     ),
     Fault(
@@ -480,6 +499,56 @@ FAULTS = [
         "HeadNorms(k_norm.weight, q_norm.weight,",
         MODELS,
     ),
+    # The networks of VoxCPM.
+    Fault(
+        "embedding of the step's length dropped",
+        VOXCPM_LOCAL,
+        "embedded += self.delta_time_mlp(",
+        "embedded += 0 * self.delta_time_mlp(",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "tokens are quantized like patches",
+        VOXCPM,
+        "lm = torch.where(here, self.fsq_layer(hidden, ctx), hidden)",
+        "lm = self.fsq_layer(hidden, ctx)",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "branches of the guidance swapped",
+        VOXCPM_SAMPLER,
+        "conditional, unconditional = velocity[:num_patches], velocity[num_patches:]",
+        "unconditional, conditional = velocity[:num_patches], velocity[-num_patches:]",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "guidance of another row",
+        VOXCPM_SAMPLER,
+        "Guidance(copies, guided, scale[guided])",
+        "Guidance(copies, guided, scale[: len(guided)])",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "no step of the sampler skipped",
+        VOXCPM_SAMPLER,
+        "max(1, int((num_timesteps + 1) * SKIPPED))",
+        "int((num_timesteps + 1) * SKIPPED)",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "a patch embedded in place of its neighbour",
+        VOXCPM,
+        "index = (is_audio.cumsum(0) - 1).clamp(min=0)",
+        "index = (is_audio.cumsum(0) - 2).clamp(min=0)",
+        SPEECH_MODELS,
+    ),
+    Fault(
+        "both language models in the same caches",
+        VOXCPM,
+        "first_cache=config.base.num_layers",
+        "first_cache=0",
+        SPEECH_MODELS,
+    ),
     # The text runner.
     Fault(
         "sampled id written one position late",
@@ -582,7 +651,7 @@ FAULTS = [
     ),
     Fault(
         "a stop string does not end the sequence in the engine",
-        "nanovllm/async_llm.py",
+        "nanovllm/async_engine.py",
         "        if stopped:\n",
         "        if stopped and not outputs:\n",
         POOL,
@@ -590,23 +659,156 @@ FAULTS = [
     Fault(
         "the requests of a dead engine are not told",
         "nanovllm/cluster/pool.py",
-        "self._lose(lost, EngineDeadError(",
-        "self._lose([], EngineDeadError(",
+        "            self._lose(lost, error)\n",
+        "            self._lose([], error)\n",
         POOL,
     ),
     Fault(
         "a hang is not noticed when nobody waits",
         "nanovllm/worker/client.py",
-        "return bool(self.load.sequences) or self._num_sent > self._num_handled",
-        "return bool(self.load.sequences)",
+        "unanswered = bool(self._calls) or self._num_sent > self._num_handled",
+        "unanswered = bool(self._calls)",
         POOL,
     ),
     Fault(
         "replicas draw the same seeds",
-        "nanovllm/async_llm.py",
+        "nanovllm/async_engine.py",
         "seed = self._seeds.getrandbits(64) if params.seed is None",
         "seed = 7 if params.seed is None",
         POOL,
+    ),
+    Fault(
+        "a sequence that is held back counts as work",
+        "nanovllm/worker/client.py",
+        "return self.load.num_runnable > 0 or unanswered",
+        "return bool(self.load.sequences) or unanswered",
+        CLIENT,
+    ),
+    Fault(
+        "a call is not a sign of work",
+        "nanovllm/worker/client.py",
+        "unanswered = bool(self._calls) or self._num_sent > self._num_handled",
+        "unanswered = self._num_sent > self._num_handled",
+        CLIENT,
+    ),
+    Fault(
+        "a reader that is slow is not held back",
+        "nanovllm/speech_stream.py",
+        "elif not self._paused and len(self.output.unread) >= self._backlog.max_patches:",
+        "elif not self._paused and len(self.output.unread) >= 1 << 30:",
+        STREAMING,
+    ),
+    Fault(
+        "a request goes on at once when its slow reader reads",
+        "nanovllm/speech_stream.py",
+        "if len(self.output.unread) <= self._backlog.max_patches // 2:",
+        "if self.output.unread:",
+        STREAMING,
+    ),
+    Fault(
+        "a paused sequence gets rows",
+        SCHEDULER,
+        "if seq.paused or seq.slot < 0:",
+        "if seq.slot < 0:",
+        SCHEDULING,
+    ),
+    Fault(
+        "a paused sequence keeps what others need",
+        SCHEDULER,
+        "if not self._num_paused:",
+        "if self._num_paused >= 0:",
+        SCHEDULING,
+    ),
+    Fault(
+        "an engine whose sequences are paused is asked again and again",
+        "nanovllm/worker/process.py",
+        "idle = not self._engine.has_work\n",
+        "idle = not self._engine.has_unfinished\n",
+        WORKER,
+    ),
+    Fault(
+        "a recording takes as long as it wants",
+        "nanovllm/worker/calls.py",
+        "self._credit -= self._advance(budget)",
+        "self._credit -= self._advance(1e9)",
+        WORKER,
+    ),
+    Fault(
+        "a reference is taken for what the speech continues",
+        SPEECH_RUNNER,
+        "trailing[-1] if num_trailing else 0.0",
+        "patches[-1] if len(patches) else 0.0",
+        SPEECH,
+    ),
+    Fault(
+        "the decoder starts cold behind a recording",
+        SPEECH_RUNNER,
+        "prime(trailing.flatten(0, 1)",
+        "prime(trailing[:0].flatten(0, 1)",
+        SPEECH,
+    ),
+    Fault(
+        "guidance goes to another row",
+        SPEECH_RUNNER,
+        'settings["cfg_value"][of_group]',
+        'settings["cfg_value"][of_group[::-1]]',
+        SPEECH,
+    ),
+    Fault(
+        "all patches start from the same noise",
+        SPEECH_RUNNER,
+        "indices.astype(np.uint64)",
+        "(indices * 0).astype(np.uint64)",
+        SPEECH,
+    ),
+    Fault(
+        "speech may stop a patch early",
+        SPEECH_RUNNER,
+        "patch_index > state.request.min_len",
+        "patch_index >= state.request.min_len",
+        SPEECH,
+    ),
+    Fault(
+        "a result that was dropped is fed again",
+        SPEECH_RUNNER,
+        "        del request.generated[len(start.keys) - start.num_prompt_keys :]\n",
+        "",
+        SPEECH,
+    ),
+    Fault(
+        "a result is kept for a sequence that has left",
+        SPEECH_RUNNER,
+        "if self._slots.get(slot) is state:",
+        "if state is not None:",
+        SPEECH,
+    ),
+    Fault(
+        "a prompt's patches are off by one",
+        SPEECH_RUNNER,
+        "is_audio.cumsum() - 1",
+        "(is_audio.cumsum() - 2).clip(0)",
+        SPEECH,
+    ),
+    Fault(
+        "an attempt has the seed of the one before",
+        "nanovllm/async_speech.py",
+        "seed=(seed + attempt) % MAX_SEED",
+        "seed=seed % MAX_SEED",
+        SPEAKING,
+    ),
+    Fault(
+        "an engine that was started anew lacks its adapters",
+        "nanovllm/async_speech.py",
+        "self._adapters.reload(load)",
+        "pass",
+        SPEAKING,
+    ),
+    Fault(
+        "the sentences after the first have a voice of their own",
+        "nanovllm/long_speech.py",
+        "if not self.must_learn or not output.latents:",
+        "if self.must_learn or not output.latents:",
+        SPEAKING,
     ),
     Fault(
         "one of several keys is enough, and so is none",
@@ -625,9 +827,137 @@ FAULTS = [
     Fault(
         "a chunked body of any size",
         "nanovllm/server/limits.py",
-        "if size > self._config.max_body_size:",
+        "if size > max_size:",
         "if size > 1 << 40:",
         SHELL,
+    ),
+    # Sound.
+    Fault(
+        "VAE primed cold",
+        VAE,
+        "        if len(latents):\n            self.decode(",
+        "        if not len(latents):\n            self.decode(",
+        VOCODING,
+    ),
+    Fault(
+        "VAE primed by too little",
+        VAE,
+        "latents[None, -context_frames(self.config) :]",
+        "latents[None, -context_frames(self.config) // 2 :]",
+        VOCODING,
+    ),
+    Fault(
+        "a stream takes over what its slot remembers",
+        VAE,
+        "            history.index_fill_(0, slots, 0.0)\n",
+        "            history.index_fill_(0, slots[:0], 0.0)\n",
+        VOCODING,
+    ),
+    Fault(
+        "a stream has the history of another slot",
+        CPU_AUDIO,
+        "             history + slots[sequence] * conv.pad() * channels,",
+        "             history + sequence * conv.pad() * channels,",
+        VOCODING,
+    ),
+    Fault(
+        "torch's kernels take a history by the row, not by the slot",
+        AUDIO,
+        "frames = torch.cat([history[slots], x], dim=1)",
+        "frames = torch.cat([history[: len(slots)], x], dim=1)",
+        VOCODING,
+    ),
+    Fault(
+        "a history is not moved up by a piece shorter than itself",
+        CPU_AUDIO,
+        "    if (frames < pad) {\n",
+        "    if (frames + 1 < pad) {\n",
+        VOCODING,
+    ),
+    Fault(
+        "odd strides of version 1 padded as those of version 2",
+        VAE,
+        "stride if config.is_v2 else stride + stride % 2",
+        "stride",
+        VOCODING,
+    ),
+    Fault(
+        "a transposed convolution mistakes the older frame for the newer",
+        VAE_LAYERS,
+        "2, stride).flip(2)",
+        "2, stride)",
+        VOCODING,
+    ),
+    Fault(
+        "the decoder is not told its output rate",
+        VAE,
+        "return snake_table(alpha, scale[bucket], shift[bucket])",
+        "return snake_table(alpha)",
+        VOCODING,
+    ),
+    Fault(
+        "the rest of a recording's piece is lost",
+        VAE,
+        "        self._rest = samples[ready:].clone()\n",
+        "        self._rest = samples[:0].clone()\n",
+        VOCODING,
+    ),
+    # Adapters.
+    Fault(
+        "an adapter is not scaled by alpha / rank",
+        LORA_TABLE,
+        "(up.float() * scale)",
+        "up.float()",
+        ADAPTERS,
+    ),
+    Fault(
+        "adapters of queries, keys and values change places",
+        LORA,
+        "up[columns, first : first + len(part.down)] = part.up",
+        "up[first : first + len(part.up), first : first + len(part.down)] = part.up",
+        ADAPTERS,
+    ),
+    Fault(
+        "the rows of one adapter go through another one as well",
+        LORA,
+        "(rows,) = (slots == slot).nonzero()",
+        "(rows,) = (slots >= slot).nonzero()",
+        ADAPTERS,
+    ),
+    Fault(
+        "LocDiT's rows are taken for positions",
+        VOXCPM_SAMPLER,
+        "ctx.of_rows(everywhere, self.estimator.length)",
+        "ctx.of_rows(everywhere.repeat(self.estimator.length))",
+        ADAPTERS,
+    ),
+    Fault(
+        "an adapter in use loses its slot",
+        LORA_TABLE,
+        "            if slot not in in_use:\n",
+        "            if slot >= 0:\n",
+        ADAPTERS,
+    ),
+    Fault(
+        "a sequence that has ended keeps its adapter in use",
+        LORA_TABLE,
+        'uses none any more."""\n        self._slots[seq_slot] = NO_ADAPTER\n',
+        'uses none any more."""\n',
+        ADAPTERS,
+    ),
+    Fault(
+        "the id of an adapter is used again",
+        LORA_NAMES,
+        "        self._next_id += 1\n",
+        "",
+        REGISTRY,
+    ),
+    Fault(
+        "an adapter is forgotten while a request uses it",
+        LORA_NAMES,
+        "        await adapter.idle.wait()\n",
+        "",
+        REGISTRY,
     ),
 ]
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.config import ALIASES, EngineConfig, Options, PoolConfig, ServerConfig
+from nanovllm.config import ALIASES, EngineConfig, Options, PoolConfig, ServerConfig, SpeechConfig
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = (EngineConfig, PoolConfig, ServerConfig)
+CONFIGS = (EngineConfig, PoolConfig, ServerConfig, SpeechConfig)
 OPTIONS = [(config, option) for config in CONFIGS for option in fields(config)]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -10,19 +10,27 @@ import nanovllm
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.bench.serve_config import ServeConfig
 from nanovllm.cli import app as command_line
-from nanovllm.config import ALIASES, DEMO_MODEL, EngineConfig, PoolConfig, ServerConfig
+from nanovllm.config import (
+    ALIASES,
+    DEMO_MODEL,
+    EngineConfig,
+    PoolConfig,
+    ServerConfig,
+    SpeechConfig,
+)
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.app import create_app
+from nanovllm.speech_params import SpeechParams
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = (EngineConfig, PoolConfig, ServerConfig)
+CONFIGS = (EngineConfig, PoolConfig, ServerConfig, SpeechConfig)
 OPTIONS = {name for config in CONFIGS for name in config.names()}
 NAME = re.compile(r"(GET|POST) /[\w/.{}]*|(uvicorn|fastapi run|nanovllm) [\w ./:-]+|[\w./:-]+")
 """What is a name; anything else in code type is an example."""
 WORDS = {
     *("rr", "fsfs", "random", "cache_aware", "Retry-After"),  # values and headers
     *("text_delta", "mode", "detail", "error", "route"),  # fields of requests and answers
-    *("scheduler", "output.finished", "fastapi"),
+    *("scheduler", "output.finished", "fastapi", "model", "speech", "response_format"),
 }
 
 
@@ -65,9 +73,8 @@ def exists(name: str, routes: set[str], metrics: str) -> bool:
         return True
     if "/" in name:
         return (ROOT / name).exists()
-    return name in OPTIONS | set(ALIASES) | set(SamplingParams.__dataclass_fields__) or _is_python(
-        name
-    )
+    fields = {*SamplingParams.__dataclass_fields__, *SpeechParams.__dataclass_fields__}
+    return name in OPTIONS | set(ALIASES) | fields or _is_python(name)
 
 
 def _is_python(name: str) -> bool:

@@ -28,7 +28,7 @@ from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.layers.linear import Linear
 from nanovllm.llm import LLM
 from nanovllm.models import quantization, quantized_cache
-from nanovllm.models.checkpoint import Checkpoint
+from nanovllm.models.checkpoint import Checkpoint, weight_files
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.quantization import SCHEMES, quantize
@@ -266,7 +266,7 @@ class TestCache:
         assert is_same(load(directory, name), first)
         assert len(num_quantized) == count
         assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
-        source = Checkpoint(directory)
+        source = Checkpoint(weight_files(directory))
         for part in ("model.embed_tokens", "model.layers.0.mlp.down_proj"):
             expected = quantize(source.tensor(f"{part}.weight"), SCHEMES[name]).dequantize()
             assert torch.equal(weights(first)[part], expected)
