@@ -93,7 +93,9 @@ class EnginePool:
         self._idle = asyncio.Event()
         self._idle.set()
         self._num_held = 0
-        self._context = zmq.asyncio.Context()
+        # The process's own: one of ours would wait, if nobody closes us, for sockets that nobody
+        # reads any more, and that in whatever thread the garbage collector runs.
+        self._context = zmq.asyncio.Context.shadow(zmq.Context.instance())
         self._sockets = _private_directory()
         self._num_processes = 0
         self._expiry: asyncio.TimerHandle | None = None
@@ -169,7 +171,6 @@ class EnginePool:
         await asyncio.gather(*(client.kill() if force else client.stop() for client in clients))
         for worker in self._workers:
             worker.state = "dead"
-        self._context.term()
         self._sockets.cleanup()
 
     async def drain(self, timeout: float | None = None) -> bool:

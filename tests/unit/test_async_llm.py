@@ -454,6 +454,18 @@ def test_it_works_in_a_loop_that_is_running_already_without_a_context() -> None:
     assert asyncio.run(notebook()) == "length"
 
 
+def test_engines_that_nobody_closes_are_collected_without_waiting_for_them() -> None:
+    script = (
+        "import asyncio, gc\n"
+        "from nanovllm import AsyncLLM\n"
+        "async def main():\n"
+        "    await AsyncLLM(max_model_len=512).start()\n"
+        "asyncio.run(main())\n"
+        "gc.collect()\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=60)
+
+
 def test_a_process_that_is_killed_leaves_no_engine_behind() -> None:
     script = (
         "import asyncio, sys\n"
