@@ -144,12 +144,17 @@ class AsyncEngine(ABC, Generic[OutputT]):
             FileNotFoundError: There is no such model.
             InvalidRequestError: An option or the checkpoint cannot be used.
             NotEnoughMemoryError: The model or its KV cache does not fit.
-            RuntimeError: An engine process died.
+            RuntimeError: An engine process died, or this is not the loop it was started in.
         """
         if self._closed:
             raise RuntimeError(f"this {type(self).__name__} is closed: build a new one")
         if self._starting is None:
             self._starting = asyncio.ensure_future(self._start())
+        if self._starting.get_loop() is not asyncio.get_running_loop():
+            raise RuntimeError(
+                f"this {type(self).__name__} belongs to the event loop it was started in: build "
+                "one in each"
+            )
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:

@@ -454,6 +454,17 @@ def test_it_works_in_a_loop_that_is_running_already_without_a_context() -> None:
     assert asyncio.run(notebook()) == "length"
 
 
+def test_another_event_loop_is_told_that_it_is_one() -> None:
+    llm = AsyncLLM(**SMALL)
+    asyncio.run(llm.start())
+
+    async def elsewhere() -> None:
+        with pytest.raises(RuntimeError, match="event loop"):
+            await finish(llm.generate(PROMPT))
+
+    asyncio.run(elsewhere())
+
+
 def test_engines_that_nobody_closes_are_collected_without_waiting_for_them() -> None:
     script = (
         "import asyncio, gc\n"
