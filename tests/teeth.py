@@ -244,8 +244,8 @@ FAULTS = [
     Fault(
         "the oldest sequence is preempted",
         SCHEDULER,
-        "self._last_paused() or self.running[-1]",
-        "self._last_paused() or self.running[0]",
+        "next(self._paused(), self.running[-1])",
+        "next(self._paused(), self.running[0])",
         SCHEDULING,
     ),
     Fault(
@@ -265,15 +265,15 @@ FAULTS = [
     Fault(
         "newcomers leave running sequences no room to grow",
         SCHEDULER,
-        "num_reserved=len(self.running)",
-        "num_reserved=0",
+        "self.block_manager.allocate(seq, len(self.running))",
+        "self.block_manager.allocate(seq, 0)",
         SCHEDULING,
     ),
     Fault(
         "more adapters than there is room for",
         SCHEDULER,
-        "len(self._adapters) < self.max_num_adapters",
-        "len(self._adapters) <= self.max_num_adapters",
+        "len(in_use) < self.max_num_adapters",
+        "len(in_use) <= self.max_num_adapters",
         SCHEDULING,
     ),
     Fault(
@@ -708,15 +708,15 @@ FAULTS = [
     Fault(
         "a paused sequence gets rows",
         SCHEDULER,
-        "if seq.paused or seq.slot < 0:",
-        "if seq.slot < 0:",
+        "if seq.running and not seq.paused:",
+        "if seq.running:",
         SCHEDULING,
     ),
     Fault(
         "a paused sequence keeps what others need",
         SCHEDULER,
-        "if not self._num_paused:",
-        "if self._num_paused >= 0:",
+        "victims = self._victims(seq) if self._num_paused else []",
+        "victims: list[Sequence] | None = []",
         SCHEDULING,
     ),
     Fault(

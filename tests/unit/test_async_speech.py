@@ -537,7 +537,7 @@ def test_an_observer_hears_of_patches(model: Path) -> None:
 def test_prompt_and_speech_must_fit_the_context(run: Run) -> None:
     async def scenario(speech: AsyncSpeech) -> None:
         with pytest.raises(ContextLengthError, match="Request may exceed max_model_len"):
-            await speech.generate("word " * 30, SpeechParams())
+            await speech.generate("word " * 30, SpeechParams(max_generate_length=2000))
 
     run(scenario)
 
