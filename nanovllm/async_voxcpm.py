@@ -4,18 +4,21 @@ import asyncio
 import inspect
 import logging
 from collections.abc import AsyncGenerator, Callable
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nanovllm.async_speech import AsyncSpeech
 from nanovllm.audio.files import Samples
 from nanovllm.config import ALIASES, EngineConfig, PoolConfig, split_options
+from nanovllm.errors import InvalidRequestError
 from nanovllm.long_speech import LongSpeech
 from nanovllm.lora_config import LoRAConfig
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.speech_params import SpeechParams
 from nanovllm.speech_stream import SpeechStream
+from nanovllm.validation import check_type
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +28,6 @@ Result = TypeVar("Result")
 MAX_MODEL_LEN = 4096
 GPU_DEFAULTS = {"max_num_batched_tokens": 16384, "max_num_seqs": 512}
 """Meant for a GPU: where there is none, who leaves them alone gets the engine's own."""
-SINGLE_LORA = "default"
-"""What the adapter of `load_lora` is called; those that take its place are numbered."""
 
 
 def with_arguments_of(
@@ -67,6 +68,7 @@ class AsyncVoxCPMServerPool:
         lora_config: LoRAConfig | None = None,
         **options: Any,
     ) -> None:
+        model_path = _model_name(model_path)
         known = {*EngineConfig.names(), *PoolConfig.names(), *ALIASES}
         if unknown := sorted(options.keys() - known):
             raise ValueError(f"Unknown kwargs: {', '.join(unknown)}")
@@ -76,15 +78,18 @@ class AsyncVoxCPMServerPool:
         defaults = {"max_model_len": MAX_MODEL_LEN} | GPU_DEFAULTS
         self._options = defaults | options | {"model": model_path}
         if lora_config is not None:
+            check_type(
+                "lora_config",
+                lora_config,
+                LoRAConfig,
+                "a LoRAConfig, such as LoRAConfig(max_loras=4)",
+            )
             self._options |= lora_config.engine_options()
         self._devices = list(devices) if devices else [0]
         split_options(self._options | {"devices": self._devices}, EngineConfig, PoolConfig)
         _check_model(model_path)
         self._speech: AsyncSpeech | None = None
         self._starting: asyncio.Future[None] | None = None
-        self._single_lora: str | None = None  # what requests use that name none
-        self._loaded_lora: str | None = None  # what `load_lora` has loaded
-        self._num_loaded = 0
         self._stopped = False
 
     async def wait_for_ready(self) -> None:
@@ -188,18 +193,10 @@ class AsyncVoxCPMServerPool:
     async def load_lora(self, path: str) -> dict[str, Any]:
         """Load the adapter of all requests that name none, in place of the one before.
 
-        That one is used until the new one is there, and stays if it cannot be loaded.
-
         Raises:
             ValueError: The directory holds no adapter that fits.
         """
-        speech = await self._ready()
-        self._num_loaded += 1
-        name = SINGLE_LORA if self._num_loaded == 1 else f"{SINGLE_LORA}-{self._num_loaded}"
-        keys = await speech.register_lora(name, path)
-        before, self._loaded_lora, self._single_lora = self._loaded_lora or "", name, name
-        if before in speech.list_loras():
-            await speech.unregister_lora(before)
+        keys = await (await self._ready()).single_lora.load(path)
         return {"status": "ok", "loaded_keys": keys, "skipped_keys": []}
 
     async def set_lora_enabled(self, enabled: bool) -> dict[str, Any]:
@@ -208,17 +205,12 @@ class AsyncVoxCPMServerPool:
         Raises:
             ValueError: There is none.
         """
-        if enabled and self._loaded_lora not in (await self._ready()).list_loras():
-            raise ValueError("there is no adapter: load_lora first")
-        self._single_lora = self._loaded_lora if enabled else None
+        (await self._ready()).single_lora.enable(enabled)
         return {"status": "ok", "lora_enabled": enabled}
 
     async def reset_lora(self) -> dict[str, Any]:
         """Forget the adapter of `load_lora`."""
-        speech = await self._ready()
-        before, self._loaded_lora, self._single_lora = self._loaded_lora or "", None, None
-        if before in speech.list_loras():
-            await speech.unregister_lora(before)
+        await (await self._ready()).single_lora.reset()
         return {"status": "ok"}
 
     async def open_stream(
@@ -277,7 +269,7 @@ class AsyncVoxCPMServerPool:
             prompt_latents=prompt_latents,
             prompt_text=prompt_text,
             ref_audio_latents=ref_audio_latents,
-            lora_name=self._single_lora if lora_name is None else lora_name,
+            lora_name=lora_name,
         )
 
     @with_arguments_of(open_stream)
@@ -293,6 +285,22 @@ class AsyncVoxCPMServerPool:
                 yield chunk
         finally:
             await stream.aclose()
+
+
+def _model_name(model: object) -> str:
+    """What a model is called, wherever it lies.
+
+    Raises:
+        InvalidRequestError: It is called nothing.
+    """
+    name = fspath(model) if isinstance(model, PathLike) else model
+    if not isinstance(name, str) or not name:
+        raise InvalidRequestError(
+            "model must be the directory of a checkpoint or the id of a hub repository, such as "
+            f"'openbmb/VoxCPM2', got {model!r:.80}",
+            "model",
+        )
+    return name
 
 
 def _check_model(model: str) -> None:

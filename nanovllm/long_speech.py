@@ -11,9 +11,6 @@ from nanovllm.audio.sentences import split_sentences, split_voice_design
 from nanovllm.outputs import SpeechOutput
 from nanovllm.speech_stream import SampleStream, SpeechStream
 
-PROMPTS = ("voice", "prompt_latents")
-"""What speech can go on from; `ref_audio_latents` only lends its voice."""
-
 Begin = Callable[..., Awaitable[SpeechStream]]
 
 
@@ -25,7 +22,8 @@ class Sentences:
 
     Args:
         text: What to say; in VoxCPM2 it may begin with the description of a voice in parentheses.
-        options: The arguments of `AsyncSpeech.generate` that all requests share.
+        options: The arguments of `AsyncSpeech.generate` that all requests share; `voice` is not
+            among them.
         has_design: Whether the model takes such a description.
     """
 
@@ -33,9 +31,9 @@ class Sentences:
         # Blank text is refused as a request, not here.
         self._left = deque(split_sentences(text) or [text])
         self._options = options
-        given = {name for name, value in options.items() if value is not None}
-        self.must_learn = given.isdisjoint((*PROMPTS, "ref_audio_latents"))
-        continues = not given.isdisjoint(PROMPTS)
+        continues = options.get("prompt_latents") is not None
+        # A reference only lends its voice: it does not take the place of a description.
+        self.must_learn = not continues and options.get("ref_audio_latents") is None
         self._design = split_voice_design(text)[0] if has_design and not continues else ""
         self._has_design = has_design
         self._num_taken = 0

@@ -18,6 +18,7 @@ from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from nanovllm.long_speech import LongSpeech, Sentences
 from nanovllm.outputs import RequestMetrics, SpeechOutput
+from nanovllm.single_adapter import SingleAdapter
 from nanovllm.speech_params import SpeechParams
 
 INFO = SpeechInfo(
@@ -69,6 +70,7 @@ class FakeSpeech:
         self.asked: list[tuple[str, SpeechParams, dict[str, Any]]] = []
         self.encoded: list[tuple[int, str | None, Side]] = []
         self.loras: dict[str, str] = {}
+        self.single_lora = SingleAdapter(self)
         self.voices = VoiceStore(self.encode)
         self._streams: dict[str, FakeSpeechStream] = {}
 
@@ -81,7 +83,9 @@ class FakeSpeech:
             raise InvalidRequestError("target text must be a non-empty string", "text")
         if (voice := options.get("voice")) is not None:
             self.voices.text_of(voice)
-        if (name := options.get("lora_name")) is not None and name not in self.loras:
+        if (name := options.get("lora_name")) is None:
+            options["lora_name"] = self.single_lora.name
+        elif name not in self.loras:
             raise InvalidRequestError(f"LoRA '{name}' is not registered", "lora_name")
         self.asked.append((text, params or SpeechParams(), options))
         request_id = options.get("request_id") or f"request-{len(self.asked)}"
@@ -103,6 +107,8 @@ class FakeSpeech:
         async def begin(sentence: str, **more: Any) -> Any:
             return await self.generate(sentence, params, **more)
 
+        if (voice := options.pop("voice", None)) is not None:
+            options |= (await self.voices.resolve(voice))._asdict()
         speech = LongSpeech(Sentences(text, options, self.info.supports_reference), begin)
         await speech.start()
         return speech
@@ -121,14 +127,20 @@ class FakeSpeech:
         return bytes(4 * num_patches * self.info.patch_size * self.info.feat_dim)
 
     async def add_prompt(self, wav: bytes, wav_format: str | None, prompt_text: str) -> str:
+        if not prompt_text.strip() and not self.info.supports_reference:
+            raise InvalidRequestError("wav prompt requires non-empty prompt_text", "prompt_text")
         return await self.voices.add_prompt(wav, wav_format, prompt_text)
 
     def remove_prompt(self, prompt_id: str) -> None:
         self.voices.remove_prompt(prompt_id)
 
     async def register_lora(self, name: str, path: str) -> list[str]:
-        if not Path(path).is_dir():
-            raise FileNotFoundError(path)
+        try:
+            is_there = Path(path).is_dir()
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise InvalidRequestError(f"LoRA directory not found: {path}", "path")
         if name in self.loras:
             raise InvalidRequestError(f"LoRA '{name}' is already registered", "name")
         self.loras[name] = path

@@ -3,23 +3,48 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
+from nanovllm.audio.latents import latents_fault
 from nanovllm.audio.sentences import clean_text
 from nanovllm.audio.tokenizer import SpeechTokenizer
+from nanovllm.audio.voices import VoicePrompt
 from nanovllm.batch import Key, SpeechRequest, patch_key
 from nanovllm.config import EngineConfig
 from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.speech_params import SpeechParams
+from nanovllm.validation import check_type
 
 AUDIO_START = 101
 REFERENCE_START = 103
 REFERENCE_END = 104
-MAX_LATENT = 1e4
-"""Beyond all that an autoencoder makes of a recording, and far from what overflows."""
 """Ids that the reference implementation does not look up either."""
+
+
+def check_text(text: object) -> None:
+    """Refuse what nobody can speak.
+
+    Raises:
+        InvalidRequestError: It is no text, or blank.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidRequestError("target text must be a non-empty string", "text")
+
+
+def check_types(text: object, params: object, prompt: VoicePrompt | None = None) -> None:
+    """Refuse arguments that no request is made of.
+
+    Raises:
+        InvalidRequestError: One is of another type than it should be, or the text is blank.
+    """
+    check_text(text)
+    if params is not None:
+        check_type("params", params, SpeechParams, "SpeechParams")
+    prompt = prompt or VoicePrompt()
+    check_type("prompt_text", prompt.prompt_text, str, "a string")
+    for name in ("prompt_latents", "ref_audio_latents"):
+        if (latents := getattr(prompt, name)) is not None:
+            check_type(name, latents, bytes, "bytes, as encode() returns them")
 
 
 class SpeechInput(NamedTuple):
@@ -90,8 +115,7 @@ class SpeechFrontend:
             InvalidRequestError: Something is missing, does not fit the rest or is no latents.
             ContextLengthError: Prompt and speech may not fit `max_model_len`.
         """
-        if not isinstance(text, str) or not text.strip():
-            raise InvalidRequestError("target text must be a non-empty string", "text")
+        check_text(text)
         self._check_prompt(prompt_latents, prompt_text, ref_audio_latents)
         prompt_text, text = clean_text(prompt_text), clean_text(text)
         self._check_size(len(prompt_text) + len(text), max_model_len)
@@ -128,20 +152,11 @@ class SpeechFrontend:
             name: The field they came in.
 
         Raises:
-            InvalidRequestError: They are no whole patches, or not finite.
+            InvalidRequestError: They are no whole patches, or have values that nothing has.
         """
-        if not latents or len(latents) % self._bytes_per_patch:
-            patch_size, feat_dim = self.model_config.patch_size, self.model_config.feat_dim
-            raise InvalidRequestError(
-                f"{name} must be one or more patches of {patch_size} x {feat_dim} float32 values, "
-                f"{self._bytes_per_patch} bytes each, got {len(latents)} bytes",
-                name,
-            )
-        values = np.frombuffer(latents, "<f4")
-        if not np.isfinite(values).all():
-            raise InvalidRequestError(f"{name} has values that are NaN or infinite", name)
-        if np.abs(values).max() > MAX_LATENT:
-            raise InvalidRequestError(f"{name} has values that no recording has", name)
+        shape = self.model_config
+        if why := latents_fault(latents, shape.patch_size, shape.feat_dim):
+            raise InvalidRequestError(f"{name}: {why}", name)
 
     def _check_prompt(self, latents: bytes | None, text: str, reference: bytes | None) -> None:
         if latents is None and text:

@@ -58,21 +58,23 @@ class LocalAttention(nn.Module):
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
 
     def forward(
-        self, qkv: Tensor, norms: HeadNorms | None, rotary: Rotary | None, ctx: ForwardContext
+        self,
+        qkv: Tensor,
+        norms: HeadNorms | None,  # noqa: ARG002  # `Attention` has them
+        rotary: Rotary | None,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Attend.
 
         Args:
             qkv: Projections, one sequence after the other,
                 `[num_seqs * length, (num_heads + 2 * num_kv_heads) * head_dim]`.
-            norms: Must be None.
+            norms: None: `SelfAttention` sees to it.
             rotary: Cosines and sines of the positions of one sequence; None is no positions.
             ctx: The step.
 
         Returns:
             `[num_seqs * length, num_heads * head_dim]`.
         """
-        if norms is not None:
-            raise NotImplementedError("local attention norms no heads")
         heads = self.num_heads, self.num_kv_heads
         return ctx.kernels.local_attention(qkv, rotary, self.length, *heads)

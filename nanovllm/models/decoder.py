@@ -54,6 +54,8 @@ class SelfAttention(nn.Module):
         traits: type[Traits] = Traits,
     ) -> None:
         super().__init__()
+        if traits.qk_norm and isinstance(attention, LocalAttention):
+            raise ValueError("the kernels of local attention norm no heads")
         head_dim = config.head_dim
         q_width, kv_width = (n * head_dim for n in (config.num_heads, config.num_kv_heads))
         self.qkv_proj = PackedLinear(

@@ -1,7 +1,6 @@
 """Start the models of a server: one that writes, one that speaks, or one of each."""
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 from nanovllm.async_llm import AsyncLLM
@@ -10,7 +9,9 @@ from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.voxcpm.config import is_speech
+from nanovllm.server.adapters import load_modules, lora_modules
 from nanovllm.server.state import ServerState
+from nanovllm.text.message_format import MessageFormat
 
 
 async def load_models(state: ServerState, engine: EngineConfig, pool: PoolConfig) -> None:
@@ -28,6 +29,7 @@ async def load_models(state: ServerState, engine: EngineConfig, pool: PoolConfig
         RuntimeError: An engine process died.
     """
     speech, observe = state.speech_config, state.metrics.requests_of
+    modules = lora_modules(state.config, engine)
     name = (state.config.served_model_name or [engine.model_id])[0]
     if await asyncio.to_thread(_speaks, engine):
         if speech.speech_model is not None:
@@ -38,11 +40,15 @@ async def load_models(state: ServerState, engine: EngineConfig, pool: PoolConfig
             )
         state.speech_model = AsyncSpeech.from_config(engine, pool, observe(name))
     else:
-        # Adapters are the speech model's: the engine's options for them are meant for it.
-        writer = replace(engine, enable_lora=engine.enable_lora and speech.speech_model is None)
-        state.text_model = AsyncLLM.from_config(writer, pool, observe(name))
+        state.text_model = AsyncLLM.from_config(engine, pool, observe(name))
         if speech.speech_model is not None:
             beside = speech.engine(engine)
+            if not await asyncio.to_thread(_speaks, beside):
+                raise InvalidRequestError(
+                    f"speech_model {beside.model_id} is no speech model: give a checkpoint of "
+                    "VoxCPM; the model that writes is the one without a flag",
+                    "speech_model",
+                )
             name = (speech.speech_served_model_name or [beside.model_id])[0]
             state.speech_model = AsyncSpeech.from_config(beside, speech.pool(pool), observe(name))
     if len(set(state.model_names)) < len(state.model_names):
@@ -53,8 +59,22 @@ async def load_models(state: ServerState, engine: EngineConfig, pool: PoolConfig
     _open_voices(state)
     for model in state.models:  # one after another: each takes a share of the memory that is left
         await model.start()
+    _check_parsers(state)
+    await load_modules(state, engine, modules)
     if state.speech_model is not None and speech.default_voice is not None:
         await state.speech_model.voices.get(speech.default_voice)  # encoded, and known to be good
+
+
+def _check_parsers(state: ServerState) -> None:
+    """See that there are parsers of the names that the options have.
+
+    Raises:
+        InvalidRequestError: There is none.
+    """
+    tokenizer = None if state.text_model is None else state.text_model.tokenizer
+    if tokenizer is not None:
+        config = state.config
+        MessageFormat.detect(None, tokenizer, config.tool_call_parser, config.reasoning_parser)
 
 
 def _open_voices(state: ServerState) -> None:

@@ -17,7 +17,7 @@ import soundfile
 
 from nanovllm.audio.files import read_audio
 from tests.server_client import base64_of, recording
-from tests.serving import Server
+from tests.serving import Server, idle
 
 SPEECH = "/v1/audio/speech"
 SAMPLES = 1280
@@ -62,16 +62,6 @@ def speak(server: Server, **body: Any) -> tuple[http.client.HTTPMessage, bytes]:
     status, headers, sound = fetch(server, SPEECH, {"input": "Hello.", "seed": 1, **body})
     assert status == 200, sound[:300]
     return headers, sound
-
-
-def idle(server: Server) -> bool:
-    """Whether the engines hold nothing for anybody, now or within a few seconds."""
-    for _ in range(200):
-        pool = server.get("/metrics.json")[1]
-        if not pool["inflight_total"] and not pool["kv_cache_usage"]:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_the_raw_payload_is_as_the_family_documents_it(speaker: Server) -> None:

@@ -91,7 +91,7 @@ async def settled(speech: AsyncSpeech) -> bool:
         engines = [worker.engine for worker in stats.workers]
         left = [(e.num_running, e.num_waiting, e.num_paused, e.num_used_blocks) for e in engines]
         if not stats.num_inflight and not any(map(any, left)):
-            return not speech._streams and not len(speech._open) and not speech._leases
+            return not (speech._streams or len(speech._open) or speech._adapters._leased)
         await asyncio.sleep(0.02)
     return False
 
@@ -350,6 +350,125 @@ def test_closing_a_long_text_ends_the_sentence_and_begins_no_more(run: Run) -> N
         assert [chunk async for chunk in stream] == []
         with pytest.raises(InvalidRequestError, match="non-empty"):
             await speech.generate_long(" ", SHORT)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_single", [False, True])
+def test_a_long_text_keeps_a_voice_and_an_adapter_that_are_removed(
+    model: Path, tmp_path: Path, is_single: bool
+) -> None:
+    adapter = str(write_adapter(model, tmp_path))
+    text = "One is here. Two is there. Three."
+
+    async def scenario(speech: AsyncSpeech) -> tuple[Samples, Samples]:
+        if is_single:
+            await speech.single_lora.load(adapter)
+        else:
+            await speech.register_lora("low", adapter)
+        (name,) = speech.list_loras()
+        options = {"voice": await speech.add_prompt(recording(), "wav", "A tone.")}
+        options |= {} if is_single else {"lora_name": name}
+        whole = await (await speech.generate_long(text, SHORT, **options)).read()
+
+        long = await speech.generate_long(text, SHORT, **options)
+        chunks = [await anext(long)]
+        speech.remove_prompt(options["voice"])
+        gone = asyncio.ensure_future(
+            speech.single_lora.reset() if is_single else speech.unregister_lora(name)
+        )
+        await asyncio.sleep(0)
+        with pytest.raises(InvalidRequestError, match="is draining"):
+            await say(speech, lora_name=name)
+        while len(chunks) < 11:  # the last sentence has been queued, and not ended
+            assert not gone.done()
+            chunks.append(await anext(long))
+        chunks += [chunk async for chunk in long]
+        await gone
+        assert speech.list_loras() == []
+        return whole, np.concatenate(chunks)
+
+    whole, kept = run_alone(scenario, model, enable_lora=True)
+    assert len(kept) == 15 * 7680
+    assert error(whole, kept) < CLOSE
+
+
+def test_a_long_text_that_is_left_dropped_or_refused_gives_its_adapter_back(
+    model: Path, tmp_path: Path
+) -> None:
+    adapter = str(write_adapter(model, tmp_path))
+
+    async def scenario(speech: AsyncSpeech) -> None:
+        await speech.register_lora("low", adapter)
+        options: dict[str, Any] = {"lora_name": "low"}
+        left, dropped = [await speech.generate_long("One. Two.", LONG, **options) for _ in range(2)]
+        await left.aclose()
+        del dropped
+        for bad in ({"voice": "none"}, {"prompt_text": "x"}):
+            for speak in (speech.generate_long, speech.speak):
+                with pytest.raises(InvalidRequestError):
+                    await speak("One. Two.", SHORT, **options, **bad)
+        await speech.speak("One.", SHORT, **options)
+        await asyncio.wait_for(speech.unregister_lora("low"), 30)
+
+    run_alone(scenario, model, enable_lora=True)
+
+
+def test_an_adapter_for_who_names_none_does_not_join_a_text_that_has_begun(
+    model: Path, tmp_path: Path
+) -> None:
+    adapter = str(write_adapter(model, tmp_path))
+
+    async def scenario(speech: AsyncSpeech) -> tuple[Samples, Samples, Samples]:
+        plain = await (await speech.generate_long("One. Two.", SHORT)).read()
+        long = await speech.generate_long("One. Two.", SHORT)
+        chunks = [await anext(long)]
+        await speech.single_lora.load(adapter)
+        chunks += [chunk async for chunk in long]
+        adapted = await (await speech.generate_long("One. Two.", SHORT)).read()
+        return plain, np.concatenate(chunks), adapted
+
+    plain, begun, adapted = run_alone(scenario, model, enable_lora=True)
+    assert error(plain, begun) < CLOSE
+    assert error(plain, adapted) > FAR
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": None}, "target text must be a non-empty string"),
+        ({"text": b"One."}, "target text must be a non-empty string"),
+        ({"params": {"seed": 3}}, "params must be SpeechParams, got dict"),
+        ({"prompt_text": None}, "prompt_text must be a string, got NoneType"),
+        (
+            {"prompt_latents": np.zeros(64, "f4"), "prompt_text": "x"},
+            r"prompt_latents must be bytes, as encode\(\) returns them, got ndarray",
+        ),
+        ({"ref_audio_latents": "me.wav"}, "ref_audio_latents must be bytes, as .*, got str"),
+    ],
+)
+def test_arguments_of_another_type(run: Run, options: dict[str, Any], message: str) -> None:
+    async def scenario(speech: AsyncSpeech) -> None:
+        given = {"text": TEXT} | options
+        for speak in (speech.generate, speech.generate_long, speech.speak):
+            with pytest.raises(InvalidRequestError, match=message):
+                await speak(**given)
+
+    run(scenario)
+
+
+def test_recordings_that_are_no_bytes_or_have_no_text(run: Run, model: Path) -> None:
+    async def scenario(speech: AsyncSpeech) -> None:
+        for audio in ("me.wav", Path("me.wav"), None, io.BytesIO(recording())):
+            bad: Any = audio
+            with pytest.raises(InvalidRequestError, match="audio must be the bytes of a file"):
+                await speech.encode(bad)
+            with pytest.raises(InvalidRequestError, match="audio must be the bytes of a file"):
+                await speech.add_prompt(bad, "wav", "A tone.")
+        no_text: Any = None
+        with pytest.raises(InvalidRequestError, match="prompt_text must be a string"):
+            await speech.add_prompt(recording(), "wav", no_text)
+        assert await speech.add_prompt(recording(), "wav", " ")
 
     run(scenario)
 

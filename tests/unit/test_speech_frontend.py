@@ -180,8 +180,7 @@ def test_latents_that_are_no_patches(
     if field == "prompt_latents":
         options["prompt_text"] = "hi"
     assert refusal(frontend("v2"), "v2", **options) == (
-        f"{field} must be one or more patches of 4 x 16 float32 values, 256 bytes each, "
-        f"got {size} bytes"
+        f"{field}: {size} bytes are no patches of 4 x 16 float32 values, 256 bytes each"
     )
 
 
@@ -193,12 +192,12 @@ def test_latents_that_are_not_finite(
     values[63] = value
     assert (
         refusal(frontend("v2"), "v2", prompt_latents=values.tobytes(), prompt_text="hi")
-        == "prompt_latents has values that are NaN or infinite"
+        == "prompt_latents: it has values that are NaN or infinite"
     )
     values[:] = 3e38
     assert (
         refusal(frontend("v2"), "v2", prompt_latents=values.tobytes(), prompt_text="hi")
-        == "prompt_latents has values that no recording has"
+        == "prompt_latents: it has values that no recording has"
     )
 
 

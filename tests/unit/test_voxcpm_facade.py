@@ -183,6 +183,7 @@ def test_the_names_of_nanovllm_voxcpm() -> None:
         ({"inference_timesteps": 1}, r"inference_timesteps must be in \[2, 100\]"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization"),
         ({"devices": [0, 0]}, "different device numbers"),
+        ({"lora_config": {"max_loras": 2}}, r"must be a LoRAConfig, .* got dict"),
     ],
 )
 def test_options_that_cannot_be_used_are_told_at_once(
@@ -191,6 +192,13 @@ def test_options_that_cannot_be_used_are_told_at_once(
     for pool in (AsyncVoxCPMServerPool, VoxCPM.from_pretrained):
         with pytest.raises(ValueError, match=message):
             pool(str(model), **options)
+
+
+@pytest.mark.parametrize("model", [None, "", 5, b"/model"])
+def test_models_that_are_none(model: Any) -> None:
+    for pool in (AsyncVoxCPMServerPool, SyncVoxCPMServerPool, VoxCPM.from_pretrained):
+        with pytest.raises(ValueError, match="model must be the directory of a checkpoint or the"):
+            pool(model)
 
 
 def test_models_that_cannot_be_used_are_told_at_once(tmp_path: Path) -> None:
@@ -248,6 +256,9 @@ def test_prompts_by_id_and_by_latents(server: SyncVoxCPMServerPool) -> None:
     by_id = say(server, prompt_id=prompt_id)
     assert np.allclose(by_id, say(server, prompt_latents=latents, prompt_text="A tone."), atol=1e-5)
     server.remove_prompt(prompt_id)
+    for text in ("", "  "):
+        with pytest.raises(ValueError, match="wav prompt requires non-empty prompt_text"):
+            server.add_prompt(recording(), "wav", text)
     with pytest.raises(ValueError, match=f"Prompt with id {prompt_id} not found"):
         server.remove_prompt(prompt_id)
 
@@ -260,6 +271,8 @@ def info_of(pool: SyncVoxCPMServerPool) -> int:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"target_text": None}, "target text must be a non-empty string"),
+        ({"prompt_latents": [0.5], "prompt_text": "x"}, "prompt_latents must be bytes"),
         ({"prompt_id": "x"}, "Prompt with id x not found"),
         ({"prompt_text": "x"}, "Prompt text is not allowed when prompt latents are not provided"),
         ({"prompt_latents": bytes(128)}, "Prompt text is required when prompt latents are prov"),
@@ -321,7 +334,7 @@ def test_adapters_need_room_from_the_start(server: SyncVoxCPMServerPool, tmp_pat
         server.register_lora("a", str(tmp_path))
     with pytest.raises(ValueError, match="LoRA 'a' is not registered"):
         server.unregister_lora("a")
-    with pytest.raises(ValueError, match="load_lora first"):
+    with pytest.raises(ValueError, match="load one first"):
         server.set_lora_enabled(True)
     assert server.reset_lora() == {"status": "ok"}
 

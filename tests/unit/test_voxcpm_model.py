@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanovllm.layers.attention import LocalAttention
 from nanovllm.layers.linear import Linear
+from nanovllm.models.decoder import SelfAttention, Traits
 from nanovllm.models.voxcpm.cfm import time_grid
+from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.models.voxcpm.model import VoxCPM
 from tests.cpu_kernels import kernels_for
 from tests.voxcpm_checkpoint import KINDS
@@ -323,3 +326,13 @@ class TestTimeGrid:
     def test_num_evaluations(self) -> None:
         for steps, expected in ((1, 0), (2, 1), (10, 9), (48, 47), (49, 47), (100, 96)):
             assert len(time_grid(steps, torch.float32).times) == expected, steps
+
+
+def test_local_attention_norms_no_heads(speech_checkpoint: Callable[..., Path]) -> None:
+    class Normed(Traits):
+        qk_norm = True
+
+    config = VoxCPMConfig.from_directory(speech_checkpoint("v1")).encoder
+    attention = LocalAttention(2, config.num_heads, config.num_kv_heads)
+    with pytest.raises(ValueError, match="norm no heads"):
+        SelfAttention(config, attention, Normed)

@@ -5,12 +5,12 @@ import base64
 import string
 from typing import Annotated
 
-import numpy as np
 from pydantic import Field
 
+from nanovllm.audio.latents import latents_fault
 from nanovllm.audio.voices import MAX_TEXT_CHARS
 from nanovllm.errors import InvalidRequestError
-from nanovllm.server.openai.fields import WHOLE, Int64, NumTokens, TokenCount, WireModel
+from nanovllm.server.fields import WHOLE, Int64, NumTokens, TokenCount, WireModel
 from nanovllm.server.state import ServerState
 from nanovllm.speech_params import SpeechParams
 
@@ -96,15 +96,6 @@ async def decode_latents(text: str, field: str, state: ServerState) -> bytes:
     """
     latents = await decode_base64(text, field)
     info = state.speech.info
-    patch_bytes = 4 * info.patch_size * info.feat_dim
-    why = ""
-    if not latents or len(latents) % patch_bytes:
-        why = (
-            f"{len(latents)} bytes are no patches of {info.patch_size} x {info.feat_dim} float32 "
-            f"values, {patch_bytes} bytes each"
-        )
-    elif not np.isfinite(np.frombuffer(latents, "<f4")).all():
-        why = "it has values that are NaN or infinite"
-    if why:
+    if why := latents_fault(latents, info.patch_size, info.feat_dim):
         raise InvalidRequestError(f"Invalid latent payload in {field}: {why}", field)
     return latents

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.server.openai.fields import WireModel
+from nanovllm.server.fields import WireModel
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.speech.fields import (
     AudioFormat,

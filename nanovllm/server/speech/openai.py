@@ -7,8 +7,8 @@ from fastapi.responses import Response
 from pydantic import AliasChoices, Field
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.server.fields import OrSay, WireModel
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.openai.fields import OrSay, WireModel
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.speech.fields import (
     MAX_TEXT,

@@ -9,12 +9,12 @@ from pydantic import BaseModel, Field
 
 from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.family_route import FamilyRoute
+from nanovllm.server.fields import WireModel
 from nanovllm.server.health import Status
-from nanovllm.server.openai.fields import WireModel
-from nanovllm.server.openai.streaming import unless_gone
 from nanovllm.server.speech.fields import AudioFormat, PromptText, VoiceName, decode_base64
 from nanovllm.server.speech.inputs import encode
 from nanovllm.server.state import State
+from nanovllm.server.streaming import unless_gone
 
 router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["speech"])
 
@@ -59,7 +59,7 @@ async def encode_latents(body: Recording, request: Request, state: State) -> Res
 class PromptToAdd(Recording):
     """A recording to keep, and what it says."""
 
-    prompt_text: Annotated[PromptText, Field(min_length=1)]
+    prompt_text: PromptText
 
 
 class PromptId(WireModel):

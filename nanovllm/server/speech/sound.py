@@ -14,10 +14,9 @@ from nanovllm.audio.encoders import Mp3Options
 from nanovllm.audio.files import Samples
 from nanovllm.server.edge import arrival_time
 from nanovllm.server.errors import APIError
-from nanovllm.server.openai.answer import event
-from nanovllm.server.openai.streaming import stream_unless_gone, unless_gone
 from nanovllm.server.speech.utterance import Utterance
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import event, stream_unless_gone, unless_gone
 
 BARE_FORMATS = frozenset({"pcm", "raw", "wav"})
 """Written in microseconds; the others go to a thread, as MP3 takes milliseconds a patch, and

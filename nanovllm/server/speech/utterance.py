@@ -64,7 +64,7 @@ class Utterance:
         self._name = uuid.uuid4().hex  # our own: two clients may send the same X-Request-Id
         self._options: dict[str, Any] = {
             **prompt._asdict(),
-            "lora_name": lora_name or state.default_lora,
+            "lora_name": lora_name,
             "request_id": self._name,
         }
         self._stream: SpeechStream | LongSpeech | None = None

@@ -19,14 +19,13 @@ from nanovllm.audio.voices import MAX_TEXT_CHARS
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.auth import is_admin, key_needed
 from nanovllm.server.errors import APIError
+from nanovllm.server.fields import WireModel
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.multipart import read_form
-from nanovllm.server.openai.answer import encode
-from nanovllm.server.openai.fields import WireModel
-from nanovllm.server.openai.streaming import unless_gone
 from nanovllm.server.speech.fields import OPENAI_VOICES, AudioFormat, PromptText
 from nanovllm.server.speech.inputs import decode_recording, require_reference
 from nanovllm.server.state import ServerState, State
+from nanovllm.server.streaming import encode, unless_gone
 
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
 

@@ -251,6 +251,14 @@ class TestRecordings:
         }
         assert speech.encoded == [(len(recording()), "wav", "left")]
 
+    @pytest.mark.parametrize("text", ["", "  "])
+    def test_a_prompt_without_its_text(self, speaker: TestClient, text: str) -> None:
+        prompt = {"wav_base64": WAV, "wav_format": "wav", "prompt_text": text}
+        said = detail(speaker, "/add_prompt", **prompt)
+        assert said == "wav prompt requires non-empty prompt_text"
+        client = TestClient(build_speech(FakeSpeech(info=V2)))
+        assert client.post("/add_prompt", json=prompt).status_code == 200
+
     @pytest.mark.parametrize("path", ["/encode_latents", "/add_prompt"])
     @pytest.mark.parametrize(
         ("audio", "says"),
