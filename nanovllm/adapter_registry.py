@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError, NotReadyError, UnavailableError
@@ -22,6 +23,31 @@ class _Adapter:
         self.num_leases = 0
         self.idle = asyncio.Event()
         self.idle.set()
+
+
+class AdapterLease:
+    """One adapter for requests that follow one another, such as the sentences of a long text.
+
+    Until it is closed or dropped they get the adapter, even if that is to be unregistered.
+
+    Args:
+        release: Gives the adapter back.
+    """
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release: Callable[[], None] | None = release
+        self._loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        """No more requests follow."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __del__(self) -> None:
+        # The garbage collector runs in any thread; the registry belongs to the loop's.
+        if self._release is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._release)
 
 
 class AdapterRegistry:
@@ -65,7 +91,6 @@ class AdapterRegistry:
         Raises:
             InvalidRequestError: The name is taken or empty, or the directory holds no adapter that
                 fits; the message says why.
-            FileNotFoundError: The directory or a file of it is missing.
             UnavailableError: No engine runs.
         """
         if not name:
@@ -99,14 +124,30 @@ class AdapterRegistry:
         adapter.state = "draining"
         await asyncio.shield(self._in_background(self._drain(adapter)))
 
-    def acquire(self, name: str) -> int:
+    def lease(self, name: str | None) -> AdapterLease:
+        """Lease an adapter to requests that follow one another; None is no adapter.
+
+        Raises:
+            InvalidRequestError: There is none of this name, or it is draining.
+        """
+        if name is None:
+            return AdapterLease(lambda: None)
+        adapter_id = self.acquire(name)
+        return AdapterLease(lambda: self.release(adapter_id))
+
+    def acquire(self, name: str, held: bool = False) -> int:
         """Lease an adapter to a request; returns its id, which is to be released.
+
+        Args:
+            name: What it is called.
+            held: Whether the request belongs to what has a lease, so that it gets the adapter even
+                while that is draining.
 
         Raises:
             InvalidRequestError: There is none of this name, or it is draining.
         """
         adapter = self._find(name)
-        if adapter.state == "draining":
+        if adapter.state == "draining" and not (held and adapter.num_leases):
             raise InvalidRequestError(
                 f"LoRA '{name}' is draining and cannot accept new requests", "lora_name"
             )
@@ -156,17 +197,15 @@ class AdapterRegistry:
 
     async def _unload(self, adapter: _Adapter) -> None:
         try:
-            await self._send_unload(adapter.adapter_id)
-        except UnavailableError:
-            pass  # an engine that is gone has forgotten it
+            with suppress(UnavailableError):  # an engine that is gone has forgotten it
+                await self._send_unload(adapter.adapter_id)
         except Exception:
             logger.exception("an engine could not forget LoRA %r", adapter.name)
 
     async def _loaded_again(self, adapter: _Adapter, answer: Awaitable[list[str]]) -> None:
         try:
-            await answer
-        except UnavailableError:
-            pass  # the engine is gone again, or was shut down
+            with suppress(UnavailableError):  # the engine is gone again, or was shut down
+                await answer
         except Exception as e:  # noqa: BLE001  # the engine runs on and refuses requests for it
             logger.error("LoRA %r is lost to an engine that was started anew: %s", adapter.name, e)
 

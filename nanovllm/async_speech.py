@@ -3,29 +3,31 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanovllm.adapter_registry import AdapterRegistry
-from nanovllm.async_engine import AsyncEngine, Observer, in_thread_if
+from nanovllm.adapted_engine import AdaptedEngine
+from nanovllm.adapter_registry import AdapterLease
+from nanovllm.async_engine import Observer, in_thread_if
 from nanovllm.audio.encoded_recordings import EncodedRecordings
 from nanovllm.audio.files import Samples, Side, pad, read_audio
-from nanovllm.audio.frontend import SpeechFrontend, SpeechInput
+from nanovllm.audio.frontend import SpeechFrontend, SpeechInput, check_types
 from nanovllm.audio.voices import VoicePrompt, VoiceStore
 from nanovllm.cluster.admission import Admission
 from nanovllm.cluster.worker import Worker
 from nanovllm.config import EngineConfig, PoolConfig
-from nanovllm.errors import UnsupportedModelError
+from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.long_speech import LongSpeech, Sentences
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.outputs import RequestMetrics, SpeechOutput
 from nanovllm.sampling_params import MAX_SEED
+from nanovllm.single_adapter import SingleAdapter
 from nanovllm.speech_params import SpeechParams
 from nanovllm.speech_stream import Backlog, SpeechOutputs, SpeechStream
-from nanovllm.worker.messages import EncodeAudio, LoadAdapter, Started, UnloadAdapter
+from nanovllm.validation import check_type
+from nanovllm.worker.messages import EncodeAudio, Started
 
 LONG_TEXT = 4096
 """Characters from which tokenising goes to a thread."""
@@ -63,7 +65,7 @@ class Speech(NamedTuple):
     output: SpeechOutput
 
 
-class AsyncSpeech(AsyncEngine[SpeechOutput]):
+class AsyncSpeech(AdaptedEngine[SpeechOutput]):
     """A speech model in one or more engine processes.
 
     See `AsyncEngine` for what it is built from, and when it starts and ends; there is no bundled
@@ -71,6 +73,7 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
 
     Attributes:
         voices: Recordings that requests may name.
+        single_lora: The adapter of requests that name none.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -85,8 +88,7 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
         super()._init(engine, pool, observer)
         self.voices = VoiceStore(self.encode)
         self._recordings = EncodedRecordings(self._encode, num_at_once=2 * pool.num_engines)
-        self._adapters = AdapterRegistry(self._load_adapter, self._unload_adapter)
-        self._leases: dict[str, int] = {}
+        self.single_lora = SingleAdapter(self)
         self._frontend: SpeechFrontend | None = None
         self._info: SpeechInfo | None = None
         self._open = SpeechOutputs()
@@ -117,24 +119,6 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
 
     async def _warm_up(self, worker: Worker) -> None:
         """There is nothing that all requests begin with."""
-
-    def on_restarted(self, worker: Worker) -> None:
-        """Load the adapters again, before the engine gets a request that needs one."""
-
-        def load(adapter_id: int, path: str) -> Awaitable[list[str]]:
-            answer = worker.client.call(lambda call_id: LoadAdapter(call_id, adapter_id, path))
-            return _tensor_names(answer)
-
-        self._adapters.reload(load)
-
-    async def close(self, force: bool = False) -> None:
-        """End the engines and every open request; the object cannot be used afterwards.
-
-        Args:
-            force: Whether to kill the engines without asking them to end.
-        """
-        self._adapters.close()
-        await super().close(force)
 
     @property
     def info(self) -> SpeechInfo:
@@ -174,19 +158,21 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             prompt_latents: A recording that the speech continues, as `encode` returns it.
             prompt_text: What is said in it.
             ref_audio_latents: A recording whose voice is taken, whatever it says; VoxCPM2 only.
-            lora_name: A registered adapter.
+            lora_name: A registered adapter; None is `single_lora`, if there is one.
             request_id: A name for `abort`, not that of another open request; None makes one.
             priority: Lower runs first.
             keep_latents: Whether the output keeps the latents of what was generated.
-            admission: What it is a part of, so that it gets in if the part before it did.
+            admission: What it is a part of, so that it gets in if the part before it did; then
+                None is no adapter.
 
         Raises:
             InvalidRequestError: An argument cannot be used; the message says why.
             UnavailableError: The queue is full, or no engine runs; try again later.
         """
         arrival_time = time.monotonic()
-        await self.start()
         prompt = VoicePrompt(prompt_latents, prompt_text, ref_audio_latents)
+        check_types(text, params, prompt)
+        await self.start()
         if voice is not None:
             prompt = await self.voices.resolve(voice, prompt)
         params = params or SpeechParams()
@@ -206,6 +192,8 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             item.num_target_tokens,
             latents=[] if keep_latents else None,
         )
+        if lora_name is None and admission is None:
+            lora_name = self.single_lora.name
         return self._submit(output, item, lora_name, priority, admission)
 
     def _submit(
@@ -219,33 +207,23 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
         """Queue a request that has been checked."""
         name = output.request_id
         self._admit([name], 1, len(item.keys), admission)
-        adapter_id = None if lora_name is None else self._adapters.acquire(lora_name)
-        try:
+        held = admission is not None
+        with self._leased([name], lora_name, held) as adapter_id:
             request = self._pack(
                 item.keys, item.params, item.payload, priority, adapter_id=adapter_id
             )
-        except BaseException:
-            if adapter_id is not None:
-                self._adapters.release(adapter_id)
-            raise
-        if adapter_id is not None:
-            self._leases[name] = adapter_id
         self._open.add(request.message.first_seq_id, output)
         stream = SpeechStream(output, self._abort, self._backlog)
         self._watch(stream, request.message.params)
         self._parts.pool.submit(request)
         return stream
 
-    def _forget(self, output: SpeechOutput) -> None:
-        super()._forget(output)
-        adapter_id = self._leases.pop(output.request_id, None)
-        if adapter_id is not None:
-            self._adapters.release(adapter_id)
-
     async def generate_long(
         self, text: str, params: SpeechParams | None = None, **options: Any
     ) -> LongSpeech:
         """Speak a long text sentence by sentence, in one voice; see `LongSpeech`.
+
+        It keeps its voice and its adapter, even if they are removed meanwhile.
 
         Args:
             text: What to say.
@@ -256,7 +234,8 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             InvalidRequestError: An argument cannot be used; the message says why.
             UnavailableError: The queue is full, or no engine runs; try again later.
         """
-        await self.start()
+        check_types(text, params)
+        options, lease = await self._hold(options)
         has_design = self.info.supports_reference
         sentences = await in_thread_if(
             len(text) >= LONG_TEXT, lambda: Sentences(text, options, has_design)
@@ -266,9 +245,28 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
         async def begin(sentence: str, **options: Any) -> SpeechStream:
             return await self.generate(sentence, params, **options, admission=admission)
 
-        speech = LongSpeech(sentences, begin, admission.close)
+        def last_begun() -> None:
+            admission.close()
+            lease.close()
+
+        speech = LongSpeech(sentences, begin, last_begun)
         await speech.start()
         return speech
+
+    async def _hold(self, options: dict[str, Any]) -> tuple[dict[str, Any], AdapterLease]:
+        """Take hold of the voice and the adapter of requests that follow one another.
+
+        Returns:
+            Their options with both, and the lease, to be closed once the last one is queued.
+        """
+        await self.start()
+        if (voice := options.get("voice")) is not None:
+            given = {name: options[name] for name in VoicePrompt._fields if name in options}
+            prompt = await self.voices.resolve(voice, VoicePrompt(**given))
+            options = options | prompt._asdict() | {"voice": None}
+        if (lora_name := options.get("lora_name")) is None:
+            lora_name = self.single_lora.name
+        return options | {"lora_name": lora_name}, self._adapters.lease(lora_name)
 
     async def speak(self, text: str, params: SpeechParams | None = None, **options: Any) -> Speech:
         """Speak a text and return it as a whole; with `retry_badcase`, again if it went astray.
@@ -283,11 +281,13 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             UnavailableError: The queue is full, or the engine died; try again later.
             RuntimeError: The engine failed.
         """
-        await self.start()
+        check_types(text, params)
+        options, lease = await self._hold(options)
         params = params or SpeechParams()
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         num_attempts = params.retry_badcase_max_times if params.retry_badcase else 1
-        with contextlib.closing(self._parts.pool.admission()) as admission:
+        closing = contextlib.closing
+        with closing(lease), closing(self._parts.pool.admission()) as admission:
             for attempt in range(num_attempts):
                 tried = replace(params, seed=(seed + attempt) % MAX_SEED)
                 stream = await self.generate(text, tried, **options, admission=admission)
@@ -316,6 +316,7 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             InvalidRequestError: It cannot be decoded, or is too long or too short.
             UnavailableError: Too many recordings wait, no engine runs, or it died; try again later.
         """
+        check_type("audio", audio, bytes, "the bytes of a file, as Path.read_bytes() has them")
         await self.start()
         return await self._recordings(audio, wav_format, side)
 
@@ -344,10 +345,14 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             prompt_text: What is said in it; without that it is a reference, for VoxCPM2 only.
 
         Raises:
-            InvalidRequestError: It cannot be decoded, or there are too many.
+            InvalidRequestError: It cannot be decoded, or has no text and the model needs one.
+            OverloadedError: There are too many; remove one first.
             UnavailableError: No engine runs; try again later.
         """
+        check_type("prompt_text", prompt_text, str, "a string")
         await self.start()
+        if not prompt_text.strip() and not self.info.supports_reference:
+            raise InvalidRequestError("wav prompt requires non-empty prompt_text", "prompt_text")
         return await self.voices.add_prompt(wav, wav_format, prompt_text)
 
     def remove_prompt(self, prompt_id: str) -> None:
@@ -357,41 +362,6 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
             InvalidRequestError: There is none of this id.
         """
         self.voices.remove_prompt(prompt_id)
-
-    async def register_lora(self, name: str, path: str) -> list[str]:
-        """Load an adapter into all engines; returns the names of its tensors.
-
-        Args:
-            name: What requests call it.
-            path: Its directory.
-
-        Raises:
-            InvalidRequestError: The name is taken, the directory holds no adapter that fits, or the
-                engines were started without `enable_lora`.
-            UnavailableError: No engine runs; try again later.
-        """
-        await self.start()
-        return await self._adapters.register(name, path)
-
-    async def unregister_lora(self, name: str) -> None:
-        """Forget an adapter, once the last request that uses it has ended.
-
-        Raises:
-            InvalidRequestError: There is none of this name, or it is being forgotten already.
-        """
-        await self._adapters.unregister(name)
-
-    def list_loras(self) -> list[str]:
-        """Names of the adapters that requests may use."""
-        return self._adapters.names
-
-    def _load_adapter(self, adapter_id: int, path: str) -> Awaitable[list[str]]:
-        return _tensor_names(
-            self._parts.pool.call_all(lambda call_id: LoadAdapter(call_id, adapter_id, path))
-        )
-
-    def _unload_adapter(self, adapter_id: int) -> Awaitable[object]:
-        return self._parts.pool.call_all(lambda call_id: UnloadAdapter(call_id, adapter_id))
 
     @property
     def _backlog(self) -> Backlog:
@@ -409,9 +379,3 @@ class AsyncSpeech(AsyncEngine[SpeechOutput]):
         if self._frontend is None:
             raise RuntimeError("the model is not loaded: await start() first")
         return self._frontend
-
-
-async def _tensor_names(answers: Awaitable[bytes | list[bytes]]) -> list[str]:
-    """The names in the answer to `LoadAdapter`; several engines give the same."""
-    data = await answers
-    return (data if isinstance(data, bytes) else data[0]).decode().splitlines()

@@ -80,3 +80,30 @@ class LoRAConfig:
             name if name in ("max_loras", "max_lora_rank") else f"lora_{name}": value
             for name, value in own.items()
         }
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """An adapter that requests of an `LLM` go through; the class is vLLM's.
+
+    Args:
+        lora_name: What it is called.
+        lora_int_id: A number above 0 that no other adapter of the `LLM` has.
+        lora_path: Its directory, as PEFT writes it.
+
+    Raises:
+        InvalidRequestError: One of them is missing or of another type.
+    """
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+    def __post_init__(self) -> None:
+        conform(self)
+        if self.lora_int_id < 1:
+            raise InvalidRequestError(
+                f"lora_int_id must be above 0, got {self.lora_int_id}", "lora_int_id"
+            )
+        if not (self.lora_name and self.lora_path):
+            raise InvalidRequestError("lora_name and lora_path must not be empty", "lora_name")

@@ -14,6 +14,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.adapters import AdapterTable
 from nanovllm.runners.speech import SpeechRunner
 from nanovllm.worker.loading import LoadedEngine, load_engine
+from tests.small_engine import SMALL
 from tests.voxcpm_oracle import import_reference
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -24,16 +25,6 @@ EVERYWHERE: dict[str, Any] = {
     "target_modules_lm": EVERY_LAYER,
     "target_modules_dit": EVERY_LAYER,
     "target_proj_modules": PROJECTIONS,
-}
-SMALL: dict[str, Any] = {
-    "device": "cpu",
-    "dtype": "float32",
-    "cpu_threads": 1,
-    "max_num_seqs": 8,
-    "max_num_batched_tokens": 48,
-    "max_model_len": 128,
-    "num_kv_blocks": 64,
-    "enable_lora": True,
 }
 
 

@@ -75,7 +75,7 @@ class EngineConfig(Options):
         cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
             "torch" for torch's operators; "auto" takes the best there is.
         seed: Seeds the weights of `dummy_weights` and the requests that bring no seed.
-        enable_lora: Whether LoRA adapters can be registered while the engine runs; speech only.
+        enable_lora: Whether LoRA adapters can be registered while the engine runs.
         max_loras: Different adapters in the running sequences at a time. Their memory is taken at
             the start.
         max_lora_rank: Greatest rank of an adapter.
@@ -83,7 +83,8 @@ class EngineConfig(Options):
         lora_enable_dit: Whether it may change the diffusion transformer.
         lora_enable_proj: Whether it may change the projections between them.
         lora_target_modules_lm: Linear layers of the language models that it may change; None is
-            those of the attention. With "gate_proj" or "up_proj" the MLPs run a little slower.
+            all of a model that writes, and those of the attention of one that speaks. With
+            "gate_proj" or "up_proj" the MLPs run a little slower.
         lora_target_modules_dit: The same of the diffusion transformer.
         lora_target_proj_modules: Projections that it may change; None is all of them.
 

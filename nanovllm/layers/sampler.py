@@ -8,6 +8,10 @@ from torch import Tensor
 
 from nanovllm.kernels.kernels import Draws, Kernels
 
+FORBIDDEN = -1e30
+"""A logit that loses against every other, and is still one; far from overflowing when divided by a
+temperature."""
+
 
 @dataclass(frozen=True, slots=True)
 class Penalties:
@@ -59,6 +63,7 @@ class SamplingBatch:
         bad_words: Forbidden sequences.
         allowed: Rows `[n]` and True for the ids each may generate, `[n, vocab_size]`.
         biases: Rows, ids and what is added to their logits (-inf forbids), each `[n]`.
+        grammar: Rows that follow one `[n]`, True for the ids it allows each `[n, vocab_size]`.
         num_scores: Most likely tokens to score beside the sampled one; None is no scores at all.
     """
 
@@ -67,6 +72,7 @@ class SamplingBatch:
     bad_words: BadWords | None = None
     allowed: tuple[Tensor, Tensor] | None = None
     biases: tuple[Tensor, Tensor, Tensor] | None = None
+    grammar: tuple[Tensor, Tensor] | None = None
     num_scores: int | None = None
 
 
@@ -94,7 +100,8 @@ def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
     """Sample one token per row.
 
     The order is vLLM's: scores come from the raw logits; then what is forbidden or biased, the
-    penalties, the temperature, min-p, and top-k and top-p.
+    penalties, the grammar, the temperature, min-p, and top-k and top-p. Of the tokens that a
+    grammar allows one is chosen in any case, forbidden or not.
 
     Args:
         logits: float32 `[num_rows, vocab_size]`; changed in place.
@@ -112,6 +119,9 @@ def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
         logits.index_put_((rows, ids), values, accumulate=True)
     if batch.penalties is not None:
         apply_penalties(logits, batch.penalties)
+    if batch.grammar is not None:
+        rows, allowed = batch.grammar
+        logits[rows] = logits[rows].clamp(min=FORBIDDEN).masked_fill(~allowed, -torch.inf)
     token_ids, valid = kernels.choose(logits, batch.draws)
     scores = None
     if log_probs is not None:

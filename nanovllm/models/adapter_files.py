@@ -1,35 +1,45 @@
-"""LoRA checkpoints as VoxCPM's training writes them: a directory of two files."""
+"""LoRA checkpoints: a directory of a config and of tensors, as PEFT or VoxCPM's training has it."""
 
 import json
-import sys
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.models.adapter_settings import AdapterSettings, peft_settings, voxcpm_settings
 from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.pickled import PickledCheckpoint
 
-CONFIG_FILE = "lora_config.json"
-WEIGHT_FILES = ("lora_weights.safetensors", "lora_weights.ckpt")
 MAX_CONFIG_BYTES = 1 << 20
 COMPILED = "._orig_mod"
 """What `torch.compile` puts into the names of a model's parameters."""
+PEFT_PREFIX = "base_model.model."
+PEFT_TENSOR = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
+"""Some say between matrix and `weight` which adapter it is: `lora_A.default.weight`."""
 
 
 class AdapterFiles(NamedTuple):
     """What a directory holds.
 
     Args:
-        rank: The rank it is said to have; None if it is not said.
-        alpha: The adapter is scaled by alpha / rank.
-        tensors: Its matrices, by their names.
+        settings: How the matrices go together.
+        tensors: The matrices, as `<module>.lora_A` and `<module>.lora_B`.
     """
 
-    rank: int | None
-    alpha: float
+    settings: AdapterSettings
     tensors: dict[str, Tensor]
+
+
+class _Format(NamedTuple):
+    """A kind of directory: its files, the first of those of weights that is there counts."""
+
+    config: str
+    weights: tuple[str, ...]
+    settings: Callable[[Mapping[str, Any]], AdapterSettings]
+    plain_name: Callable[[str], str]
 
 
 def read_adapter_files(directory: Path) -> AdapterFiles:
@@ -40,53 +50,84 @@ def read_adapter_files(directory: Path) -> AdapterFiles:
     """
     try:
         directory = directory.expanduser()
-    except RuntimeError as e:  # the home of nobody
+        is_there = directory.is_dir()
+    except (OSError, RuntimeError) as e:  # a name that is too long, the home of nobody
         raise InvalidRequestError(f"LoRA directory not found: {directory}: {e}", "path") from e
-    if not directory.is_dir():
+    if not is_there:
         raise InvalidRequestError(f"LoRA directory not found: {directory}", "path")
-    rank, alpha = _read_config(directory / CONFIG_FILE)
-    tensors = _read_tensors(directory)
+    form = next((form for form in FORMATS if (directory / form.config).is_file()), None)
+    if form is None:
+        names = " nor ".join(form.config for form in FORMATS)
+        raise InvalidRequestError(f"LoRA config not found: {directory} has neither {names}", "path")
+    settings = _read_settings(directory / form.config, form)
+    tensors = _read_tensors(directory, form)
     if not tensors:
         raise InvalidRequestError(f"the LoRA in {directory} is empty", "path")
-    return AdapterFiles(rank, alpha, {_plain(name): t for name, t in tensors.items()})
+    return AdapterFiles(settings, tensors)
 
 
-def _read_config(path: Path) -> tuple[int | None, float]:
-    """The rank, if it is said, and alpha."""
-    if not path.is_file():
-        raise InvalidRequestError(f"LoRA config not found: {path}", "path")
+def _read_settings(path: Path, form: _Format) -> AdapterSettings:
     try:
         with path.open("rb") as file:
             raw = json.loads(file.read(MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError) as e:
         raise InvalidRequestError(f"{path} cannot be read as JSON: {e}", "path") from e
-    config = raw.get("lora_config") if isinstance(raw, dict) else None
-    if not isinstance(config, dict):
-        raise InvalidRequestError(f"{path} must hold an object 'lora_config'", "path")
-    rank = config.get("r", config.get("rank"))
-    if rank is not None and (type(rank) is not int or rank < 1):
-        raise InvalidRequestError(f"{path}: r must be an integer above 0, got {rank!r}", "path")
-    alpha: Any = config.get("alpha", config.get("lora_alpha"))
-    if type(alpha) not in (int, float) or not 0 < alpha <= sys.float_info.max:
-        raise InvalidRequestError(f"{path}: alpha must be a number above 0, got {alpha!r}", "path")
-    return rank, float(alpha)
+    if not isinstance(raw, dict):
+        raise InvalidRequestError(f"{path} must hold a JSON object", "path")
+    try:
+        return form.settings(raw)
+    except InvalidRequestError as e:
+        raise InvalidRequestError(f"{path}: {e}", "path") from e
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of the first weight file there is."""
-    path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
+def _read_tensors(directory: Path, form: _Format) -> dict[str, Tensor]:
+    """The tensors of the first weight file there is, by their plain names."""
+    path = next((directory / name for name in form.weights if (directory / name).is_file()), None)
     if path is None:
         raise InvalidRequestError(
-            f"LoRA weights not found: {directory} has neither {' nor '.join(WEIGHT_FILES)}", "path"
+            f"LoRA weights not found: {directory} has neither {' nor '.join(form.weights)}", "path"
         )
     kind = Checkpoint if path.suffix == ".safetensors" else PickledCheckpoint
+    tensors = {}
     try:
         checkpoint = kind([path])
-        return {name: checkpoint.tensor(name) for name in checkpoint.names}
+        for name in checkpoint.names:
+            plain = form.plain_name(name.replace(COMPILED, "").removeprefix("module."))
+            if plain in tensors:
+                raise InvalidRequestError(f"{path} holds several tensors {plain}", "path")
+            tensors[plain] = checkpoint.tensor(name)
     except OSError as e:
         raise InvalidRequestError(f"{path} cannot be read: {e}", "path") from e
+    return tensors
 
 
-def _plain(name: str) -> str:
-    """A parameter's name without what training wraps around the model."""
-    return name.replace(COMPILED, "").removeprefix("module.")
+def _peft_name(name: str) -> str:
+    """Our name of one of PEFT's tensors.
+
+    Raises:
+        InvalidRequestError: It is none of the matrices A and B of linear layers.
+    """
+    matrix = PEFT_TENSOR.fullmatch(name.removeprefix(PEFT_PREFIX))
+    if matrix is None:
+        raise InvalidRequestError(
+            f"the LoRA has a tensor {name}, which cannot be served: what can is the matrices "
+            "lora_A and lora_B of linear layers",
+            "path",
+        )
+    return f"{matrix[1]}.{matrix[2]}"
+
+
+FORMATS = (
+    _Format(
+        "adapter_config.json",
+        ("adapter_model.safetensors", "adapter_model.bin"),
+        peft_settings,
+        _peft_name,
+    ),
+    _Format(
+        "lora_config.json",
+        ("lora_weights.safetensors", "lora_weights.ckpt"),
+        voxcpm_settings,
+        str,
+    ),
+)

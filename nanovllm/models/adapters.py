@@ -1,5 +1,6 @@
 """The LoRA adapters of a model: where they sit, which there are, which are on the device."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from nanovllm.layers.lora import NO_ADAPTER, IntArray, LoRABatch, LoRATable, Par
 from nanovllm.lora_config import LoRAConfig
 from nanovllm.models.adapter_files import AdapterFiles, read_adapter_files
 
-LM_ROOTS = ("base_lm.", "residual_lm.")
+LM_ROOTS = ("base_lm.layers.", "residual_lm.layers.", "model.layers.")
+"""The two of a model that speaks, and the one of a model that writes."""
 DIT_ROOT = "feat_decoder.estimator."
 
 Adapter = dict[str, PartWeights]
@@ -62,7 +64,7 @@ class AdapterTable:
     been used for the longest time goes first.
 
     Args:
-        model: The network, after `reserve_adapters`.
+        modules: The network's layers by path, after `reserve_adapters`.
         config: What that was told.
         num_seq_slots: Slots of running sequences.
         dtype: What the model computes in.
@@ -71,14 +73,14 @@ class AdapterTable:
 
     def __init__(
         self,
-        model: nn.Module,
+        modules: Iterable[tuple[str, nn.Module]],
         config: LoRAConfig,
         num_seq_slots: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._config, self._dtype, self._device = config, dtype, device
-        linears = [(p, m) for p, m in model.named_modules() if isinstance(m, Linear)]
+        linears = [(p, m) for p, m in modules if isinstance(m, Linear)]
         self._projections = {part for path, linear in linears for part in linear.parts(path)}
         self._tables = [linear.lora for _, linear in linears if linear.lora is not None]
         self._table_of = {part: table for table in self._tables for part in table.parts}
@@ -96,7 +98,7 @@ class AdapterTable:
 
         Args:
             adapter_id: Its id, which no adapter had before.
-            directory: Holds `lora_config.json`, and `lora_weights.safetensors` or `.ckpt`.
+            directory: Holds it as PEFT or VoxCPM's training writes it; see `adapter_files`.
 
         Returns:
             The names of its tensors.
@@ -105,32 +107,12 @@ class AdapterTable:
             InvalidRequestError: There is no adapter in the directory, or it does not fit the model
                 or the options; the message says why.
         """
-        adapter, names = self.read(directory)
-        self.add(adapter_id, adapter)
-        return names
-
-    def read(self, directory: Path) -> tuple[Adapter, list[str]]:
-        """Read an adapter without making it known: the slow part of `load`, for any thread.
-
-        Returns:
-            The adapter, and the names of its tensors.
-
-        Raises:
-            InvalidRequestError: See `load`.
-        """
-        files = read_adapter_files(directory)
-        return self._fit(files), sorted(files.tensors)
-
-    def add(self, adapter_id: int, adapter: Adapter) -> None:
-        """Make known what `read` returned.
-
-        Raises:
-            InvalidRequestError: An adapter had this id before.
-        """
         if adapter_id in self._known_ids:
             raise InvalidRequestError(f"the adapter id {adapter_id} has been used before")
-        self._adapters[adapter_id] = adapter
+        files = read_adapter_files(directory)
+        self._adapters[adapter_id] = self._fit(files)
         self._known_ids.add(adapter_id)
+        return sorted(files.tensors)
 
     def unload(self, adapter_id: int) -> None:
         """Forget an adapter that no open sequence uses; one that is not known does not matter."""
@@ -192,24 +174,19 @@ class AdapterTable:
 
     def _fit(self, files: AdapterFiles) -> Adapter:
         """Hold an adapter to the model, and bring it into the form of the tables."""
-        pairs = self._pairs(files.tensors)
-        ranks = {down.shape[0] if down.ndim == 2 else 0 for down, _ in pairs.values()}
-        rank = max(ranks) if files.rank is None else files.rank
-        if ranks != {rank} or rank == 0:
-            said = "" if files.rank is None else f" and its config says r={files.rank}"
-            raise InvalidRequestError(
-                f"the LoRA has matrices of rank {', '.join(map(str, sorted(ranks)))}{said}: all "
-                "must be of one rank above 0",
-                "path",
-            )
-        if rank > self._config.max_lora_rank:
-            raise InvalidRequestError(
-                f"the LoRA is of rank {rank} and the engine was started with max_lora_rank="
-                f"{self._config.max_lora_rank}",
-                "path",
-            )
-        scale = files.alpha / rank
-        return {part: self._weights(part, *pair, rank, scale) for part, pair in pairs.items()}
+        settings, adapter = files.settings, {}
+        for part, (down, up) in self._pairs(files.tensors).items():
+            rank = settings.rank_of(part)
+            rank = down.shape[0] if rank is None and down.ndim == 2 else rank or 0
+            if not 1 <= rank <= self._config.max_lora_rank:
+                raise InvalidRequestError(
+                    f"the LoRA's matrices of {part} are of rank {rank}: it must be 1 to "
+                    f"max_lora_rank={self._config.max_lora_rank}, with which the engine was "
+                    "started",
+                    "path",
+                )
+            adapter[part] = self._weights(part, down, up, rank, settings.scale_of(part, rank))
+        return adapter
 
     def _pairs(self, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of each projection, all of which may have adapters."""
@@ -222,9 +199,11 @@ class AdapterTable:
                     "path",
                 )
             if part not in self._table_of:
+                allowed = sorted({known.rpartition(".")[2] for known in self._table_of})
                 raise InvalidRequestError(
-                    f"the LoRA changes {part}, which the engine's options do not allow: see "
-                    "lora_enable_lm, lora_target_modules_lm and the like",
+                    f"the LoRA changes {part}, which the engine's options do not allow: what may "
+                    f"be changed is {', '.join(allowed)}; see lora_enable_lm, "
+                    "lora_target_modules_lm and the like",
                     "path",
                 )
         parts = sorted({name.rpartition(".")[0] for name in tensors})

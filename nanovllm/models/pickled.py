@@ -60,7 +60,17 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in content.items()
+        isinstance(name, str) and _is_dense(value) for name, value in content.items()
     ):
-        raise InvalidRequestError(f"{path} must hold a dictionary of tensors")
+        raise InvalidRequestError(f"{path} must hold a dictionary of dense tensors")
     return content
+
+
+def _is_dense(value: object) -> bool:
+    """Whether it is a tensor with all its numbers: neither sparse, nested nor without any."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )

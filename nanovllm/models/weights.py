@@ -12,6 +12,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels, QuantizedWeight
 from nanovllm.layers.linear import Linear
+from nanovllm.lora_config import LoRAConfig
+from nanovllm.models.adapters import reserve_adapters
 from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.decoder import CausalLM
 from nanovllm.models.model_config import ModelConfig, read_json, stored_quantization
@@ -38,6 +40,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    lora: LoRAConfig | None = None,
 ) -> CausalLM:
     """Build the model of a config and fill it, one tensor in memory at a time beside the weights.
 
@@ -47,12 +50,15 @@ def load_model(
         kernels: Take the matrices over in their own form.
         dtype: Dtype of the other parameters.
         device: Where these live.
+        lora: Which adapters there is to be room for; None is none.
 
     Raises:
         InvalidRequestError: See `WeightSource.check`, or a file is corrupt.
     """
     with torch.device("meta"):
         model = CLASSES[config.architecture](config).eval()
+    if lora is not None:
+        reserve_adapters(model, lora, kernels)
     source.check(expected_tensors(model))
     fill(model, source, kernels, dtype=dtype, device=device)
     return model

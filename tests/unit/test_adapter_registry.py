@@ -145,6 +145,44 @@ def test_unregistering_waits_for_the_last_request() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_requests_that_follow_one_another_get_an_adapter_that_drains(is_dropped: bool) -> None:
+    async def scenario(registry: AdapterRegistry, engines: Engines) -> None:
+        await registry.register("a", "/a")
+        lease = registry.lease("a")
+        gone = asyncio.ensure_future(registry.unregister("a"))
+        await settle()
+        for _ in range(2):
+            registry.release(registry.acquire("a", held=True))
+            await settle()
+        assert not gone.done()
+        with fails("LoRA 'a' is draining and cannot accept new requests"):
+            registry.acquire("a")
+        with fails("LoRA 'a' is draining and cannot accept new requests"):
+            registry.lease("a")
+        if not is_dropped:
+            lease.close()
+            lease.close()
+            # It is idle, but not yet forgotten.
+            with fails("LoRA 'a' is draining and cannot accept new requests"):
+                registry.acquire("a", held=True)
+        del lease
+        gc.collect()
+        await gone
+        assert engines.loaded == {}
+
+    run(scenario)
+
+
+def test_a_lease_of_no_adapter_and_of_an_unknown_one() -> None:
+    async def scenario(registry: AdapterRegistry, _: Engines) -> None:
+        registry.lease(None).close()
+        with fails("LoRA 'a' is not registered"):
+            registry.lease("a")
+
+    run(scenario)
+
+
 def test_draining_goes_on_when_its_caller_is_gone() -> None:
     async def scenario(registry: AdapterRegistry, engines: Engines) -> None:
         await registry.register("a", "/a")

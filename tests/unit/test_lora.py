@@ -12,12 +12,11 @@ from torch import Tensor
 
 from nanovllm import SamplingParams
 from nanovllm.batch import Key, SpeechPayload, SpeechRequest, patch_key
-from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.layers.linear import PackedLinear
 from nanovllm.layers.lora import NO_ADAPTER, LoRATable
 from nanovllm.models.adapters import AdapterTable
-from nanovllm.worker.loading import LoadedEngine, load_engine
+from nanovllm.worker.loading import LoadedEngine
 from tests.lora_oracle import (
     ATTENTION,
     EVERYWHERE,
@@ -295,12 +294,6 @@ class TestTable:
         assert table.batch(np.array([0])) is None
         table.start(2, 2)
         assert table.slot_of(1) != table.slot_of(2)
-
-
-def test_a_text_model_takes_no_adapters() -> None:
-    config = EngineConfig(enable_lora=True, device="cpu")
-    with pytest.raises(InvalidRequestError, match="enable_lora is for speech models alone"):
-        load_engine(config, Path(__file__).parents[2] / "nanovllm" / "demo_model")
 
 
 def test_an_engine_without_adapters_refuses_them(checkpoint: Path) -> None:
