@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from nanovllm.engine.scheduler import Scheduler
     from nanovllm.engine.sequence import Sequence
     from nanovllm.llm import LLM
-    from nanovllm.lora_config import LoRAConfig
+    from nanovllm.lora_config import LoRAConfig, LoRARequest
     from nanovllm.outputs import CompletionOutput, RequestOutput, SpeechOutput
     from nanovllm.runners.model_runner import ModelRunner
-    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
     from nanovllm.speech_params import SpeechParams
     from nanovllm.voxcpm import SyncVoxCPMServerPool, VoxCPM
 
@@ -35,6 +35,7 @@ __all__ = [
     "EngineConfig",
     "LLMEngine",
     "LoRAConfig",
+    "LoRARequest",
     "ModelRunner",
     "PoolConfig",
     "RequestOutput",
@@ -43,6 +44,7 @@ __all__ = [
     "Sequence",
     "SpeechOutput",
     "SpeechParams",
+    "StructuredOutputsParams",
     "SyncVoxCPMServerPool",
     "VoxCPM",
     "__version__",
@@ -58,6 +60,7 @@ _MODULE_OF_NAME = {
     "EngineConfig": "nanovllm.config",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "LoRAConfig": "nanovllm.lora_config",
+    "LoRARequest": "nanovllm.lora_config",
     "ModelRunner": "nanovllm.runners.model_runner",
     "PoolConfig": "nanovllm.config",
     "RequestOutput": "nanovllm.outputs",
@@ -66,6 +69,7 @@ _MODULE_OF_NAME = {
     "Sequence": "nanovllm.engine.sequence",
     "SpeechOutput": "nanovllm.outputs",
     "SpeechParams": "nanovllm.speech_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
     "SyncVoxCPMServerPool": "nanovllm.voxcpm",
     "VoxCPM": "nanovllm.voxcpm",
 }

@@ -2,15 +2,18 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence, Sized
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanovllm.async_engine import AsyncEngine, Observer, in_thread_if
+from nanovllm.adapted_engine import AdaptedEngine
+from nanovllm.async_engine import Observer, in_thread_if
 from nanovllm.cluster.worker import Worker
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.errors import InvalidRequestError, NotReadyError
 from nanovllm.models.hub import resolve_model
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.outputs import RequestOutput
 from nanovllm.request_stream import RequestStream
 from nanovllm.sampling_params import SamplingParams
@@ -26,9 +29,13 @@ LONG_TEXT = 4096
 for so many."""
 RENDER_TIMEOUT = 2.0
 """Seconds a chat template may take."""
+FORM_TIMEOUT = 5.0
+"""Seconds until the form of an output is given up; the limits of its compiler end it sooner."""
+FORM_THREADS = 2
+"""Forms compiled at the same time."""
 
 
-class AsyncLLM(AsyncEngine[RequestOutput]):
+class AsyncLLM(AdaptedEngine[RequestOutput]):
     """A text model in one or more engine processes; text is made and read in this one.
 
     See `AsyncEngine` for what it is built from, and when it starts and ends.
@@ -43,6 +50,9 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         super()._init(engine, pool, observer)
         self._frontend: TextFrontend | None = None
         self._text: _Text | None = None
+        # What a timeout leaves behind goes on in its thread, so their number is what bounds it.
+        self._form_threads = ThreadPoolExecutor(FORM_THREADS, "forms")
+        self._form_turns = asyncio.Semaphore(FORM_THREADS)
 
     def _load(self) -> Path:
         directory = resolve_model(self.config)
@@ -70,6 +80,11 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
     def tokenizer(self) -> Tokenizer | None:
         return None if self._text is None else self._text.frontend.tokenizer
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's hyper-parameters; there once it is loaded."""
+        return self._started.frontend.model_config
+
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
         return self._started.frontend.default_sampling_params()
@@ -82,6 +97,7 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_name: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt; yields the output so far whenever there is news of it.
 
@@ -93,6 +109,7 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
             request_id: A name for `abort`, not that of another open request; None makes one.
             priority: Lower runs first.
             cache_salt: Share cached prefixes only with requests of the same salt.
+            lora_name: A registered adapter; None is none.
 
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used.
@@ -102,7 +119,11 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         inputs = await self.prepare(prompt, sampling_params or self.default_sampling_params())
         request_ids = None if request_id is None else [request_id]
         (stream,) = await self.submit(
-            [inputs], request_ids=request_ids, priority=priority, cache_salt=cache_salt
+            [inputs],
+            request_ids=request_ids,
+            priority=priority,
+            cache_salt=cache_salt,
+            lora_name=lora_name,
         )
         try:
             async for output in stream:
@@ -121,9 +142,8 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
             InvalidRequestError: There is no template, it refuses the conversation, or it takes
                 too long.
         """
-        size = sum(len(content) for m in messages if isinstance(content := m.get("content"), str))
         work = in_thread_if(
-            size >= LONG_TEXT or len(messages) > 64,
+            not _is_short(messages, options),
             lambda: self._started.frontend.render(messages, **options),
         )
         try:
@@ -166,10 +186,13 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         if self._text is None:  # warming up is part of starting, and comes here, too
             await self.start()
         inputs = self._started.inputs
-        return await in_thread_if(
-            _size(prompt) >= LONG_TEXT,
-            lambda: inputs.process(prompt, params, add_special_tokens),
-        )
+
+        def process() -> TextInput:
+            return inputs.process(prompt, params, add_special_tokens)
+
+        if params.structured_outputs is not None:
+            return await self._in_form_thread(process)
+        return await in_thread_if(_size(prompt) >= LONG_TEXT, process)
 
     async def submit(
         self,
@@ -178,6 +201,7 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         request_ids: Sequence[str] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_name: str | None = None,
     ) -> list[RequestStream]:
         """Queue prepared requests, all or none.
 
@@ -186,15 +210,17 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
             request_ids: A name for each, not that of another open request; None makes them.
             priority: Lower runs first.
             cache_salt: Share cached prefixes only with requests of the same salt.
+            lora_name: A registered adapter; None is none.
 
         Raises:
-            InvalidRequestError: A name is taken, or the requests would never fit the queue.
+            InvalidRequestError: A name is taken, the requests would never fit the queue, or there
+                is no such adapter.
             OverloadedError: The queue is full.
             NotReadyError: No engine is running.
         """
         names = list(request_ids) if request_ids else [self._new_id() for _ in inputs]
         self._admit(names, sum(i.params.n for i in inputs), sum(len(i.token_ids) for i in inputs))
-        opened = self._open(names, inputs, priority, cache_salt)
+        opened = self._open(names, inputs, priority, cache_salt, lora_name)
         for request, _ in opened:
             self._parts.pool.submit(request)
         return [stream for _, stream in opened]
@@ -216,6 +242,19 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         await asyncio.gather(*(self._compute_on(worker, item) for worker in pool.ready_workers))
         return len(item.token_ids)
 
+    async def _in_form_thread(self, process: Callable[[], TextInput]) -> TextInput:
+        """Prepare a request whose output has a form, which may take a while to be compiled."""
+        async with self._form_turns:
+            work = asyncio.wrap_future(self._form_threads.submit(process))
+            try:
+                return await asyncio.wait_for(work, FORM_TIMEOUT)
+            except asyncio.TimeoutError as e:
+                raise InvalidRequestError(
+                    f"structured_outputs take more than {FORM_TIMEOUT:g} s to compile: give a "
+                    "simpler form",
+                    "structured_outputs",
+                ) from e
+
     @property
     def _started(self) -> "_Text":
         if self._text is None:
@@ -228,10 +267,12 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
         inputs: Sequence[TextInput],
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_name: str | None = None,
     ) -> list[tuple[EngineRequest, RequestStream]]:
         """Register requests, all or none; the pool does not have them yet."""
         now = time.monotonic()
-        requests = [self._request(item, priority, cache_salt) for item in inputs]
+        with self._leased(names, lora_name) as adapter_id:
+            requests = [self._request(item, priority, cache_salt, adapter_id) for item in inputs]
         opened = []
         for name, item, request in zip(names, inputs, requests, strict=True):
             params = request.message.params
@@ -243,9 +284,11 @@ class AsyncLLM(AsyncEngine[RequestOutput]):
             opened.append((request, stream))
         return opened
 
-    def _request(self, item: TextInput, priority: int, cache_salt: str | None) -> EngineRequest:
+    def _request(
+        self, item: TextInput, priority: int, cache_salt: str | None, adapter_id: int | None
+    ) -> EngineRequest:
         params = self._parts.pool.adapt(item.params, len(item.token_ids))
-        return self._pack(item.token_ids, params, item.payload, priority, cache_salt)
+        return self._pack(item.token_ids, params, item.payload, priority, cache_salt, adapter_id)
 
     async def _compute_on(self, worker: Worker, item: TextInput) -> None:
         ((request, stream),) = self._open([self._new_id()], [item])
@@ -260,6 +303,16 @@ class _Text(NamedTuple):
     frontend: TextFrontend
     inputs: InputProcessor
     outputs: OutputProcessor
+
+
+def _is_short(messages: Sequence[Message], options: Mapping[str, Any]) -> bool:
+    """Whether a conversation is rendered in a millisecond: it is a little text and nothing else."""
+    if len(messages) > 64 or any(options.get(name) for name in ("tools", "documents")):
+        return False
+    given = [*messages, options.get("chat_template_kwargs") or {}]
+    values = [value for names in given for value in names.values()]
+    size = sum(len(value) for value in values if isinstance(value, str))
+    return size < LONG_TEXT and all(isinstance(v, str | int | float | None) for v in values)
 
 
 def _size(prompt: Prompt) -> int:

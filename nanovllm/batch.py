@@ -1,5 +1,6 @@
 """What crosses between the scheduler and a runner: a batch of positions, and what came of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
@@ -10,6 +11,7 @@ Key = int | bytes
 """What stands at a position: a token id, or the digest of the bytes fed for an audio patch."""
 
 UNUSABLE_LOGITS = "the model's logits are NaN, or the request forbids every token"
+LOST_GRAMMAR = "the structured output became too complex to follow: give it a simpler form"
 UNUSABLE_PATCH = "the model's speech is NaN or infinite"
 """The reasons of errors that a client may be told; the others are texts of exceptions."""
 
@@ -81,20 +83,26 @@ class Stop(NamedTuple):
     """Why the model ended a sequence.
 
     `reason` is a finish reason ("stop" or "error"), `detail` what it stopped at: None for an
-    end-of-text id, another stop token's id, or the text of an error.
+    end-of-text id, another stop token's id, or the text of an error. `keeps_key` says that the last
+    key is not what it stopped at, but part of the output: nothing may follow it.
     """
 
     reason: str
     detail: int | str | None = None
+    keeps_key: bool = False
 
 
 class StepResult(NamedTuple):
-    """What a row that emits yielded: the key of the next position, and whether the model stops."""
+    """What a row that emits yielded: the key of the next position, and whether the model stops.
+
+    `forced` are keys that can only be the next ones; then `stop` is about the last of them.
+    """
 
     slot: int
     key: Key
     stop: Stop | None = None
     payload: Any = None
+    forced: Sequence[Key] = ()
 
 
 class TextRequest(NamedTuple):
@@ -103,10 +111,14 @@ class TextRequest(NamedTuple):
     Args:
         eos_token_ids: The model's end-of-text ids; empty if the request ignores them.
         bad_words: Token sequences that must not be generated.
+        grammar: The form of the output, for `GrammarCompiler.compile`.
+        matcher: The same compiled or about to be, in the engine's own process: a `Future`.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+    matcher: Any = None
 
 
 class TokenScores(NamedTuple):

@@ -3,7 +3,6 @@
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Integral
 from types import TracebackType
 from typing import Any, cast
 
@@ -11,13 +10,15 @@ import torch
 
 from nanovllm.batch import Key
 from nanovllm.config import EngineConfig
-from nanovllm.errors import InvalidRequestError
+from nanovllm.local_adapters import LocalAdapters, LoRARequests
+from nanovllm.lora_config import LoRARequest
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.outputs import RequestOutput
 from nanovllm.progress import progress_bar
 from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.batches import as_batch, params_for_each
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import Prompt
 from nanovllm.text.tokenizer import Tokenizer
@@ -49,8 +50,9 @@ class LLM:
     def _start(self, config: EngineConfig) -> None:
         directory = resolve_model(config)
         self._frontend = TextFrontend(directory, config)
-        self.engine, runner, self.config = load_engine(config, directory)
+        self.engine, runner, self.config = load_engine(config, directory, self._frontend.grammars)
         self._runner = cast(TextRunner, runner)
+        self._adapters = LocalAdapters(self.engine, self._runner.adapters)
         self._inputs = self._frontend.input_processor(self._runner.max_model_len)
         self._outputs = self._frontend.output_processor()
         self._request_ids = itertools.count()
@@ -70,6 +72,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the engine sees fit.
 
@@ -77,6 +80,7 @@ class LLM:
             prompts: One prompt or several, each text or token ids.
             sampling_params: One for all or one for each; None is `default_sampling_params()`.
             use_tqdm: Whether to show progress.
+            lora_request: An adapter for all or one for each; None is none.
 
         Returns:
             One output a prompt, in order.
@@ -84,14 +88,16 @@ class LLM:
         Raises:
             InvalidRequestError: A prompt or a parameter cannot be used; nothing has been started.
         """
-        batch = _as_batch(prompts)
-        return self._run(batch, self._params_for(batch, sampling_params), use_tqdm, True)
+        batch = as_batch(prompts)
+        params = self._params_for(sampling_params, len(batch))
+        return self._run(batch, params, lora_request, use_tqdm, True)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
         **template_options: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several.
@@ -100,6 +106,7 @@ class LLM:
             messages: A list of messages, or a list of such lists.
             sampling_params: See `generate`.
             use_tqdm: Whether to show progress.
+            lora_request: See `generate`.
             **template_options: See `render`.
 
         Returns:
@@ -111,26 +118,36 @@ class LLM:
         single = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         prompts: list[Prompt] = [self.render(c, **template_options) for c in conversations]
-        return self._run(prompts, self._params_for(prompts, sampling_params), use_tqdm, False)
+        params = self._params_for(sampling_params, len(prompts))
+        return self._run(prompts, params, lora_request, use_tqdm, False)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> "RequestStream":
         """Complete one prompt; the iterator yields the output so far after each step with news.
 
         Closing or dropping the iterator aborts the request.
         """
-        return RequestStream(self, *self._add(prompt, sampling_params))
+        return RequestStream(self, *self._add(prompt, sampling_params, lora_request=lora_request))
 
     def stream_chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
         **template_options: Any,
     ) -> "RequestStream":
         """Answer one conversation and yield like `stream`."""
         prompt = self.render(messages, **template_options)
-        return RequestStream(self, *self._add(prompt, sampling_params, add_special_tokens=False))
+        return RequestStream(
+            self,
+            *self._add(
+                prompt, sampling_params, lora_request=lora_request, add_special_tokens=False
+            ),
+        )
 
     def add_request(
         self,
@@ -140,6 +157,7 @@ class LLM:
         priority: int = 0,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> str:
         """Queue a request; `step` brings its news.
 
@@ -149,6 +167,7 @@ class LLM:
             priority: Lower runs first.
             cache_salt: Share cached prefixes only with requests of the same salt.
             add_special_tokens: Whether the tokenizer adds its own to a text.
+            lora_request: The adapter it goes through; None is none.
 
         Returns:
             The request's id.
@@ -162,6 +181,7 @@ class LLM:
             priority=priority,
             cache_salt=cache_salt,
             add_special_tokens=add_special_tokens,
+            lora_request=lora_request,
         )
         return request_id
 
@@ -192,6 +212,29 @@ class LLM:
         """The opposite of `has_unfinished`, under nano-vllm's name."""
         return not self.has_unfinished()
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter before a request names it; False if it is there already.
+
+        Raises:
+            InvalidRequestError: It cannot be loaded, or another one has its id.
+        """
+        self._check_open()
+        return self._adapters.add(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forget an adapter, so that another one may have its id; False if it is not known.
+
+        Raises:
+            InvalidRequestError: A request still uses it.
+        """
+        self._check_open()
+        return self._adapters.remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """Ids of the adapters that are loaded."""
+        self._check_open()
+        return self._adapters.ids
+
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
         return self._frontend.default_sampling_params()
@@ -221,7 +264,7 @@ class LLM:
         if self._closed:
             return
         self._closed = True
-        del self.engine, self._runner
+        del self.engine, self._runner, self._adapters
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -244,17 +287,21 @@ class LLM:
         priority: int = 0,
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> tuple[str, RequestOutput]:
         """Register a request whole or not at all; returns its id and its live output."""
         self._check_open()
         arrival_time = time.monotonic()
-        params = self._params_for([prompt], sampling_params)[0]
+        (params,) = self._params_for(sampling_params, 1)
         inputs = self._inputs.process(prompt, params, add_special_tokens)
+        adapter_id = self._adapters.id_of(lora_request)
         seq_ids = self.engine.add(
             list[Key](inputs.token_ids),
             inputs.params,
             priority=priority,
             cache_salt=cache_salt,
+            adapter_id=adapter_id,
+            schedules_ahead=inputs.payload.grammar is None,
             payload=inputs.payload,
         )
         request_id = str(next(self._request_ids))
@@ -272,14 +319,19 @@ class LLM:
         self,
         prompts: list[Prompt],
         params: list[SamplingParams],
+        lora_request: LoRARequests,
         show_progress: bool,
         add_special_tokens: bool,
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
+        self._check_open()
+        loras = self._adapters.for_each(lora_request, len(prompts))
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, param in zip(prompts, params, strict=True):
-                request_id, output = self._add(prompt, param, add_special_tokens=add_special_tokens)
+            for prompt, param, lora in zip(prompts, params, loras, strict=True):
+                request_id, output = self._add(
+                    prompt, param, lora_request=lora, add_special_tokens=add_special_tokens
+                )
                 outputs[request_id] = output
             unfinished = set(outputs)
             with progress_bar(len(outputs), self.engine.stats, show_progress) as advance_to:
@@ -303,30 +355,16 @@ class LLM:
         for output in outputs:
             self._news[output.request_id] = output
 
+    def _params_for(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        return params_for_each(
+            self.default_sampling_params() if given is None else given, num_prompts
+        )
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM is closed: build a new one")
-
-    def _params_for(
-        self,
-        prompts: list[Prompt],
-        given: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[SamplingParams]:
-        """One set of parameters for each prompt."""
-        if given is None or isinstance(given, SamplingParams):
-            return [given or self.default_sampling_params()] * len(prompts)
-        if not isinstance(given, Sequence) or not all(isinstance(p, SamplingParams) for p in given):
-            raise InvalidRequestError(
-                f"sampling_params must be SamplingParams or a list of them, got {given!r:.80}",
-                "sampling_params",
-            )
-        if len(given) != len(prompts):
-            raise InvalidRequestError(
-                f"{len(prompts)} prompts need as many sampling_params, or one for all; got "
-                f"{len(given)}",
-                "sampling_params",
-            )
-        return list(given)
 
 
 class RequestStream(Iterator[RequestOutput]):
@@ -356,17 +394,3 @@ class RequestStream(Iterator[RequestOutput]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Prompts as a list, where a single one may be text, token ids or a mapping."""
-    if isinstance(prompts, str | bytes | Mapping):
-        return [prompts]
-    try:
-        batch: list[Any] = list(prompts)
-    except TypeError as e:
-        raise InvalidRequestError(
-            f"prompts must be a prompt or a list of them, got {prompts!r:.80}", "prompt"
-        ) from e
-    single = len(batch) > 0 and all(isinstance(item, Integral) for item in batch)
-    return [batch] if single else batch

@@ -1,7 +1,8 @@
 """What a user may ask of a generation. Fields, names and defaults are vLLM's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import isfinite
+from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.validation import conform
@@ -9,6 +10,50 @@ from nanovllm.validation import conform
 GREEDY_EPSILON = 1e-5
 MAX_LOGPROBS = 20
 MAX_SEED = 2**64
+
+
+@dataclass(slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """The form that an output must have; exactly one field is set.
+
+    Args:
+        json: A JSON schema, as a mapping or as its JSON text.
+        regex: A regular expression that matches the whole output.
+        choice: Texts, of which the output is one.
+        grammar: A context-free grammar: Lark with the rule `start`, or GBNF with the rule `root`.
+        json_object: True for any JSON object.
+        structural_tag: Free text with tags in it whose inside has a form:
+            `{"structures": [{"begin", "schema", "end"}], "triggers": [...]}`, or its JSON text.
+
+    Raises:
+        InvalidRequestError: Not exactly one field is set, or it is of another type.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        conform(self)
+        self.json_object = self.json_object or None
+        names = [each.name for each in fields(self)]
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidRequestError(
+                f"structured_outputs takes exactly one of {', '.join(names)}, got "
+                f"{' and '.join(given) or 'none'}",
+                "structured_outputs",
+            )
+        if self.choice == []:
+            raise InvalidRequestError("choice must have at least one text", "choice")
+
+    @property
+    def kind(self) -> str:
+        """The field that is set."""
+        return next(each.name for each in fields(self) if getattr(self, each.name) is not None)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +88,9 @@ class SamplingParams:
         bad_words: Words that are never generated.
         logit_bias: Added to the logits of these token ids.
         allowed_token_ids: The only ids that may be generated.
+        structured_outputs: The form that the output must have. Where `bad_words`, `logit_bias`,
+            `allowed_token_ids`, `min_tokens` or `ignore_eos` leave no token that goes with it, the
+            form has its way.
 
     Raises:
         InvalidRequestError: A field is outside its range; the message says which and what is right.
@@ -72,6 +120,7 @@ class SamplingParams:
     bad_words: str | list[str] | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     stop_strings: list[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Values that come from outside, held to the types that a dataclass declares."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from os import PathLike, fspath
@@ -24,6 +24,22 @@ def conform(instance: Any) -> None:
         value = getattr(instance, name)
         if value is not None or not _admits(hint, None):
             object.__setattr__(instance, name, _conformed(name, value, hint))
+
+
+def check_type(name: str, value: object, kind: type, what: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        name: The argument.
+        value: What it is.
+        kind: What it has to be.
+        what: The same in words, and where one gets it.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    if not isinstance(value, kind):
+        raise InvalidRequestError(f"{name} must be {what}, got {type(value).__name__}", name)
 
 
 @cache
@@ -54,6 +70,8 @@ def _as_kind(value: Any, kind: Any) -> Any:
         return value
     if origin is list and isinstance(value, list | tuple | set | frozenset):
         return [_as_kind(item, arguments[0]) for item in value]
+    if arguments[:1] == (str,) and origin is dict and isinstance(value, Mapping):
+        return dict(value)
     if origin is dict and isinstance(value, Mapping):
         return {int(k): _as_kind(v, arguments[1]) for k, v in value.items()}  # JSON keys are text
     if origin is bool and type(value).__name__ in ("bool", "bool_"):
@@ -66,6 +84,8 @@ def _as_kind(value: Any, kind: Any) -> Any:
         return float(value)
     if origin is str and isinstance(value, str | PathLike):
         return fspath(value)
+    if isinstance(origin, type) and is_dataclass(origin) and isinstance(value, origin):
+        return value
     raise TypeError
 
 
@@ -85,5 +105,7 @@ def _describe(kind: Any) -> str:
     if get_origin(kind) is list:
         return f"a list of {plural[get_args(kind)[0]]}"
     if get_origin(kind) is dict:
-        return "a mapping of integers to numbers"
+        return "a mapping of integers to numbers" if get_args(kind)[0] is int else "a mapping"
+    if is_dataclass(kind):
+        return getattr(kind, "__name__", "")
     return names.get(kind, str(kind))

@@ -182,7 +182,7 @@ class FakeRunner:
             assert end == len(slot.keys), f"slot {slot_id} emits at {end}, not at its end"
             generated = self._next(slot, value)
             self._take(slot, generated.key)
-            results.append(StepResult(slot_id, *generated))
+            results.append(self._force(StepResult(slot_id, *generated), slot))
         handle = FakeStep(batch.step, results, written)
         self._in_flight.append(handle)
         return handle
@@ -293,6 +293,11 @@ class FakeRunner:
         """What follows the last position, given what was read there."""
         raise NotImplementedError
 
+    @classmethod
+    def _force(cls, result: StepResult, slot: FakeSlot) -> StepResult:
+        """The result with the keys behind it that need no step."""
+        return result
+
 
 @dataclass(slots=True)
 class FakeText:
@@ -301,10 +306,12 @@ class FakeText:
     Args:
         root: What its positions are cached below.
         ignores_eos: Whether the end-of-text id does not end it.
+        num_forced: Keys that are known with each sampled one, as with a grammar.
     """
 
     root: int = 0
     ignores_eos: bool = False
+    num_forced: int = 0
 
 
 class AsyncFakeRunner(FakeRunner):
@@ -318,6 +325,18 @@ class AsyncFakeRunner(FakeRunner):
         key = draw % cls.VOCAB_SIZE
         stops = key == EOS and not slot.start.payload.ignores_eos
         return Generated(key, Stop("stop") if stops else None, None)
+
+    @classmethod
+    def _force(cls, result: StepResult, slot: FakeSlot) -> StepResult:
+        forced: list[Key] = []
+        stop = result.stop
+        while stop is None and len(forced) < slot.start.payload.num_forced:
+            key, stop, _ = cls._next(slot, slot.values[-1])
+            cls._take(slot, key)
+            forced.append(key)
+        if forced and stop is not None:
+            stop = Stop("stop", keeps_key=True)
+        return result._replace(stop=stop, forced=forced)
 
 
 @dataclass(slots=True)

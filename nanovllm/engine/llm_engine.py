@@ -34,6 +34,7 @@ class EngineStats:
         num_cached_tokens: Of these, positions that came from the prefix cache.
         num_computed_tokens: Positions computed, recomputation included.
         num_output_tokens: Keys generated.
+        num_forced_tokens: Of these, keys that a grammar forced: they took no step of their own.
         num_preemptions: Times a sequence lost its blocks to another.
         num_errors: Sequences that ended with an error.
         prefill_time: Seconds in steps with a row of more than one position.
@@ -51,6 +52,7 @@ class EngineStats:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_output_tokens: int = 0
+    num_forced_tokens: int = 0
     num_preemptions: int = 0
     num_errors: int = 0
     prefill_time: float = 0.0
@@ -243,6 +245,7 @@ class LLMEngine:
         stats.num_cached_blocks = blocks.num_cached
         stats.num_prompt_tokens = scheduler.num_prompt_keys
         stats.num_cached_tokens = scheduler.num_cached_keys
+        stats.num_forced_tokens = scheduler.num_forced_keys
         stats.num_preemptions = scheduler.num_preemptions
         return stats
 

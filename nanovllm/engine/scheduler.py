@@ -72,6 +72,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_keys = 0
         self.num_cached_keys = 0
+        self.num_forced_keys = 0
         self._sequences: dict[int, Sequence] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._released: list[int] = []
@@ -156,9 +157,12 @@ class Scheduler:
         for seq, result in zip(step.emitting, results, strict=True):
             if seq.slot != result.slot or seq.start_step > batch.step:
                 continue
-            _, key, stop, payload = result
+            _, key, stop, payload, forced = result
             if stop is not None and stop.reason == "error":
                 outputs.append(self._finish(seq, None, payload, "error", stop.detail))
+                continue
+            if forced or (stop is not None and stop.keeps_key):
+                outputs += self._take_several(seq, result)
                 continue
             keys = seq.keys
             keys.append(key)
@@ -177,6 +181,29 @@ class Scheduler:
                         seq.seq_id, key, payload, None, None, seq.num_cached, seq.scheduled_time
                     )
                 )
+        return outputs
+
+    def _take_several(self, seq: Sequence, result: StepResult) -> list[EngineOutput]:
+        """Take a key and those forced behind it, of a sequence that is not scheduled ahead."""
+        _, key, stop, payload, forced = result
+        new_keys = [key, *forced][: seq.max_keys - len(seq.keys)]
+        self.num_forced_keys += len(new_keys) - 1
+        seq.keys += new_keys
+        seq.num_positions = len(seq.keys)
+        outputs = [
+            EngineOutput(
+                seq.seq_id,
+                new_key,
+                None if index else payload,
+                num_cached=seq.num_cached,
+                scheduled_time=seq.scheduled_time,
+            )
+            for index, new_key in enumerate(new_keys)
+        ]
+        if stop is not None and len(new_keys) == 1 + len(forced):
+            outputs.append(self._finish(seq, None, None, stop.reason, stop.detail))
+        elif len(seq.keys) >= seq.max_keys:
+            outputs.append(self._finish(seq, None, None, "length", None))
         return outputs
 
     def fail(self, batch: Batch, message: str) -> list[EngineOutput]:
@@ -222,6 +249,8 @@ class Scheduler:
                 if computed % block_size == 0:
                     self._publish(step, seq)
             elif num_left:
+                if seq.num_positions > seq.capacity and not self._grow_to_fit(step, seq):
+                    break
                 longer.append(seq)
         batch.lengths = [1] * len(slots)
         batch.emits = [True] * len(slots)
@@ -243,6 +272,15 @@ class Scheduler:
         index = len(seq.block_table)
         block_id = self.block_manager.append_block(seq)
         step.batch.new_blocks.append((seq.slot, index, [block_id]))
+        return True
+
+    def _grow_to_fit(self, step: StepInFlight, seq: Sequence) -> bool:
+        """Append the blocks that forced keys need; a prompt has them. False as for `_grow`."""
+        num_before = len(step.batch.new_blocks)
+        while seq.num_positions > seq.capacity:
+            if not self._grow(step, seq):
+                del step.batch.new_blocks[num_before:]
+                return False
         return True
 
     def _preempt(self, seq: Sequence) -> None:

@@ -10,11 +10,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nanovllm.batch import Batch, SlotStart, StepResult
+from nanovllm.batch import Batch, Key, SlotStart, StepResult
 from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.attention_backend import AttentionBatch, IntArray
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
+from nanovllm.layers.lora import LoRABatch
+from nanovllm.models.adapters import AdapterTable
 from nanovllm.runners.memory import (
     ModelShape,
     allocate_kv_cache,
@@ -22,6 +25,7 @@ from nanovllm.runners.memory import (
     fit_kv_cache,
     kv_cache_bytes,
 )
+from nanovllm.runners.voice_encoding import VoiceEncoding
 
 
 class PagedModel(Protocol):
@@ -33,6 +37,9 @@ class PagedModel(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Its parameters; the first says where it is, and in which dtype."""
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Its layers, by their paths in the checkpoint."""
 
 
 ModelT = TypeVar("ModelT", bound=PagedModel)
@@ -78,6 +85,7 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
     Attributes:
         num_kv_blocks: Blocks of the KV cache.
         max_model_len: Longest sequence, as wanted or as the blocks allow.
+        adapters: The LoRA adapters, if there is room for them.
     """
 
     def __init__(self, model: ModelT, kernels: Kernels, config: EngineConfig) -> None:
@@ -97,6 +105,11 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
         self._block_tables = torch.zeros(
             num_slots, max_blocks, dtype=torch.int64, device=self.device
         )
+        self.adapters: AdapterTable | None = None
+        if config.lora is not None:
+            self.adapters = AdapterTable(
+                model.named_modules(), config.lora, num_slots, weight.dtype, self.device
+            )
 
     def launch(self, batch: Batch) -> Any:
         """Start a step: apply the slots' changes, run the model, then the tail of the rows.
@@ -110,7 +123,11 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
     def _launch(self, batch: Batch) -> Any:
         for slot in batch.released:
             self._release_slot(slot)
+            if self.adapters is not None:
+                self.adapters.release(slot)
         for start in batch.started:
+            if self.adapters is not None:
+                self.adapters.start(start.slot, start.adapter_id)
             self._start_slot(start)
         for slot, index, block_ids in batch.new_blocks:
             self._block_tables[slot, index : index + len(block_ids)] = torch.tensor(
@@ -119,6 +136,25 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
         rows = self._lay_out(batch)
         ctx = self._context(rows)
         return self._tail(self._forward(rows, ctx), rows, ctx)
+
+    def check(self, keys: Sequence[Key], payload: object) -> None:
+        """See that a sequence can start: in a step it would take others along.
+
+        Args:
+            keys: The prompt's keys.
+            payload: What goes to the runner with them.
+
+        Raises:
+            InvalidRequestError: It cannot; the message says why.
+        """
+
+    def encode(self, audio: bytes) -> VoiceEncoding:  # noqa: ARG002
+        """Begin to encode a recording.
+
+        Raises:
+            InvalidRequestError: This model encodes none, or the recording cannot be used.
+        """
+        raise InvalidRequestError("this model encodes no audio")
 
     @abstractmethod
     def collect(self, handle: Any) -> list[StepResult]:
@@ -170,7 +206,12 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
             kv_caches=self._kv_caches,
             cache_slots=blocks * size + rows.positions % size,
             attention=plan,
+            lora=self._adapters_of(np.repeat(rows.slots, rows.lengths)),
         )
+
+    def _adapters_of(self, slots: IntArray) -> LoRABatch | None:
+        """Which adapters rows go through that belong to these slots."""
+        return None if self.adapters is None else self.adapters.batch(slots)
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return to_device(array, self.device)

@@ -1,6 +1,6 @@
 """The sampling settings of the running sequences, by slot."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,11 @@ from nanovllm.runners.random_draws import uniforms
 
 MAX_POSITION = 2**62
 """Stands for every number of tokens that no context reaches."""
+MAX_TEMPERATURE = 1e10
+REPETITION_RANGE = (1e-10, 1e10)
+MAX_BIAS = 1e20
+"""More makes no difference to what is drawn, and a logit that is multiplied by all of them and
+divided by the least temperature is still a float32."""
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -53,16 +58,22 @@ class SamplingTable:
         self._allowed: dict[int, Tensor] = {}
         self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
 
-    def start(self, start: SlotStart, request: TextRequest) -> None:
-        """Take over the settings of the sequence that starts in a slot."""
+    def start(self, start: SlotStart, request: TextRequest, forbidden: Sequence[int] = ()) -> None:
+        """Take over the settings of the sequence that starts in a slot.
+
+        Args:
+            start: The sequence.
+            request: What a text runner knows of it besides.
+            forbidden: Ids that it must not generate if there are others.
+        """
         slot, params = start.slot, start.sampling_params
         self.release(slot)
         self._numbers[slot] = (
-            0.0 if params.greedy else params.temperature,
+            0.0 if params.greedy else min(params.temperature, MAX_TEMPERATURE),
             min(params.top_k, self._vocab_size) if params.top_k > 0 else self._vocab_size,
             params.top_p,
             params.min_p,
-            params.repetition_penalty,
+            np.clip(params.repetition_penalty, *REPETITION_RANGE),
             params.presence_penalty,
             params.frequency_penalty,
             start.seed,
@@ -74,10 +85,14 @@ class SamplingTable:
         if params.min_tokens:
             stops = request.eos_token_ids | set(params.stop_token_ids or ())
             self._stop_ids[slot] = np.array(sorted(stops), dtype=np.int64)
-        if params.logit_bias:
+        if params.logit_bias or forbidden:
+            given = params.logit_bias or {}
             self._biases[slot] = (
-                np.array(list(params.logit_bias.keys()), dtype=np.int64),
-                np.array(list(params.logit_bias.values()), dtype=np.float32),
+                np.array([*given.keys(), *forbidden], dtype=np.int64),
+                np.array(
+                    [*np.clip([*given.values()], -MAX_BIAS, MAX_BIAS), *[-np.inf] * len(forbidden)],
+                    dtype=np.float32,
+                ),
             )
         if params.allowed_token_ids is not None:
             allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
@@ -91,13 +106,20 @@ class SamplingTable:
         for table in (self._stop_ids, self._biases, self._allowed, self._bad_words):
             table.pop(slot, None)
 
-    def batch(self, slots: IntArray, ends: IntArray, token_ids: Tensor) -> SamplingBatch:
+    def batch(
+        self,
+        slots: IntArray,
+        ends: IntArray,
+        token_ids: Tensor,
+        grammar: tuple[Tensor, Tensor] | None = None,
+    ) -> SamplingBatch:
         """Gather the settings of rows.
 
         Args:
             slots: Slot of each row, `[num_rows]`.
             ends: Number of keys each row's sequence has before this sample, `[num_rows]`.
             token_ids: Keys by slot and position, on the device.
+            grammar: See `SamplingBatch`.
         """
         numbers = self._numbers[slots]
         generated = ends - numbers["num_prompt"]
@@ -118,6 +140,7 @@ class SamplingTable:
             bad_words=self._words(slots, ends, generated, token_ids),
             allowed=self._allowed_rows(slots),
             biases=self._bias_rows(slots, generated < numbers["min_tokens"]),
+            grammar=grammar,
             num_scores=num_scores if num_scores >= 0 else None,
         )
 

@@ -24,7 +24,6 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.attention_backend import IntArray
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
-from nanovllm.models.adapters import AdapterTable
 from nanovllm.models.voxcpm.model import VoxCPM
 from nanovllm.runners.model_runner import HostCopies, ModelRunner, StepRows
 from nanovllm.runners.random_draws import gaussians
@@ -104,7 +103,6 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
     preempted goes on from there.
 
     Attributes:
-        adapters: The LoRA adapters, if there is room for them.
         noise_source: Draws the noise of a patch from (seed, patch index), float32
             `[patch_size, feat_dim]`, in place of our own.
     """
@@ -119,9 +117,6 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
         self._last_patches = torch.zeros(num_slots, *self._patch_shape, device=self.device)
         self._settings = np.zeros(num_slots, SETTINGS)
         self._slots: dict[int, SpeechSlot] = {}
-        self.adapters: AdapterTable | None = None
-        if config.lora is not None:
-            self.adapters = AdapterTable(model, config.lora, num_slots, model.dtype, self.device)
         self.noise_source: Callable[[int, int], Tensor] | None = None
 
     def check(self, keys: Sequence[Key], payload: object) -> None:
@@ -163,8 +158,6 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
 
     def _start_slot(self, start: SlotStart) -> None:
         slot, request = start.slot, cast(SpeechRequest, start.payload)
-        if self.adapters is not None:
-            self.adapters.start(slot, start.adapter_id)
         # Patches of steps that were in flight when it was preempted have not become keys.
         del request.generated[len(start.keys) - start.num_prompt_keys :]
         token_ids = np.array([key if isinstance(key, int) else AUDIO for key in start.keys])
@@ -197,11 +190,8 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
 
     def _release_slot(self, slot: int) -> None:
         self._slots.pop(slot, None)
-        if self.adapters is not None:
-            self.adapters.release(slot)
 
     def _forward(self, rows: StepRows, ctx: ForwardContext) -> SpeechHidden:
-        ctx = self._with_adapters(ctx, np.repeat(rows.slots, rows.lengths))
         token_ids, is_audio, patches = self._inputs(rows)
         return SpeechHidden(*self.model(token_ids, is_audio, patches, rows.positions, ctx))
 
@@ -277,7 +267,7 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
 
     def _with_adapters(self, ctx: ForwardContext, slots: IntArray) -> ForwardContext:
         """The context of rows that belong to these slots."""
-        return ctx if self.adapters is None else replace(ctx, lora=self.adapters.batch(slots))
+        return replace(ctx, lora=self._adapters_of(slots))
 
     def _noise(self, settings: npt.NDArray[np.void], indices: IntArray) -> Tensor:
         """Where the sampler starts, float32 `[num_rows, patch_size, feat_dim]`."""

@@ -1,12 +1,14 @@
 """Text: positions hold token ids, the last one of a row yields a sampled id."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.batch import (
+    LOST_GRAMMAR,
     UNUSABLE_LOGITS,
     SlotStart,
     StepResult,
@@ -23,6 +25,11 @@ from nanovllm.models.decoder import CausalLM
 from nanovllm.runners.model_runner import ModelRunner, StepRows
 from nanovllm.runners.sampling_table import SamplingTable
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.grammar_compiler import GrammarCompiler
+
+if TYPE_CHECKING:
+    # What follows grammars is imported once there is one: all else does without its library.
+    from nanovllm.runners.grammar import SlotGrammar
 
 PROMPT_SCORE_ROWS = 128
 """Prompt positions scored at a time: bounds their logits to some 80 MB of a 150k vocabulary."""
@@ -36,6 +43,7 @@ class TextSlot:
     num_prompt: int
     eos_token_ids: frozenset[int]
     scores_prompt: bool
+    grammar: "SlotGrammar | None" = None
     prompt_scores: list[Scores] = field(default_factory=list)
 
     def stop_at(self, token_id: int) -> Stop | None:
@@ -47,9 +55,10 @@ class TextSlot:
 
 
 class TextStep(NamedTuple):
-    """A step in flight: the emitting rows' slots and states, and what was sampled."""
+    """A step in flight: the emitting rows' slots, ends and states, and what was sampled."""
 
     slots: list[int]
+    ends: list[int]
     states: list[TextSlot]
     prompt_scores: list[list[Scores] | None]
     sampled: Sampled | None
@@ -60,10 +69,23 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
 
     The ids of a running sequence lie in a table on the device: a step reads its inputs from there
     and writes its samples there, so the next can start before the host has seen them.
+
+    Args:
+        model: The network.
+        kernels: What it runs on.
+        config: Options, resolved for the device.
+        grammars: Compiles the forms of outputs; without one there are none.
     """
 
-    def __init__(self, model: CausalLM, kernels: Kernels, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        kernels: Kernels,
+        config: EngineConfig,
+        grammars: GrammarCompiler | None = None,
+    ) -> None:
         super().__init__(model, kernels, config)
+        self.grammars = grammars
         num_slots = config.max_num_seqs or 1
         self._token_ids = torch.zeros(
             num_slots, self.max_model_len + 1, dtype=torch.int32, device=self.device
@@ -86,7 +108,21 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         self._token_ids[start.slot, : len(start.keys)] = torch.tensor(
             start.keys, dtype=torch.int32, device=self.device
         )
-        self._sampling.start(start, request)
+        self._sampling.start(start, request, self._start_grammar(start, request))
+
+    def _start_grammar(self, start: SlotStart, request: TextRequest) -> Sequence[int]:
+        """Set up the grammar of a sequence; returns ids that only it may still generate."""
+        if request.grammar is None:
+            return ()
+        if self.grammars is None:
+            raise RuntimeError("this runner was built without grammars")
+        from nanovllm.runners.grammar import start_grammar
+
+        self._slots[start.slot].grammar = start_grammar(start, request, self.grammars)
+        # What the model is not to end at may be all that the grammar allows.
+        return (
+            self.grammars.vocabulary.tokens.eos_tokens if start.sampling_params.ignore_eos else ()
+        )
 
     def _release_slot(self, slot: int) -> None:
         self._slots.pop(slot, None)
@@ -108,12 +144,14 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         if len(slots):
             last = hidden[self._to_device(rows.last_tokens[rows.emits])]
             logits = self.model.compute_logits(last, ctx.kernels)
-            settings = self._sampling.batch(slots, ends, self._token_ids)
+            # On a GPU the forward pass still runs while the host looks at the grammars.
+            allowed = self._allowed_tokens(states, logits.shape[-1])
+            settings = self._sampling.batch(slots, ends, self._token_ids, allowed)
             sampled = sample(logits, settings, ctx.kernels)
             # An invalid row's sequence ends when the step is collected; until then any id will do.
             written = torch.where(sampled.valid, sampled.token_ids, 0).to(torch.int32)
             self._token_ids[self._to_device(slots), self._to_device(ends)] = written
-        return TextStep(slots.tolist(), states, prompt_scores, sampled)
+        return TextStep(slots.tolist(), ends.tolist(), states, prompt_scores, sampled)
 
     def collect(self, handle: TextStep) -> list[StepResult]:
         """Wait for a step and return one result for each row that emits, in row order."""
@@ -133,8 +171,32 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
                     None if params.logprobs is None else scores.row(row, params.logprobs),
                     _prompt_scores(handle.prompt_scores[row], params.prompt_logprobs),
                 )
-            results.append(StepResult(slot, token_id, state.stop_at(token_id), payload))
+            forced: list[int] = []
+            stop = state.stop_at(token_id)
+            if state.grammar is not None:
+                stop, forced = _follow(state.grammar, token_id, stop)
+                self._write(slot, state, handle.ends[row] + 1, forced)
+            results.append(StepResult(slot, token_id, stop, payload, forced))
         return results
+
+    def _allowed_tokens(
+        self, states: list[TextSlot], vocab_size: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Which rows have a grammar, and the ids it allows; None if no row has one."""
+        grammars = [state.grammar for state in states]
+        if not any(grammars):
+            return None
+        from nanovllm.runners.grammar import allowed_tokens
+
+        return allowed_tokens(grammars, vocab_size, self.device)
+
+    def _write(self, slot: int, state: TextSlot, start: int, token_ids: list[int]) -> None:
+        """Put known ids where later steps read them, unless the slot is another's by now."""
+        if token_ids and self._slots.get(slot) is state:
+            fitting = token_ids[: self._token_ids.shape[1] - start]
+            self._token_ids[slot, start : start + len(fitting)] = torch.tensor(
+                fitting, dtype=torch.int32, device=self.device
+            )
 
     def _score_prompts(self, hidden: Tensor, rows: StepRows) -> None:
         """Score the prompt tokens that this step's positions predict, slice by slice."""
@@ -157,6 +219,20 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
                 log_probs = logits.log_softmax(-1)
                 num_top = state.params.prompt_logprobs or 0
                 state.prompt_scores.append(score_tokens(log_probs, targets, num_top))
+
+
+def _follow(
+    grammar: "SlotGrammar", token_id: int, stop: Stop | None
+) -> tuple[Stop | None, list[int]]:
+    """Go on in a grammar; returns whether the sequence ends, and the tokens that are forced."""
+    forced = grammar.take(token_id)
+    if forced is None:
+        return Stop("error", LOST_GRAMMAR), []
+    if grammar.ended:
+        stop = stop or Stop("stop", keeps_key=True)
+    elif stop is not None and stop.detail is None:
+        stop = None  # an end-of-text id that is text, too, and was taken for that
+    return stop, forced
 
 
 class _ScoreReader:

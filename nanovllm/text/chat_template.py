@@ -127,7 +127,7 @@ def render_chat_template(
             "continued or begun",
             "continue_final_message",
         )
-    chat = [_with_reasoning(_plain(message)) for message in messages]
+    chat = _chat(messages)
     final_text = _tag_final_message(chat) if continue_final_message else None
     compiled = _compile(template)
     try:
@@ -273,6 +273,14 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
     if (reasoning := next(named, None)) is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _chat(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation as templates read it."""
+    try:
+        return [_with_reasoning(_plain(message)) for message in messages]
+    except RecursionError as e:
+        raise InvalidRequestError("a message is nested too deeply", "messages") from e
 
 
 def _tag_final_message(chat: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.models.model_config import ModelConfig, read_generation_config
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
 from nanovllm.text.tokenizer import Tokenizer
@@ -37,6 +38,9 @@ class TextFrontend:
         directory: The checkpoint.
         config: Where else the tokenizer or the chat template come from.
 
+    Attributes:
+        grammars: Checks and compiles the forms that outputs may be asked to have.
+
     Raises:
         FileNotFoundError: The tokenizer or template that an option names does not exist.
         UnsupportedModelError: The checkpoint's files cannot be read.
@@ -51,17 +55,32 @@ class TextFrontend:
             )
         self.model_config = ModelConfig.from_directory(directory)
         self.tokenizer = _load_tokenizer(directory, config)
+        self.grammars = GrammarCompiler(self.vocabulary)
         self._generation_config = read_generation_config(directory)
 
     def input_processor(self, max_model_len: int) -> InputProcessor:
         """Build what checks and tokenises the requests of an engine."""
         return InputProcessor(
-            self.tokenizer, self.model_config.vocab_size, self._eos_token_ids(), max_model_len
+            self.tokenizer,
+            self.model_config.vocab_size,
+            self._eos_token_ids(),
+            max_model_len,
+            self.grammars,
         )
 
     def output_processor(self) -> OutputProcessor:
         """Build what turns an engine's keys into outputs."""
         return OutputProcessor(self.tokenizer)
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokens as grammars need them; made anew, so ask `grammars` for its own.
+
+        Raises:
+            InvalidRequestError: There is no tokenizer, or one that does not go with grammars.
+        """
+        return Vocabulary.of(
+            self._require_tokenizer(), self.model_config.vocab_size, self._eos_token_ids()
+        )
 
     def default_sampling_params(self) -> SamplingParams:
         """VLLM's defaults, overridden by the checkpoint's `generation_config.json`.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from nanovllm.batch import TextRequest
 from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.grammar_compiler import GrammarCompiler
 from nanovllm.text.tokenizer import Tokenizer
 
 NORMALIZATION_MARGIN = 4
@@ -34,6 +35,7 @@ class InputProcessor:
         vocab_size: Rows of the model's embedding.
         eos_token_ids: Ids that end a text.
         max_model_len: Longest prompt plus output.
+        grammars: Checks the forms of outputs; without one there are none.
     """
 
     def __init__(
@@ -42,10 +44,12 @@ class InputProcessor:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._grammars = grammars
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def process(
@@ -73,11 +77,17 @@ class InputProcessor:
             self._check_ids(name, list(getattr(params, name) or ()))
         if params.stop_strings:
             self._require_tokenizer("stop")
-        params = replace(params, detokenize=params.detokenize and self._tokenizer is not None)
         payload = TextRequest(
-            frozenset() if params.ignore_eos else self._eos_token_ids, self._bad_words(params)
+            frozenset() if params.ignore_eos else self._eos_token_ids,
+            self._bad_words(params),
+            self._grammar(params),
         )
         _check_choice(params, payload)
+        params = replace(
+            params,
+            detokenize=params.detokenize and self._tokenizer is not None,
+            structured_outputs=None,  # from here on it is the grammar
+        )
         return TextInput(text, token_ids, params, payload)
 
     def _fitted(self, token_ids: list[int], params: SamplingParams) -> list[int]:
@@ -141,6 +151,15 @@ class InputProcessor:
         encoded = [tuple(tokenizer.encode(spelling, False)) for spelling in spellings]
         return tuple(dict.fromkeys(ids for ids in encoded if ids))
 
+    def _grammar(self, params: SamplingParams) -> str | None:
+        """The form of the output as a grammar, made sure of."""
+        if params.structured_outputs is None:
+            return None
+        self._require_tokenizer("structured_outputs")
+        if self._grammars is None:
+            raise InvalidRequestError("there are no structured outputs here", "structured_outputs")
+        return self._grammars.check(params.structured_outputs, self._max_model_len)
+
     def _require_tokenizer(self, what: str) -> Tokenizer:
         if self._tokenizer is None:
             raise InvalidRequestError(
@@ -157,7 +176,7 @@ def _check_choice(params: SamplingParams, payload: TextRequest) -> None:
     Raises:
         InvalidRequestError: All allowed tokens may be forbidden at the same time.
     """
-    if params.allowed_token_ids is None:
+    if params.allowed_token_ids is None or payload.grammar is not None:
         return
     forbidden = {word[-1] for word in payload.bad_words}
     if params.min_tokens:

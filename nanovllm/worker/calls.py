@@ -51,7 +51,7 @@ class Adapters(Protocol):
 
 
 class Callee(Protocol):
-    """A runner, as far as calls go; text runners do none of this."""
+    """A runner, as far as calls go."""
 
     @property
     def adapters(self) -> Adapters | None:
@@ -68,14 +68,14 @@ class Callee(Protocol):
         """Begin to encode a recording.
 
         Raises:
-            ValueError: It cannot be encoded.
+            ValueError: It cannot be encoded, or the model hears nothing.
         """
 
 
 class Calls:
     """Carries calls out and answers them.
 
-    Recordings are encoded in turn, a slice at a time. After a step they get a share of its time.
+    Recordings take turns, a slice each. After a step they get a share of its time.
     A slice is a frame at least: where that takes longer, the next ones wait until it is made up
     for.
 
@@ -97,7 +97,7 @@ class Calls:
         return bool(self._encodings)
 
     def take(self, call: EncodeAudio | LoadAdapter | UnloadAdapter) -> None:
-        """Begin with a call; adapters are dealt with at once."""
+        """Begin with a call; adapters are dealt with at once, before requests that name them."""
         try:
             if isinstance(call, EncodeAudio):
                 self._encodings.append((call.call_id, self._require_speech().encode(call.audio)))

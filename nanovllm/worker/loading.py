@@ -8,8 +8,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.select import select_kernels
+from nanovllm.lora_config import LAYER_MODULES
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.voxcpm.config import VoxCPMConfig, is_speech
 from nanovllm.models.voxcpm.loading import load_speech_model
@@ -17,6 +17,8 @@ from nanovllm.models.weights import load_model, weight_source
 from nanovllm.runners.memory import select_device, select_dtype
 from nanovllm.runners.speech import SpeechRunner
 from nanovllm.runners.text import TextRunner
+from nanovllm.text.frontend import TextFrontend
+from nanovllm.text.grammar_compiler import GrammarCompiler
 
 
 class LoadedEngine(NamedTuple):
@@ -27,12 +29,15 @@ class LoadedEngine(NamedTuple):
     config: EngineConfig
 
 
-def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
+def load_engine(
+    config: EngineConfig, directory: Path, grammars: GrammarCompiler | None = None
+) -> LoadedEngine:
     """Load a model and build the engine that runs it, in this process.
 
     Args:
         config: What to build.
         directory: The checkpoint.
+        grammars: Compiles the forms of a text model's outputs; None is one of its own.
 
     Raises:
         InvalidRequestError: An option or the checkpoint cannot be used; the message says why.
@@ -40,8 +45,13 @@ def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
     """
     device = select_device(config.device)
     shape = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
-    if config.enable_lora and not isinstance(shape, VoxCPMConfig):
-        raise InvalidRequestError("enable_lora is for speech models alone", "enable_lora")
+    if config.enable_lora and isinstance(shape, ModelConfig):
+        config = replace(
+            config,
+            lora_enable_dit=False,
+            lora_enable_proj=False,
+            lora_target_modules_lm=config.lora_target_modules_lm or list(LAYER_MODULES),
+        )
     config = config.resolved_for(device.type)
     dtype = select_dtype(config, shape, device)
     config = replace(config, dtype=cast(Any, str(dtype).removeprefix("torch.")))
@@ -52,9 +62,14 @@ def load_engine(config: EngineConfig, directory: Path) -> LoadedEngine:
             runner: TextRunner | SpeechRunner = SpeechRunner(speech, kernels, config)
         else:
             source = weight_source(config, directory, dtype)
-            text = load_model(shape, source, kernels, dtype=dtype, device=device)
-            runner = TextRunner(text, kernels, config)
+            text = load_model(shape, source, kernels, dtype=dtype, device=device, lora=config.lora)
+            runner = TextRunner(text, kernels, config, grammars or _grammars(config, directory))
     return LoadedEngine(_build_engine(config, runner, directory), runner, config)
+
+
+def _grammars(config: EngineConfig, directory: Path) -> GrammarCompiler:
+    """A compiler that reads the tokenizer once it is needed: without forms, workers need none."""
+    return GrammarCompiler(lambda: TextFrontend(directory, config).vocabulary())
 
 
 def _build_engine(

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import zmq
 
-from nanovllm.batch import EngineOutput
+from nanovllm.batch import EngineOutput, TextRequest
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidRequestError
+from nanovllm.text.grammar_compiler import GrammarCompiler
 from nanovllm.worker.calls import Callee, Calls
+from nanovllm.worker.forms import Forms
 from nanovllm.worker.messages import (
     AbortSequences,
     AddRequest,
@@ -41,6 +43,8 @@ from nanovllm.worker.messages import (
 
 logger = logging.getLogger(__name__)
 
+FORM_POLL = 0.005
+"""Seconds between looks at a form that is being compiled, while there is nothing else to do."""
 MAX_FAILED_STEPS = 3
 """Steps that fail one after the other before the device counts as lost."""
 
@@ -107,6 +111,7 @@ class EngineLoop:
         link: Where requests come from and news go to.
         queue_coalesce_ms: How long to wait for more requests once one ends an idle time.
         callee: What calls are for; None where the model knows none.
+        compiler: Compiles the forms of outputs; None where the model writes none.
     """
 
     def __init__(
@@ -115,10 +120,12 @@ class EngineLoop:
         link: WorkerLink,
         queue_coalesce_ms: float,
         callee: Callee | None = None,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
         self._engine = engine
         self._link = link
         self._calls = Calls(callee, link.send)
+        self._forms = None if compiler is None else Forms(engine, compiler)
         self._coalesce_time = queue_coalesce_ms / 1000
         self._refused: list[EngineOutput] = []
         self._num_handled = 0
@@ -129,6 +136,8 @@ class EngineLoop:
         """Work until the client says `Shutdown`."""
         while self._running:
             self._take_requests()
+            if self._forms is not None:
+                self._refused += self._forms.settle()
             if self._running and self._engine.has_work:
                 started = time.perf_counter()
                 self._step()
@@ -139,7 +148,10 @@ class EngineLoop:
 
     def _take_requests(self) -> None:
         idle = not self._engine.has_work
-        self._apply(self._link.receive(None if idle and not self._calls.is_busy else 0))
+        timeout = 0.0 if not idle or self._calls.is_busy else None
+        if timeout is None and self._forms is not None and self._forms.is_busy:
+            timeout = FORM_POLL
+        self._apply(self._link.receive(timeout))
         if not idle or not self._engine.has_work:
             return
         deadline = time.monotonic() + self._coalesce_time
@@ -155,7 +167,7 @@ class EngineLoop:
                 for seq_id in message.seq_ids:
                     self._engine.abort(seq_id)
             elif isinstance(message, PauseSequences):
-                self._engine.pause(message.seq_ids, message.paused)
+                (self._forms or self._engine).pause(message.seq_ids, message.paused)
             elif isinstance(message, EncodeAudio | LoadAdapter | UnloadAdapter):
                 self._calls.take(message)
             elif isinstance(message, CancelCall):
@@ -164,17 +176,23 @@ class EngineLoop:
                 self._running = False
 
     def _add(self, request: AddRequest) -> None:
+        payload = request.payload
         try:
             self._calls.check(request)
-            self._engine.add(
+            if self._forms is not None and isinstance(payload, TextRequest):
+                payload = self._forms.prepare(payload)
+            seq_ids = self._engine.add(
                 list(request.keys),
                 request.params,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 adapter_id=request.adapter_id,
-                payload=request.payload,
+                schedules_ahead=not isinstance(payload, TextRequest) or payload.grammar is None,
+                payload=payload,
                 first_seq_id=request.first_seq_id,
             )
+            if self._forms is not None and isinstance(payload, TextRequest):
+                self._forms.hold(seq_ids, payload)
         except ValueError as e:  # the client checks first, so this is a bug of ours
             logger.exception("the engine refused a request")
             first = request.first_seq_id
@@ -232,7 +250,7 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     import torch
 
     from nanovllm.runners.memory import select_device
-    from nanovllm.runners.speech import SpeechRunner
+    from nanovllm.runners.text import TextRunner
     from nanovllm.worker.loading import load_engine
 
     config = start.config
@@ -251,8 +269,8 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     gc.collect()
     gc.freeze()
     link.send(Started(config, runner.num_kv_blocks, runner.max_model_len))
-    callee = runner if isinstance(runner, SpeechRunner) else None
-    return EngineLoop(engine, link, start.queue_coalesce_ms, callee)
+    compiler = runner.grammars if isinstance(runner, TextRunner) else None
+    return EngineLoop(engine, link, start.queue_coalesce_ms, runner, compiler)
 
 
 def visible_device(index: int) -> str:

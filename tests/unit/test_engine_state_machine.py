@@ -20,7 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanovllm.batch import EngineOutput, Key
+from nanovllm.batch import EngineOutput, Key, Stop
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
@@ -142,6 +142,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         root=st.sampled_from([(None, None)] * 4 + [(None, "a"), (1, None), (2, None), (3, "a")]),
         flags=st.integers(0, 9),
+        num_forced=st.sampled_from([0, 1, 5]),
     )
     def add(
         self,
@@ -153,6 +154,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int,
         root: tuple[int | None, str | None],
         flags: int,
+        num_forced: int,
     ) -> None:
         num_keys = min(num_keys, self.max_model_len - 1)
         adapter_id, cache_salt = root if self.max_num_adapters else (None, root[1])
@@ -177,7 +179,7 @@ class EngineMachine(RuleBasedStateMachine):
             cache_salt=cache_salt,
             adapter_id=adapter_id,
             schedules_ahead=not flags & 2,
-            payload=self._payload(root_number, bool(flags & 4)),
+            payload=self._payload(root_number, bool(flags & 4), num_forced if flags & 2 else 0),
         )
         assert len(seq_ids) == n
         for index, seq_id in enumerate(seq_ids):
@@ -298,10 +300,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.num_errors == sum(e.outcome == "error" for e in self.expected.values())
         assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
 
-    def _payload(self, root: int, goes_on: bool) -> Any:
+    def _payload(self, root: int, goes_on: bool, num_forced: int = 0) -> Any:
         if self.runner_class is SpeechFakeRunner:
             return FakeVoice(root, never_stops=goes_on)
-        return FakeText(root, ignores_eos=goes_on)
+        return FakeText(root, ignores_eos=goes_on, num_forced=num_forced)
 
     def _step(self) -> None:
         """Run a step and see that those who come first made progress."""
@@ -340,10 +342,14 @@ class EngineMachine(RuleBasedStateMachine):
             assert (output.key, output.payload) == (generated.key, generated.payload)
             expected.keys.append(output.key)
             stopped = generated.stop is not None
-            assert (output.finish_reason == "stop") == stopped
+            # With several keys at once the end is news of its own.
+            forces = getattr(expected.seq.payload, "num_forced", 0) > 0
+            assert (output.finish_reason == "stop") == stopped or forces
         elif failed and "Injected" not in str(output.stop_reason):
             stop = expected.generated[len(expected.keys)].stop
-            assert stop == ("error", output.stop_reason)
+            assert stop == Stop("error", str(output.stop_reason))
+        elif output.finish_reason in ("stop", "length"):
+            assert expected.seq.payload.num_forced, "an end without a key"
         else:
             assert output.finish_reason in ("abort", "error")
         if output.finish_reason is None:

@@ -1,0 +1,50 @@
+"""One prompt or many, as callers of `LLM` give them, and the parameters that go with each."""
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.input_processor import Prompt
+
+
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a list, where a single one may be text, token ids or a mapping.
+
+    Raises:
+        InvalidRequestError: They are neither one prompt nor several.
+    """
+    if isinstance(prompts, str | bytes | Mapping):
+        return [prompts]
+    try:
+        batch: list[Any] = list(prompts)
+    except TypeError as e:
+        raise InvalidRequestError(
+            f"prompts must be a prompt or a list of them, got {prompts!r:.80}", "prompt"
+        ) from e
+    single = len(batch) > 0 and all(isinstance(item, Integral) for item in batch)
+    return [batch] if single else batch
+
+
+def params_for_each(
+    given: SamplingParams | Sequence[SamplingParams], num_prompts: int
+) -> list[SamplingParams]:
+    """One set of parameters for each prompt, given one for all or a list of as many.
+
+    Raises:
+        InvalidRequestError: They are neither.
+    """
+    if isinstance(given, SamplingParams):
+        return [given] * num_prompts
+    if not isinstance(given, Sequence) or not all(isinstance(p, SamplingParams) for p in given):
+        raise InvalidRequestError(
+            f"sampling_params must be SamplingParams or a list of them, got {given!r:.80}",
+            "sampling_params",
+        )
+    if len(given) != num_prompts:
+        raise InvalidRequestError(
+            f"{num_prompts} prompts need as many sampling_params, or one for all; got {len(given)}",
+            "sampling_params",
+        )
+    return list(given)

@@ -1,0 +1,126 @@
+"""Structured outputs through engine processes: many schemas at once, attacks beside them."""
+
+import asyncio
+import json
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+import jsonschema
+import pytest
+
+from nanovllm import AsyncLLM, SamplingParams, StructuredOutputsParams
+from nanovllm.errors import InvalidRequestError
+from nanovllm.outputs import RequestOutput
+from tests.random_schemas import random_schema
+from tests.unit.test_grammars import ATTACKS
+
+NUM_SCHEMAS = 200
+MAX_TOKENS = 2000
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+}
+
+
+def params(schema: dict[str, Any] | str, seed: int, **options: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.5,
+        seed=seed,
+        structured_outputs=StructuredOutputsParams(json=schema),
+        **{"max_tokens": MAX_TOKENS} | options,
+    )
+
+
+async def stream(llm: AsyncLLM, given: SamplingParams) -> list[RequestOutput]:
+    """All that a request says on its way; the last is whole."""
+    return [output async for output in llm.generate("Here is some JSON: ", given)]
+
+
+@pytest.mark.slow
+def test_200_random_schemas_are_met() -> None:
+    async def run() -> None:
+        async with AsyncLLM(max_num_seqs=32) as llm:
+            schemas = [random_schema(Random(seed)) for seed in range(NUM_SCHEMAS)]
+            turns = asyncio.Semaphore(64)  # as many as the queue takes
+
+            async def ask(seed: int, schema: dict[str, Any]) -> list[RequestOutput]:
+                async with turns:
+                    return await stream(llm, params(schema, seed))
+
+            news = await asyncio.gather(*(ask(*item) for item in enumerate(schemas)))
+            num_forced = llm.stats().workers[0].engine.num_forced_tokens
+        num_ended = 0
+        for schema, outputs in zip(schemas, news, strict=True):
+            texts = [output.outputs[0].text for output in outputs]
+            assert all(b.startswith(a) for a, b in pairwise(texts))
+            reason = outputs[-1].finish_reason
+            assert reason in ("stop", "length")
+            if reason == "stop":
+                num_ended += 1
+                jsonschema.validate(json.loads(texts[-1]), schema)
+        assert num_ended >= 0.95 * NUM_SCHEMAS, f"{num_ended} ended"
+        assert num_forced > 0
+
+    asyncio.run(run())
+
+
+def test_attacks_are_refused_and_others_go_on_as_if_they_were_alone() -> None:
+    async def run() -> None:
+        async with AsyncLLM(max_num_seqs=8, max_model_len=512) as llm:
+            quiet = await stream(llm, params(PERSON, 1))
+
+            async def attack(name: str) -> None:
+                form = StructuredOutputsParams(**ATTACKS[name][0])
+                with pytest.raises(InvalidRequestError):
+                    await stream(llm, SamplingParams(structured_outputs=form))
+
+            longest = 0.0
+
+            async def watch() -> None:
+                """Measure how long the event loop stands still."""
+                nonlocal longest
+                loop = asyncio.get_running_loop()
+                while True:
+                    before = loop.time()
+                    await asyncio.sleep(0.01)
+                    longest = max(longest, loop.time() - before)
+
+            watching = asyncio.ensure_future(watch())
+            attacks = asyncio.gather(*(attack(name) for name in ATTACKS))
+            beside = await stream(llm, params(PERSON, 1))
+            await attacks
+            watching.cancel()
+            assert longest < 2
+            assert beside[-1].outputs[0].text == quiet[-1].outputs[0].text
+            stats = llm.stats().workers[0].engine
+            assert (stats.num_errors, stats.num_running, stats.num_waiting) == (0, 0, 0)
+
+    asyncio.run(run())
+
+
+def test_a_request_may_leave_while_its_form_is_compiled() -> None:
+    async def run() -> None:
+        async with AsyncLLM(max_num_seqs=8, max_model_len=512) as llm:
+            # Half a second of work, and another one for each title.
+            slow = {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}
+
+            async def leave(index: int) -> None:
+                given = params(slow | {"title": str(index)}, index, max_tokens=20)
+                async for _ in llm.generate("x", given, request_id=f"r{index}"):
+                    pass
+
+            tasks = [asyncio.ensure_future(leave(index)) for index in range(4)]
+            await asyncio.sleep(0.3)
+            for task in tasks[::2]:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [isinstance(r, asyncio.CancelledError) for r in results] == [True, False] * 2
+            assert [r for r in results[1::2] if r is not None] == []
+            jsonschema.validate(
+                json.loads((await stream(llm, params(PERSON, 1)))[-1].outputs[0].text), PERSON
+            )
+            assert llm.stats().workers[0].engine.num_errors == 0
+
+    asyncio.run(run())
