@@ -209,6 +209,15 @@ def test_contradictions_are_refused(call: Callable[[], str], param: str) -> None
     assert caught.value.param == param
 
 
+def test_calls_that_are_nested_too_deeply() -> None:
+    arguments: Any = 1
+    for _ in range(900):
+        arguments = {"a": arguments}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": arguments}}]
+    with pytest.raises(InvalidRequestError, match="nested too deeply"):
+        render_chat_template("", [{"role": "assistant", "content": "", "tool_calls": calls}])
+
+
 def test_the_cache_is_bounded() -> None:
     for i in range(MAX_COMPILED_TEMPLATES + 20):
         assert render_chat_template(f"{{# #}}{i}", [USER]) == str(i)

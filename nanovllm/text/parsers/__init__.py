@@ -1,0 +1,1 @@
+"""Parsers of what models write: thoughts, text and calls, told apart as they come."""
