@@ -1,0 +1,166 @@
+"""`POST /v1/responses`."""
+
+import time
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from nanovllm.server.chat.logprobs import ChatTokenLogprob, TokenNames, chat_logprobs
+from nanovllm.server.chat.run import ChatUsage
+from nanovllm.server.errors import APIError
+from nanovllm.server.generation import Piece
+from nanovllm.server.json_body import JSONRoute
+from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.responses.body import unfinished, usage_of
+from nanovllm.server.responses.history import as_stored, history_of
+from nanovllm.server.responses.objects import ResponseObject, Status
+from nanovllm.server.responses.output import Event, Output, new_id
+from nanovllm.server.responses.request import ResponseRequest
+from nanovllm.server.responses.start import start
+from nanovllm.server.responses.translation import chat_request, input_items
+from nanovllm.server.state import ServerState, State
+from nanovllm.server.streaming import DONE, also_streams, stream_unless_gone, unless_gone
+
+router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
+
+encode = msgspec.json.Encoder().encode
+
+CUT_OFF: dict[str | None, Status] = {"length": "incomplete", "abort": "cancelled"}
+"""What a response is whose completion ends for this reason; others complete it."""
+
+
+@router.post("/v1/responses", response_model=ResponseObject, responses=also_streams(ResponseObject))
+async def create_response(body: ResponseRequest, request: Request, state: State) -> Response:
+    """Answer a conversation, whole or as server-sent events."""
+    return await ResponseAnswer(body, request, state).respond()
+
+
+class ResponseAnswer:
+    """The answer to one request, sent whole or as events.
+
+    Args:
+        request: What is asked.
+        http: The connection it came by.
+        state: The server.
+    """
+
+    def __init__(self, request: ResponseRequest, http: Request, state: ServerState) -> None:
+        name = state.answering_name(request.model or None)
+        self._state = state
+        self._http = http
+        history = history_of(state, request.previous_response_id)
+        self._items = [*history, *input_items(request)]
+        self._request = request
+        # A client may name its request, not the response: whoever knows that name may read it.
+        response_id = new_id("resp")
+        self._request_id = request_id(http.headers, request.request_id or response_id)
+        self._chat = chat_request(request, state, self._request_id, self._items, len(history))
+        self._names = TokenNames(state.llm.tokenizer)
+        self._output = Output()
+        self._num_events = 0
+        stored = request.store is not False and state.responses.keeps_any
+        self._response = unfinished(request, self._chat, response_id, name, stored=stored)
+
+    async def respond(self) -> Response:
+        """Generate and send; a client that leaves ends the generation.
+
+        Raises:
+            InvalidRequestError: The request cannot be used.
+            UnavailableError: The server is too busy, or its engine died before the first token.
+            APIError: The same in HTTP's terms.
+        """
+        if not self._request.stream:
+            return await unless_gone(self._http, self._respond_whole())
+        return await stream_unless_gone(
+            self._http,
+            self._events(),
+            self._failed,
+            keep_alive=self._state.config.sse_keep_alive_interval,
+            headers=self._headers,
+        )
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {HEADER: self._request_id}
+
+    async def _respond_whole(self) -> Response:
+        async with aclosing(self._generate()) as steps:
+            async for _ in steps:
+                pass
+        content = encode(self._response)
+        return Response(content, media_type="application/json", headers=self._headers)
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self._generate()) as steps:
+            async for events in steps:
+                if not self._num_events:
+                    yield self._encoded(self._beginning())
+                if events:
+                    yield self._encoded(events)
+        yield self._encoded([self._about_response(self._response["status"])]) + DONE
+
+    async def _generate(self) -> AsyncGenerator[list[Event], None]:
+        """Write the response, and yield the events that tell of it."""
+        conversation = await start(self._state, self._request, self._chat)
+        (choice,) = conversation.choices
+        try:
+            async for news in conversation.news():
+                yield [
+                    event
+                    for item in news
+                    for event in self._output.push(
+                        item.deltas, choice.tool_calls, self._logprobs(item.piece)
+                    )
+                ]
+        finally:
+            await conversation.aclose()
+        status = CUT_OFF.get(choice.finish_reason, "completed")
+        yield list(self._output.close(cut_off=status != "completed"))
+        self._end(status, conversation.usage)
+
+    def _end(self, status: Status, usage: ChatUsage) -> None:
+        """Complete the response, and keep it if it shall be kept."""
+        response = self._response
+        response["status"] = status
+        response["output"] = self._output.items
+        response["usage"] = usage_of(usage)
+        if status == "completed":
+            response["completed_at"] = int(time.time())
+        if status == "incomplete":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+        if response["store"]:
+            self._state.responses.put(response["id"], encode(response), as_stored(self._items))
+
+    def _failed(self, error: APIError) -> bytes:
+        """The last events of a stream that cannot go on."""
+        beginning = [] if self._num_events else self._beginning()
+        self._response["status"] = "failed"
+        self._response["output"] = self._output.items
+        self._response["error"] = {"code": "server_error", "message": error.message}
+        return self._encoded([*beginning, self._about_response("failed")]) + DONE
+
+    def _beginning(self) -> list[Event]:
+        return [self._about_response(kind) for kind in ("created", "in_progress")]
+
+    def _about_response(self, kind: str) -> Event:
+        # There is no event for a response that was cancelled.
+        kind = "incomplete" if kind == "cancelled" else kind
+        return {"type": f"response.{kind}", "response": self._response}
+
+    def _encoded(self, events: Iterable[Event]) -> bytes:
+        """Server-sent events, numbered."""
+        sent = b""
+        for event in events:
+            numbered = event | {"sequence_number": self._num_events}
+            sent += b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode(numbered))
+            self._num_events += 1
+        return sent
+
+    def _logprobs(self, piece: Piece | None) -> list[ChatTokenLogprob]:
+        num_top = self._request.num_logprobs
+        if num_top is None or piece is None or piece.logprobs is None:
+            return []
+        return chat_logprobs(piece.token_ids, piece.logprobs, num_top, self._names)

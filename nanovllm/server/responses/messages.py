@@ -1,0 +1,71 @@
+"""From the items of a conversation to the messages that chat templates read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from nanovllm.server.chat.calls import arguments_of, call_of
+from nanovllm.server.responses.items import (
+    FunctionCallItem,
+    FunctionCallOutputItem,
+    Item,
+    MessageItem,
+    ReasoningItem,
+    text_of,
+)
+
+Message = dict[str, Any]
+
+
+def messages_of(
+    items: Sequence[Item], instructions: str | None = None, num_stored: int = 0
+) -> list[Message]:
+    """Return the messages that items are.
+
+    What the assistant thought, said and called in one go is one message.
+
+    Args:
+        items: The conversation, in order.
+        instructions: What the system says before it.
+        num_stored: How many of the items come from a stored response, and not from the request.
+
+    Raises:
+        InvalidRequestError: The arguments of a call are no JSON object; `param` says where.
+    """
+    messages: list[Message] = []
+    if instructions is not None:
+        messages.append({"role": "system", "content": instructions})
+    for index, item in enumerate(items, -num_stored):
+        if isinstance(item, FunctionCallOutputItem):
+            content = text_of(item.output)
+            messages.append({"role": "tool", "content": content, "tool_call_id": item.call_id})
+        elif isinstance(item, MessageItem) and item.role != "assistant":
+            messages.append({"role": item.role, "content": text_of(item.content)})
+        elif isinstance(item, FunctionCallItem):
+            if index >= 0 or item.status == "completed":  # a call that was cut off is none
+                _add_call(messages, item, f"input.{index}.arguments")
+        elif isinstance(item, MessageItem):
+            _add_content(messages, text_of(item.content))
+        else:
+            _add_reasoning(messages, item)
+    return messages
+
+
+def _add_reasoning(messages: list[Message], item: ReasoningItem) -> None:
+    text = text_of(item.content or item.summary)
+    if text:  # that of other servers may be encrypted, which tells us nothing
+        messages.append({"role": "assistant", "content": "", "reasoning_content": text})
+
+
+def _add_content(messages: list[Message], text: str) -> None:
+    turn = messages[-1] if messages else {}
+    if turn.get("role") == "assistant" and not turn["content"] and "tool_calls" not in turn:
+        turn["content"] = text
+    else:
+        messages.append({"role": "assistant", "content": text})
+
+
+def _add_call(messages: list[Message], item: FunctionCallItem, path: str) -> None:
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    calls = messages[-1].setdefault("tool_calls", [])
+    calls.append(call_of(item.call_id, item.name, arguments_of(item.arguments, path)))

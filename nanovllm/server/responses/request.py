@@ -1,0 +1,240 @@
+"""What clients send to `/v1/responses`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from nanovllm.server.fields import (
+    FAIL_FAST,
+    MAX_LIST_LENGTH,
+    WHOLE,
+    BadWords,
+    Int64,
+    LogitBias,
+    NumLogprobs,
+    NumTokens,
+    Off,
+    Penalty,
+    RepetitionPenalty,
+    RequestId,
+    Share,
+    Stop,
+    Temperature,
+    TokenCount,
+    WireModel,
+    not_served,
+)
+from nanovllm.server.responses.items import Items
+
+MAX_TOOLS = 128
+FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class PlainText(WireModel):
+    """Text as it comes."""
+
+    type: Literal["text"]
+
+
+class JSONObject(WireModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JSONSchema(WireModel):
+    """JSON that a schema describes; it is always kept to, whatever `strict` says."""
+
+    type: Literal["json_schema"]
+    name: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+TextFormat = Annotated[PlainText | JSONObject | JSONSchema, Discriminator("type")]
+
+
+class TextOptions(WireModel):
+    """What the answer's text has to look like."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Has no effect.")
+
+
+class ReasoningOptions(WireModel):
+    """How much the model thinks."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = Field(
+        None, description="Has no effect: what the model thinks is returned as it is."
+    )
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+def _check_kind(tool: Any) -> Any:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind != "function":
+        raise PydanticCustomError(
+            "not_accepted",
+            "'{kind}' is not supported: the client's functions are the only tools",
+            {"kind": kind[:80]},
+        )
+    return tool
+
+
+class FunctionTool(WireModel):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        None, description="Whether arguments are kept to the schema; by default they are."
+    )
+
+
+class FunctionChoice(WireModel):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class AllowedTools(WireModel):
+    """Some of the tools, of which the model may or has to call one."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[
+        list[Annotated[FunctionChoice, BeforeValidator(_check_kind)]],
+        Field(min_length=1, max_length=MAX_TOOLS),
+        FAIL_FAST,
+    ]
+
+
+def _kind_of_choice(choice: Any) -> str:
+    # Names with a space, so that they are no part of the path in an error's `param`.
+    if isinstance(choice, str):
+        return "a mode"
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+    return "allowed tools" if kind == "allowed_tools" else "a function"
+
+
+def _check_choice(choice: Any) -> Any:
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    return choice if kind == "allowed_tools" else _check_kind(choice)
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("a mode")]
+    | Annotated[FunctionChoice, Tag("a function")]
+    | Annotated[AllowedTools, Tag("allowed tools")],
+    Discriminator(_kind_of_choice),
+    BeforeValidator(_check_choice),
+]
+Include = Literal[
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(max_length=64)],
+        Annotated[str, Field(max_length=512)],
+    ],
+    Field(max_length=16),
+    FAIL_FAST,
+]
+
+
+class StreamOptions(WireModel):
+    """How a stream looks."""
+
+    include_obfuscation: bool | None = Field(None, description="Has no effect: there is none.")
+
+
+class ResponseRequest(WireModel):
+    """A conversation to answer, and how. Fields that OpenAI does not have are vLLM's.
+
+    A field that is null counts as left out. Sampling fields that are left out are what the model's
+    `generation_config.json` says.
+    """
+
+    # Fields we do not know have no effect; they are kept for a line in the log.
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    input: str | Items
+    instructions: str | None = Field(
+        None, description="Comes first, and is not kept for `previous_response_id`."
+    )
+    previous_response_id: str | None = Field(None, description="Go on from a stored response.")
+    tools: (
+        Annotated[
+            list[Annotated[FunctionTool, BeforeValidator(_check_kind)]],
+            Field(max_length=MAX_TOOLS),
+            FAIL_FAST,
+        ]
+        | None
+    ) = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = True
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = "disabled"
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="What the template reads besides, such as `enable_thinking`."
+    )
+    conversation: Annotated[None, not_served("use previous_response_id")] = None
+    prompt: Annotated[None, not_served("there are no stored prompts")] = None
+    context_management: Annotated[None, not_served("a conversation is never compacted")] = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    store: bool | None = Field(True, description="Whether to keep the response for a while.")
+    background: Annotated[Off, not_served("an answer is waited for; use stream")] = None
+    include: Annotated[list[Include], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = None
+    max_output_tokens: TokenCount | None = None
+    max_tool_calls: TokenCount | None = Field(None, description="Has no effect: of built-in tools.")
+    metadata: Metadata | None = None
+    top_logprobs: NumLogprobs | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Int64 | None = None
+    stop: Stop = None
+    min_tokens: NumTokens | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: BadWords | None = None
+    priority: Int64 | None = Field(0, description="Lower runs first.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Share cached prefixes only with requests of the same salt."
+    )
+    request_id: RequestId | None = Field(
+        None, description="Used by `/abort`, as `X-Request-Id` is."
+    )
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+    moderation: Annotated[None, not_served("nothing is moderated")] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives wanted with each token; None is no log probabilities at all."""
+        if self.top_logprobs or "message.output_text.logprobs" in (self.include or ()):
+            return self.top_logprobs or 0
+        return None
