@@ -1,0 +1,174 @@
+"""The answer to a conversation, whole or as events."""
+
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic_core import from_json
+
+from nanovllm.server.anthropic.events import SIGNATURE, BlockEvents, event
+from nanovllm.server.anthropic.requests import MessagesRequest
+from nanovllm.server.anthropic.responses import Content, MessageResponse, Usage
+from nanovllm.server.anthropic.translate import chat_request
+from nanovllm.server.chat.checks import form_asked_for_by
+from nanovllm.server.chat.run import ChatChoice, Conversation, MadeCall
+from nanovllm.server.error_shapes import anthropic_error
+from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import encode, stream_unless_gone, unless_gone
+
+PING = event({"type": "ping"})
+
+
+class MessageAnswer:
+    """A message of the assistant.
+
+    Args:
+        request: What is asked.
+        http: The connection it came by.
+        state: The server.
+    """
+
+    def __init__(self, request: MessagesRequest, http: Request, state: ServerState) -> None:
+        self._request = request
+        self._http = http
+        self._state = state
+        self._id = request_id(http.headers, request.request_id)
+        thinking = request.thinking
+        self._shows_thoughts = thinking is None or thinking.display != "omitted"
+
+    async def respond(self) -> Response:
+        """Generate and send; a client that leaves ends the generation.
+
+        Raises:
+            InvalidRequestError: The request cannot be used.
+            UnavailableError: The server is too busy, or its engine died before the first token.
+            APIError: The same in HTTP's terms.
+        """
+        headers = {HEADER: self._id, "request-id": self._id}
+        if self._request.stream:
+            return await stream_unless_gone(
+                self._http,
+                self._events(),
+                lambda error: event(anthropic_error(error)),
+                keep_alive=self._state.config.sse_keep_alive_interval,
+                headers=headers,
+            )
+
+        async def whole() -> Response:
+            content = encode(await self._whole())
+            return Response(content, media_type="application/json", headers=headers)
+
+        return await unless_gone(self._http, whole())
+
+    async def _start(self) -> Conversation:
+        request = chat_request(self._request, self._state, self._id)
+        has_older = self._request.output_format is not None
+        with form_asked_for_by("output_format" if has_older else "output_config.format"):
+            return await Conversation.start(self._state, request)
+
+    async def _whole(self) -> MessageResponse:
+        conversation = await self._start()
+        try:
+            await conversation.finish()
+        finally:
+            await conversation.aclose()
+        (choice,) = conversation.choices
+        message = self._message(conversation)
+        message["content"] = self._content(choice)
+        message["stop_reason"] = self._stop_reason(conversation)
+        message["stop_sequence"] = stop_sequence(choice)
+        return message
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        conversation = await self._start()
+        try:
+            (choice,) = conversation.choices
+            blocks = BlockEvents(choice, self._shows_thoughts)
+            begun = False
+            async for news in conversation.news():
+                if not begun:
+                    begun = True
+                    message = self._message(conversation)
+                    message["usage"]["output_tokens"] = 0
+                    yield event({"type": "message_start", "message": message}) + PING
+                bodies = [body for item in news for body in blocks.of_news(item)]
+                if bodies:
+                    yield b"".join(map(event, bodies))
+            yield self._end(conversation)
+        finally:
+            await conversation.aclose()
+
+    def _end(self, conversation: Conversation) -> bytes:
+        delta = {
+            "stop_reason": self._stop_reason(conversation),
+            "stop_sequence": stop_sequence(conversation.choices[0]),
+        }
+        last = {"type": "message_delta", "delta": delta, "usage": usage(conversation)}
+        return event(last) + event({"type": "message_stop"})
+
+    def _message(self, conversation: Conversation) -> MessageResponse:
+        """A message without content."""
+        return {
+            "id": f"msg_{self._id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._state.answering_name(self._request.model or None),
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": usage(conversation),
+        }
+
+    def _content(self, choice: ChatChoice) -> list[Content]:
+        content: list[Content] = []
+        if choice.reasoning:
+            thoughts = choice.reasoning if self._shows_thoughts else ""
+            content.append({"type": "thinking", "thinking": thoughts, "signature": SIGNATURE})
+        if choice.content:
+            content.append({"type": "text", "text": choice.content})
+        for call in choice.tool_calls:
+            content.append(
+                {"type": "tool_use", "id": call.id, "name": call.name, "input": input_of(call)}
+            )
+        return content
+
+    def _stop_reason(self, conversation: Conversation) -> str:
+        (choice,) = conversation.choices
+        if stop_sequence(choice) is not None:
+            return "stop_sequence"
+        if choice.finish_reason == "tool_calls":
+            return "tool_use"
+        if choice.finish_reason == "stop":
+            return "end_turn"
+        # Also of one that was aborted: it is not whole.
+        clipped = conversation.usage.num_completion < self._request.max_tokens
+        is_full = choice.finish_reason == "length" and clipped
+        return "model_context_window_exceeded" if is_full else "max_tokens"
+
+
+def stop_sequence(choice: ChatChoice) -> str | None:
+    """The stop string that ended an answer, if one did."""
+    return choice.stop_reason if isinstance(choice.stop_reason, str) else None
+
+
+def input_of(call: MadeCall) -> dict[str, Any]:
+    """The arguments of a call; of one that was cut short, those that are there."""
+    try:
+        arguments = from_json(call.arguments, allow_partial=True)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def usage(conversation: Conversation) -> Usage:
+    """Tokens so far."""
+    counts = conversation.usage
+    return {
+        "input_tokens": counts.num_prompt - counts.num_cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": counts.num_cached,
+        "output_tokens": counts.num_completion,
+        "output_tokens_details": {"thinking_tokens": counts.num_reasoning},
+    }
