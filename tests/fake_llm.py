@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import nanovllm
 from nanovllm.batch import EngineOutput, TextPayload, TokenScores
 from nanovllm.cluster.stats import PoolStats
 from nanovllm.config import EngineConfig
-from nanovllm.errors import EngineDeadError, OverloadedError
+from nanovllm.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.frontend import TextFrontend
@@ -29,17 +30,26 @@ class FakeLLM:
     Args:
         reply: What every completion says before it ends.
         max_model_len: Longest prompt plus output.
+        enable_lora: Whether adapters can be registered.
 
     Attributes:
         delay: Seconds a token takes.
         fail_after: Tokens after which a request fails with `failure`; None is never.
         failure: An exception that is raised, or the text of a completion's error.
         num_open: Requests that have not ended.
+        asked: What was to be sampled, before it was checked.
         submitted: What has been submitted, with its priority and salt.
+        adapted: The adapter of each request, or None.
+        loras: Directories of the adapters, by name.
     """
 
-    def __init__(self, reply: str = " upon a time", max_model_len: int = 256) -> None:
-        self.config = EngineConfig(model="demo_model")
+    def __init__(
+        self,
+        reply: str = " upon a time",
+        max_model_len: int = 256,
+        enable_lora: bool = False,
+    ) -> None:
+        self.config = EngineConfig(model="demo_model", enable_lora=enable_lora)
         self.model_id = "demo_model"
         self.max_model_len = max_model_len
         self.is_ready = True
@@ -48,10 +58,14 @@ class FakeLLM:
         self.failure: Exception | str = EngineDeadError("the engine died: try again")
         self.overloaded = False
         self.num_open = 0
+        self.asked: list[SamplingParams] = []
         self.submitted: list[tuple[TextInput, int, str | None]] = []
+        self.adapted: list[str | None] = []
+        self.loras: dict[str, str] = {}
         self.frontend = TextFrontend(DEMO_MODEL, EngineConfig())
         self.tokenizer = self.frontend.tokenizer
         self.reply_ids = self.frontend.encode(reply)
+        self.model_config = self.frontend.model_config
         self.processor = self.frontend.output_processor()
         self._inputs = self.frontend.input_processor(max_model_len)
         self._seq_ids = itertools.count()
@@ -72,6 +86,7 @@ class FakeLLM:
     async def prepare(
         self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
     ) -> TextInput:
+        self.asked.append(params)
         return self._inputs.process(prompt, params, add_special_tokens)
 
     async def submit(
@@ -81,10 +96,12 @@ class FakeLLM:
         request_ids: Sequence[str],
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_name: str | None = None,
     ) -> "list[FakeStream]":
         if self.overloaded:
             raise OverloadedError("the queue is full: try again")
         self.submitted += [(item, priority, cache_salt) for item in inputs]
+        self.adapted.append(lora_name)
         streams = []
         for name, item in zip(request_ids, inputs, strict=True):
             seq_ids = [next(self._seq_ids) for _ in range(item.params.n)]
@@ -102,6 +119,22 @@ class FakeLLM:
             return False
         self.processor.abort(request_id)
         return True
+
+    async def register_lora(self, name: str, path: str) -> list[str]:
+        if name in self.loras:
+            raise InvalidRequestError(f"LoRA '{name}' is already registered", "name")
+        if not os.path.isdir(path):  # false for a name that is too long
+            raise InvalidRequestError(f"LoRA directory not found: {path}", "path")
+        self.loras[name] = path
+        return []
+
+    async def unregister_lora(self, name: str) -> None:
+        if name not in self.loras:
+            raise InvalidRequestError(f"LoRA '{name}' is not registered", "lora_name")
+        del self.loras[name]
+
+    def list_loras(self) -> list[str]:
+        return list(self.loras)
 
     def stats(self) -> PoolStats:
         return PoolStats("cache_aware", [], self.num_open, self.num_open, 0.0, 0.0)

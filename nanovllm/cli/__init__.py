@@ -153,6 +153,10 @@ def _as_flag(name: str, value: Any) -> Any:
         return "||".join(map(str, value))
     if name == "default_chat_template_kwargs" and isinstance(value, dict):
         return json.dumps(value)
+    if name == "lora_modules" and isinstance(value, dict):
+        return [f"{module}={path}" for module, path in value.items()]
+    if name == "lora_modules" and isinstance(value, list):
+        return [json.dumps(item) if isinstance(item, dict) else item for item in value]
     return value
 
 

@@ -41,10 +41,18 @@ class ServerConfig(Options):
         api_key: Keys, one of which a request has to bring; None lets everybody in.
         admin_key: Key for what changes the server, such as its LoRA adapters; None lets nobody.
         lora_dir: Directory below which the adapters lie that may be loaded while it serves.
+        lora_modules: LoRA adapters to begin with, each `name=path`, or an object of "name", "path"
+            and perhaps "base_model_name"; requests name them as their model.
         allowed_origins: Origins that browsers may call from; none by default.
         default_chat_template_kwargs: JSON object of what chat templates read besides the
             messages, such as `{"enable_thinking": false}`.
         chat_template_kwarg_names: Names a request may set in `chat_template_kwargs`.
+        tool_call_parser: How the model writes calls: "hermes", "llama3_json", "mistral",
+            "pythonic" or "qwen3_coder"; None is what its chat template tells.
+        reasoning_parser: How it writes what it thinks: "deepseek_r1", "mistral" or "qwen3", or
+            "none" to take it for text; None is what its chat template tells.
+        enable_auto_tool_choice: Without effect, as a model with tools may always call them; vLLM
+            has to be told.
         max_body_size: Bytes of a request's body.
         max_audio_body_size: The same for requests that may bring a recording.
         max_headers: Headers of a request.
@@ -54,6 +62,8 @@ class ServerConfig(Options):
         max_n: Completions of one prompt.
         max_prompts: Prompts in one request, at most 16384.
         max_stop_strings: Stop strings, of at most 256 characters, in one request.
+        max_stored_bytes: Bytes of responses that `/v1/responses` keeps for clients that go on from
+            them; 0 keeps none.
         sse_keep_alive_interval: Seconds without news after which a stream sends a comment.
         shutdown_timeout: Seconds that running requests get to end after SIGTERM.
         zmq_control: Whether to open the control socket.
@@ -76,9 +86,13 @@ class ServerConfig(Options):
     api_key: list[str] | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
     lora_dir: str | None = None
+    lora_modules: list[str] | None = None
     allowed_origins: list[str] | None = None
     default_chat_template_kwargs: str | None = None
     chat_template_kwarg_names: list[str] | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
+    enable_auto_tool_choice: bool = False
     max_body_size: int = 4 << 20
     max_audio_body_size: int = 16 << 20
     max_headers: int = 256
@@ -88,6 +102,7 @@ class ServerConfig(Options):
     max_n: int = 128
     max_prompts: int = 128
     max_stop_strings: int = 16
+    max_stored_bytes: int = 64 << 20
     sse_keep_alive_interval: float = 15.0
     shutdown_timeout: float = 30.0
     zmq_control: bool = False
@@ -112,7 +127,7 @@ class ServerConfig(Options):
         self._check_range(1, "max_prompts", high=MAX_PROMPTS)
         self._check_range(0.001, "request_timeout", "keep_alive_timeout")
         self._check_range(0.001, "sse_keep_alive_interval")
-        self._check_range(0, "shutdown_timeout")
+        self._check_range(0, "shutdown_timeout", "max_stored_bytes")
         if any(not key for key in self.api_key or []):
             raise InvalidRequestError("api_key must not be empty", "api_key")
         if self.admin_key == "":

@@ -20,10 +20,22 @@ from nanovllm import __version__
 from nanovllm.cluster.control import ControlServer
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.errors import InvalidRequestError, UnavailableError
-from nanovllm.server import family, health, info, openai, playground, speech, tokens
+from nanovllm.server import (
+    anthropic,
+    family,
+    health,
+    info,
+    ollama,
+    openai,
+    playground,
+    responses,
+    speech,
+    tokens,
+)
 from nanovllm.server.auth import Authenticate, route_path
 from nanovllm.server.control import ControlledServer
 from nanovllm.server.edge import Edge
+from nanovllm.server.error_shapes import respond
 from nanovllm.server.errors import to_api_error
 from nanovllm.server.limits import RequestLimits
 from nanovllm.server.loading import load_models
@@ -38,7 +50,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MODEL_ROUTERS = (openai.router, tokens.router, info.router, family.router, speech.router)
+MODEL_ROUTERS = (
+    openai.router,
+    responses.router,
+    tokens.router,
+    info.router,
+    family.router,
+    speech.router,
+    anthropic.router,
+    ollama.router,
+)
 HANDLED_ERRORS = (HTTPException, RequestValidationError, InvalidRequestError, UnavailableError)
 
 
@@ -115,18 +136,19 @@ async def _answer(request: Request, e: Exception) -> Response:
     error = to_api_error(e)
     if error.status_code == 405:
         error.headers = {**(error.headers or {}), "Allow": ", ".join(_methods_of(request))}
-    return error.response()
+    return respond(error, route_path(request.scope))
 
 
 def _methods_of(request: Request) -> list[str]:
-    """The methods of a path; a route knows only its own."""
+    """The methods of a path; a route knows only its own, and one with parameters may match, too."""
     path = route_path(request.scope)
-    return sorted(
-        method
+    routes = [
+        route
         for route in iter_route_contexts(request.app.routes)
         if route.path and compile_path(route.path)[0].match(path)
-        for method in route.methods or ()
-    )
+    ]
+    literal = [route for route in routes if route.path == path]
+    return sorted(method for route in literal or routes for method in route.methods or ())
 
 
 @asynccontextmanager

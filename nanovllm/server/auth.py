@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from nanovllm.server.error_shapes import respond
 from nanovllm.server.errors import APIError
 from nanovllm.server.playground import ASSETS
 
@@ -19,7 +20,9 @@ POLICY_VIOLATION = 1008
 
 
 class Keys:
-    """Keys that a request may bring as `Authorization: Bearer KEY`.
+    """Keys that a request may bring as `Authorization: Bearer KEY`, or as `X-API-Key: KEY`.
+
+    The latter is how Anthropic's clients send one.
 
     Args:
         keys: The keys.
@@ -33,11 +36,15 @@ class Keys:
         """Whether a request has one of them."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         credentials = next((value for name, value in headers if name == b"authorization"), b"")
-        scheme, _, key = credentials.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
+        scheme, _, bearer = credentials.partition(b" ")
+        own = next((value for name, value in headers if name == b"x-api-key"), b"")
+        brought = [own, bearer if scheme.lower() == b"bearer" else b""]
+        digests = [hashlib.sha256(key.strip()).digest() for key in brought]
         # All of them, so that the time does not tell which key it was.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [
+            hmac.compare_digest(digest, known) for digest in digests for known in self._digests
+        ]
+        return any(matches)
 
 
 def key_needed(what: str) -> APIError:
@@ -73,7 +80,7 @@ class Authenticate:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
         else:
-            await key_needed("API key").response()(scope, receive, send)
+            await respond(key_needed("API key"), route_path(scope))(scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         # What the router matches. The URL would not do: its host part is the client's to choose.

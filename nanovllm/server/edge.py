@@ -9,6 +9,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.server.auth import route_path
+from nanovllm.server.error_shapes import respond
 from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, BrokenStreamError, to_api_error
 from nanovllm.server.metrics import HTTPMetrics
 from nanovllm.server.request_id import HEADER, PATTERN
@@ -64,7 +65,8 @@ class Edge:
             logger.exception("%s %s failed", scope["method"], route)
             self._metrics.exceptions.labels(route, type(e).__name__).inc()
             if status == 0:
-                await to_api_error(e).response()(scope, receive, send_watched)
+                error = respond(to_api_error(e), route_path(scope))
+                await error(scope, receive, send_watched)
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._metrics.inflight.labels(route).dec()
@@ -75,7 +77,9 @@ class Edge:
         """The template that a path is of: labels must not be what a client makes up."""
         if not self._templates:
             paths = {context.path for context in iter_route_contexts(scope["app"].routes)}
-            self._templates = [(compile_path(path)[0], path) for path in paths if path]
+            # Those without parameters first: they are what else may match means.
+            literal_first = sorted(filter(None, paths), key=lambda path: "{" in path)
+            self._templates = [(compile_path(path)[0], path) for path in literal_first]
         path = route_path(scope)
         return next((name for regex, name in self._templates if regex.match(path)), UNMATCHED)
 

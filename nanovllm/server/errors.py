@@ -97,8 +97,12 @@ class APIError(HTTPException):
 
     def response(self, **more: Any) -> Response:
         """The response; `more` goes beside `error` in its body."""
+        return self.response_with(self.body() | more)
+
+    def response_with(self, body: Mapping[str, Any]) -> Response:
+        """The response with a body of another shape."""
         # Escaped, because a message may repeat half a surrogate pair, which has no UTF-8.
-        content = json.dumps(self.body() | more, ensure_ascii=True)
+        content = json.dumps(body, ensure_ascii=True)
         return Response(content, self.status_code, self.headers, media_type="application/json")
 
 

@@ -25,8 +25,7 @@ from typing_extensions import TypedDict
 
 from nanovllm.server.errors import ERROR_RESPONSES, APIError
 from nanovllm.server.family_route import FamilyRoute
-from nanovllm.server.openai.answer import encode, event
-from nanovllm.server.openai.fields import (
+from nanovllm.server.fields import (
     OrSay,
     RepetitionPenalty,
     Share,
@@ -36,11 +35,18 @@ from nanovllm.server.openai.fields import (
     TokenCount,
     WireModel,
 )
-from nanovllm.server.openai.generation import Cursor, Generation
-from nanovllm.server.openai.streaming import DONE, also_streams, stream_unless_gone, unless_gone
+from nanovllm.server.generation import Cursor, Generation
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.speech.generate import SpeechGenerateRequest, answer_speech
 from nanovllm.server.state import ServerState, State
+from nanovllm.server.streaming import (
+    DONE,
+    also_streams,
+    encode,
+    event,
+    stream_unless_gone,
+    unless_gone,
+)
 
 EITHER = OrSay("must be left out: send either prompt, to write, or target_text, to speak")
 

@@ -10,7 +10,7 @@ from nanovllm.server.errors import COMMON_ERROR_RESPONSES
 from nanovllm.server.state import Kind, ServerState, State
 
 if TYPE_CHECKING:
-    from nanovllm.async_engine import AsyncEngine
+    from nanovllm.adapted_engine import AdaptedEngine
 
 router = APIRouter(tags=["the family"], responses=COMMON_ERROR_RESPONSES)
 
@@ -26,6 +26,7 @@ class ModelInfo(BaseModel):
     quantization: str | None
     max_model_len: int = Field(description="Longest prompt plus output, in positions.")
     max_num_seqs: int = Field(description="Sequences an engine runs at a time.")
+    lora_names: list[str] = Field(description="Adapters that requests may name.")
 
 
 class SpeechModelInfo(ModelInfo):
@@ -43,7 +44,7 @@ class SpeechModelInfo(ModelInfo):
 
 
 class LoRAInfo(BaseModel):
-    """Adapters, which models that speak may have."""
+    """Where adapters may sit, and how many: of the model that speaks, if there is one."""
 
     enabled: bool = False
     enable_lm: bool = False
@@ -82,19 +83,20 @@ async def info(state: State) -> Info:
     """Describe the models and their limits."""
     if state.speech_model is None:
         text = ModelInfo(**_common(state, "text", state.llm))
-        return Info(version=__version__, model=text, speech=None, lora=LoRAInfo(), mp3=None)
+        lora = _describe_lora(state.llm)
+        return Info(version=__version__, model=text, speech=None, lora=lora, mp3=None)
     options, speech = state.speech_config, _describe_speech(state)
     text_model = state.text_model
     return Info(
         version=__version__,
         model=ModelInfo(**_common(state, "text", text_model)) if text_model else speech,
         speech=speech,
-        lora=_describe_lora(state),
+        lora=_describe_lora(state.speech),
         mp3=MP3Info(bitrate_kbps=options.mp3_bitrate_kbps, quality=options.mp3_quality),
     )
 
 
-def _common(state: ServerState, kind: Kind, model: "AsyncEngine[Any]") -> dict[str, Any]:
+def _common(state: ServerState, kind: Kind, model: "AdaptedEngine[Any]") -> dict[str, Any]:
     config = model.config
     return {
         "kind": kind,
@@ -105,6 +107,7 @@ def _common(state: ServerState, kind: Kind, model: "AsyncEngine[Any]") -> dict[s
         "quantization": config.quantization,
         "max_model_len": model.max_model_len,
         "max_num_seqs": config.max_num_seqs or 0,
+        "lora_names": model.list_loras(),
     }
 
 
@@ -123,8 +126,7 @@ def _describe_speech(state: ServerState) -> SpeechModelInfo:
     )
 
 
-def _describe_lora(state: ServerState) -> LoRAInfo:
-    model = state.speech
+def _describe_lora(model: "AdaptedEngine[Any]") -> LoRAInfo:
     config = model.config.lora
     if config is None:
         return LoRAInfo()

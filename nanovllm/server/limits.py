@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanovllm.config import ServerConfig
 from nanovllm.errors import OverloadedError
 from nanovllm.server.auth import route_path
+from nanovllm.server.error_shapes import respond
 from nanovllm.server.errors import APIError, to_api_error
 
 AUDIO_PATHS = frozenset(
@@ -52,9 +53,9 @@ class RequestLimits:
         except asyncio.TimeoutError:
             message = f"the request took longer than {self._config.request_timeout:g} s to arrive"
             error = APIError(408, message, code="request_timeout", headers={"Connection": "close"})
-            await error.response()(scope, receive, send)
+            await respond(error, route_path(scope))(scope, receive, send)
         except (APIError, OverloadedError) as e:
-            await to_api_error(e).response()(scope, receive, send)
+            await respond(to_api_error(e), route_path(scope))(scope, receive, send)
         else:
             if body is not None:
                 replay = _replay(body, receive)

@@ -251,6 +251,12 @@ ENGINE_FIGURES: tuple[tuple[type[Family], str, str, Callable[[WorkerStats], floa
     ),
     (
         CounterMetricFamily,
+        "nanovllm_forced_tokens",
+        "Tokens generated without a step of their own, as a grammar allowed no other.",
+        lambda worker: worker.engine.num_forced_tokens,
+    ),
+    (
+        CounterMetricFamily,
         "vllm:corrupted_requests",
         "Sequences that ended in an error.",
         lambda worker: worker.engine.num_errors,

@@ -12,14 +12,16 @@ from nanovllm.cluster.stats import PoolStats
 from nanovllm.config import ServerConfig, SpeechConfig
 from nanovllm.errors import NotReadyError
 from nanovllm.server.errors import APIError
+from nanovllm.server.response_store import ResponseStore
 
 if TYPE_CHECKING:
     from nanovllm.async_engine import AsyncEngine
     from nanovllm.async_llm import AsyncLLM
     from nanovllm.async_speech import AsyncSpeech
+    from nanovllm.server.generation import Generation
     from nanovllm.server.metrics import Metrics
-    from nanovllm.server.openai.generation import Generation
     from nanovllm.server.speech.utterance import Utterance
+    from nanovllm.text.message_format import MessageFormat
 
 Kind = Literal["text", "speech"]
 """What a model makes."""
@@ -42,13 +44,15 @@ class ServerState:
         text_model: The model that writes, if there is one; it has a tokenizer and a length once
             `loaded`.
         speech_model: The model that speaks, if there is one.
-        default_lora: Adapter of the requests for speech that name none.
-        single_lora: Adapter of `/lora/load`, whether it is the default or not.
         voice_names: Names of the voices that clients have added, by id.
         voices_arriving: Names of voices that are being added.
         loaded: Whether the models have been loaded.
         startup_error: Why they could not be.
         generations: What clients wait for, for `/abort` to find by its id.
+
+    Attributes:
+        message_formats: How the model writes messages, by its chat templates.
+        responses: Those of `/v1/responses` that are kept for a while.
     """
 
     config: ServerConfig
@@ -57,12 +61,15 @@ class ServerState:
     text_model: "AsyncLLM | None" = None
     speech_model: "AsyncSpeech | None" = None
     loaded: bool = False
-    default_lora: str | None = None
-    single_lora: str | None = None
     startup_error: BaseException | None = None
     voice_names: dict[str, str] = field(default_factory=dict)
     voices_arriving: set[str] = field(default_factory=set)
     generations: "WeakSet[Generation | Utterance]" = field(default_factory=WeakSet)
+    message_formats: "dict[str, MessageFormat]" = field(init=False, default_factory=dict)
+    responses: ResponseStore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.responses = ResponseStore(self.config.max_stored_bytes)
 
     @property
     def llm(self) -> "AsyncLLM":
@@ -110,7 +117,26 @@ class ServerState:
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that a request may use."""
-        return self.names_of("text") + self.names_of("speech")
+        return self.text_names + self.names_of("speech")
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """Names that a request for text may use: the model's own, and those of its adapters."""
+        adapters = [] if self.text_model is None else self.text_model.list_loras()
+        return (*self.names_of("text"), *adapters)
+
+    def text_adapter(self, model: str | None) -> str | None:
+        """The adapter that the `model` of a request for text means; None is none.
+
+        Raises:
+            APIError: There is neither a model nor an adapter of this name.
+        """
+        self.check_model(model)
+        return None if model in self.names_of("text") else model
+
+    def answering_name(self, model: str | None) -> str:
+        """What an answer says it is from: an adapter's name, or the first of the model's own."""
+        return self.text_adapter(model) or self.names_of("text")[0]
 
     @property
     def is_ready(self) -> bool:
@@ -146,10 +172,12 @@ class ServerState:
     def check_model(self, name: str | None, kind: Kind = "text") -> None:
         """Refuse a name that is not of a model of this kind; none at all is the one there is.
 
+        An adapter of the model that writes counts as one.
+
         Raises:
             APIError: It is not, or there is no such model.
         """
-        if name in self.names_of(kind):
+        if name in (self.text_names if kind == "text" else self.names_of(kind)):
             return
         if name is not None and name not in self.model_names:
             served = ", ".join(f"`{served}`" for served in self.model_names)

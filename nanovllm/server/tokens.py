@@ -8,10 +8,9 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, with_config
 from typing_extensions import TypedDict
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.server.chat.prompt import render
 from nanovllm.server.errors import ERROR_RESPONSES
-from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.openai.conversation import render
-from nanovllm.server.openai.fields import (
+from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_TOKEN_IDS,
     WHOLE,
@@ -19,6 +18,8 @@ from nanovllm.server.openai.fields import (
     TokenId,
     WireModel,
 )
+from nanovllm.server.json_body import JSONRoute
+from nanovllm.server.openai.conversation import template_request
 from nanovllm.server.openai.requests import ChatTemplateOptions
 from nanovllm.server.state import ServerState, State
 from nanovllm.text.tokenizer import Tokenizer
@@ -109,7 +110,8 @@ async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
     """Tokenise a text, or a conversation as `/v1/chat/completions` would."""
     state.check_model(body.model or None)
     if isinstance(body, TokenizeChatRequest):
-        text, add_special_tokens = await render(body, state), bool(body.add_special_tokens)
+        text = await render(state, template_request(body, state))
+        add_special_tokens = bool(body.add_special_tokens)
     else:
         text, add_special_tokens = body.prompt, body.add_special_tokens is not False
     tokens = await state.llm.encode(text, add_special_tokens)

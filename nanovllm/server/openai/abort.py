@@ -6,15 +6,14 @@ from fastapi import APIRouter
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from nanovllm.server.fields import WireModel
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.openai.chat import ChatAnswer
-from nanovllm.server.openai.completions import CompletionAnswer
-from nanovllm.server.openai.fields import WireModel
 from nanovllm.server.state import State
 
 router = APIRouter(route_class=JSONRoute, tags=["control"])
 
-ID_PREFIXES = tuple(f"{answer.id_prefix}-" for answer in (ChatAnswer, CompletionAnswer))
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "msg_")
+"""What answers' ids begin with, in whatever dialect they are."""
 
 
 class AbortRequest(WireModel):

@@ -1,27 +1,36 @@
-"""What the two kinds of answer have in common: how they come about and how they are sent."""
+"""What the two kinds of answer have in common: how they are sent."""
 
-import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
 from nanovllm import __version__
-from nanovllm.server.openai.generation import Cursor, Generation, Piece
-from nanovllm.server.openai.logprobs import TokenNames
+from nanovllm.server.chat.checks import form_asked_for_by
+from nanovllm.server.chat.logprobs import TokenNames
 from nanovllm.server.openai.requests import GenerationRequest
-from nanovllm.server.openai.streaming import DONE, stream_unless_gone, unless_gone
+from nanovllm.server.openai.responses import Usage
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import DONE, encode, event, stream_unless_gone, unless_gone
 
-encode = msgspec.json.Encoder().encode
+Choice = Mapping[str, Any]
 
 
-class Answer(ABC):
+class Run(Protocol):
+    """What is generated for a request."""
+
+    async def aclose(self) -> None:
+        """Abort what has not ended."""
+
+
+RunT = TypeVar("RunT", bound=Run)
+
+
+class Answer(ABC, Generic[RunT]):
     """The answer to one request, sent whole or in chunks.
 
     A choice is one completion; its chunks are an opening, what is added to it, and a closing with
@@ -51,7 +60,7 @@ class Answer(ABC):
             "id": f"{self.id_prefix}-{self.request_id}",
             "object": self.chunk_object if request.stream else self.whole_object,
             "created": int(time.time()),
-            "model": state.names_of("text")[0],
+            "model": state.answering_name(request.model or None),
             "system_fingerprint": f"nanovllm-{__version__}",
         }
 
@@ -78,99 +87,67 @@ class Answer(ABC):
         return {HEADER: self.request_id}
 
     @abstractmethod
-    async def start(self) -> Generation:
+    async def start(self) -> RunT:
         """Check the request and queue it."""
 
     @abstractmethod
-    def choice(self, cursor: Cursor, piece: Piece) -> Mapping[str, Any]:
-        """A whole choice, of which the piece is all the text."""
+    async def choices(self, run: RunT) -> list[Choice]:
+        """Wait for the whole choices."""
 
     @abstractmethod
-    def opening(self, cursor: Cursor) -> Mapping[str, Any] | None:
-        """What a choice begins with before its first token, if anything."""
+    def chunks(self, run: RunT) -> AsyncIterator[Iterable[Choice]]:
+        """Yield what is added to choices, as it comes."""
 
     @abstractmethod
-    def addition(self, cursor: Cursor, piece: Piece) -> Mapping[str, Any]:
-        """What is added to a choice."""
+    def usage(self, run: RunT) -> Usage:
+        """Tokens so far."""
 
-    @abstractmethod
-    def closing(self, cursor: Cursor) -> Mapping[str, Any]:
-        """What a choice ends with."""
-
-    def whole_extras(self, generation: Generation) -> dict[str, Any]:  # noqa: ARG002
+    def whole_extras(self, run: RunT) -> dict[str, Any]:  # noqa: ARG002
         """What a whole answer has besides its choices and usage."""
         return {}
 
+    async def _started(self) -> RunT:
+        """Start; a form that cannot be had is blamed on the field that asked for it."""
+        structure = self.request.structure()
+        with form_asked_for_by(None if structure is None else structure[0]):
+            return await self.start()
+
     async def _respond_whole(self) -> Response:
-        generation = await self.start()
+        run = await self._started()
         try:
-            await generation.finish()
+            choices = await self.choices(run)
         finally:
-            await generation.aclose()
-        choices = []
-        for cursors in self._cursors(generation):
-            for cursor in cursors:
-                choices.append(self.choice(cursor, cursor.take() or Piece("", [], [])))
-            await asyncio.sleep(0)  # log probabilities of many prompts take long together
-        body = self._head | {"choices": choices, "usage": generation.usage()}
-        body |= self.whole_extras(generation)
+            await run.aclose()
+        body = self._head | {"choices": choices, "usage": self.usage(run)} | self.whole_extras(run)
         return Response(encode(body), media_type="application/json", headers=self._headers)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        generation = await self.start()
+        run = await self._started()
         try:
-            cursors = self._cursors(generation)
-            async for index in generation.news():
-                if chunks := b"".join(self._chunks(generation, cursors[index])):
+            async for choices in self.chunks(run):
+                if chunks := b"".join(self._chunk(run, choice) for choice in choices):
                     yield chunks
             last = b""
             if self._usage_at_end:
-                last = event(self._head | {"choices": [], "usage": generation.usage()})
+                last = event(self._head | {"choices": [], "usage": self.usage(run)})
             yield last + DONE
         finally:
-            await generation.aclose()
+            await run.aclose()
 
-    def _chunks(self, generation: Generation, cursors: Sequence[Cursor]) -> Iterator[bytes]:
-        """Everything that is new of one prompt's completions."""
-        for cursor in cursors:
-            for choice in self._new_choices(cursor):
-                chunk = self._head | {"choices": [choice]}
-                if self._usage_always:
-                    chunk["usage"] = generation.usage()
-                elif self._usage_at_end:
-                    chunk["usage"] = None
-                yield event(chunk)
-
-    def _new_choices(self, cursor: Cursor) -> Iterator[Mapping[str, Any]]:
-        if not cursor.opened:
-            cursor.opened = True
-            if (opening := self.opening(cursor)) is not None:
-                yield opening
-        if (piece := cursor.take()) is not None:
-            yield self.addition(cursor, piece)
-        if cursor.completion.finished and not cursor.closed:
-            cursor.closed = True
-            yield self.closing(cursor)
-
-    def _cursors(self, generation: Generation) -> list[list[Cursor]]:
-        """A cursor for each completion of each prompt; prompts count first."""
-        n = len(generation.outputs[0].outputs)
-        by_token = bool(self.request.return_token_ids) or self.request.num_logprobs is not None
-        return [
-            [
-                Cursor(
-                    output,
-                    completion,
-                    prompt_index * n + completion.index,
-                    hidden=generation.hidden,
-                    by_token=by_token,
-                )
-                for completion in output.outputs
-            ]
-            for prompt_index, output in enumerate(generation.outputs)
-        ]
+    def _chunk(self, run: RunT, choice: Choice) -> bytes:
+        chunk = self._head | {"choices": [choice]}
+        if self._usage_always:
+            chunk["usage"] = self.usage(run)
+        elif self._usage_at_end:
+            chunk["usage"] = None
+        return event(chunk)
 
 
-def event(body: Mapping[str, Any]) -> bytes:
-    """A server-sent event with a JSON object."""
-    return b"data: %b\n\n" % encode(body)
+def usage_of(num_prompt: int, num_completion: int, num_cached: int) -> Usage:
+    """Tokens of prompts and completions, as OpenAI counts them."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_completion,
+        "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }

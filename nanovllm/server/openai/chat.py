@@ -1,26 +1,34 @@
 """`POST /v1/chat/completions`."""
 
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.outputs import TokenLogprobs
+from nanovllm.server.chat.logprobs import chat_logprobs
+from nanovllm.server.chat.run import ChatChoice, ChatNews, Conversation
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.openai.answer import Answer
-from nanovllm.server.openai.conversation import render, text_of
-from nanovllm.server.openai.generation import Cursor, Generation, Piece
-from nanovllm.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from nanovllm.server.openai.answer import Answer, Choice, usage_of
+from nanovllm.server.openai.conversation import chat_request, text_of
+from nanovllm.server.openai.logprobs import prompt_logprobs
 from nanovllm.server.openai.requests import ChatCompletionRequest
 from nanovllm.server.openai.responses import (
-    ChatChoice,
+    AssistantMessage,
     ChatCompletion,
+    ChatCompletionChoice,
     ChatDeltaChoice,
     ChatLogprobs,
+    MessageDelta,
+    ToolCallChunk,
+    Usage,
 )
 from nanovllm.server.openai.sampling import sampling_params
-from nanovllm.server.openai.streaming import also_streams
 from nanovllm.server.state import State
+from nanovllm.server.streaming import also_streams
+from nanovllm.text.deltas import ContentDelta, Delta, ReasoningDelta
 
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
 
@@ -37,7 +45,7 @@ async def create_chat_completion(
     return await ChatAnswer(body, request, state).respond()
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(Answer[Conversation]):
     """Messages of the assistant."""
 
     id_prefix: ClassVar[str] = "chatcmpl"
@@ -46,68 +54,35 @@ class ChatAnswer(Answer):
 
     request: ChatCompletionRequest
 
-    async def start(self) -> Generation:
+    async def start(self) -> Conversation:
         request = self.request
-        _check_served(request)
+        if request.top_logprobs and not request.logprobs:
+            raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
         params = sampling_params(request, self.state)
-        prompt = await render(request, self.state, request.reasoning_effort)
-        return await Generation.start(
+        return await Conversation.start(
             self.state,
-            self.request_id,
-            [prompt],
-            params,
-            add_special_tokens=bool(request.add_special_tokens),
-            priority=request.priority or 0,
-            cache_salt=request.cache_salt,
+            chat_request(request, self.state, params, self.request_id),
+            by_token=bool(request.return_token_ids),
         )
 
-    def choice(self, cursor: Cursor, piece: Piece) -> ChatChoice:
-        choice: ChatChoice = {
-            "index": cursor.index,
-            "message": {
-                "role": "assistant",
-                "content": self._continued_text + piece.text,
-                "refusal": None,
-            },
-            "logprobs": self._logprobs(piece),
-            "finish_reason": cursor.finish_reason,
-            "stop_reason": cursor.stop_reason,
-        }
-        if self.request.return_token_ids:
-            choice["token_ids"] = piece.token_ids
-        return choice
+    async def choices(self, run: Conversation) -> list[Choice]:
+        await run.finish()
+        return [self._choice(choice) for choice in run.choices]
 
-    def opening(self, cursor: Cursor) -> ChatDeltaChoice:
-        choice: ChatDeltaChoice = {
-            "index": cursor.index,
-            "delta": {"role": "assistant", "content": self._continued_text},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return choice
+    async def chunks(self, run: Conversation) -> AsyncIterator[Iterator[Choice]]:
+        opened: set[int] = set()
+        async for news in run.news():
+            yield (choice for item in news for choice in self._additions(item, opened))
 
-    def addition(self, cursor: Cursor, piece: Piece) -> ChatDeltaChoice:
-        choice: ChatDeltaChoice = {
-            "index": cursor.index,
-            "delta": {"content": piece.text},
-            "logprobs": self._logprobs(piece),
-            "finish_reason": None,
-        }
-        if self.request.return_token_ids:
-            choice["token_ids"] = piece.token_ids
-        return choice
+    def usage(self, run: Conversation) -> Usage:
+        used = run.usage
+        usage = usage_of(used.num_prompt, used.num_completion, used.num_cached)
+        if run.reasons:
+            usage["completion_tokens_details"] = {"reasoning_tokens": used.num_reasoning}
+        return usage
 
-    def closing(self, cursor: Cursor) -> ChatDeltaChoice:
-        return {
-            "index": cursor.index,
-            "delta": {},
-            "logprobs": None,
-            "finish_reason": cursor.finish_reason,
-            "stop_reason": cursor.stop_reason,
-        }
-
-    def whole_extras(self, generation: Generation) -> dict[str, Any]:
-        output = generation.outputs[0]
+    def whole_extras(self, run: Conversation) -> dict[str, Any]:
+        output = run.output
         extras: dict[str, Any] = {}
         if self.request.prompt_logprobs is not None:
             extras["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
@@ -115,26 +90,98 @@ class ChatAnswer(Answer):
             extras["prompt_token_ids"] = output.prompt_token_ids
         return extras
 
+    def _choice(self, choice: ChatChoice) -> ChatCompletionChoice:
+        content = self._continued_text + choice.content
+        message: AssistantMessage = {
+            "role": "assistant",
+            "content": content if content or not choice.tool_calls else None,
+            "refusal": None,
+        }
+        if choice.reasoning and self._shows_reasoning:
+            message["reasoning"] = message["reasoning_content"] = choice.reasoning
+        if choice.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in choice.tool_calls
+            ]
+        token_ids = choice.completion.token_ids
+        answer: ChatCompletionChoice = {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._logprobs(token_ids, choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        if self.request.return_token_ids:
+            answer["token_ids"] = token_ids
+        return answer
+
+    def _additions(self, news: ChatNews, opened: set[int]) -> Iterator[ChatDeltaChoice]:
+        """The chunks that tell of news: log probabilities go with the first of a piece."""
+        choice, piece = news.choice, news.piece
+        if choice.index not in opened:
+            opened.add(choice.index)
+            yield _addition(choice, {"role": "assistant", "content": self._continued_text})
+        told = [delta for delta in (self._delta(choice, d) for d in news.deltas) if delta]
+        if piece is not None and self._tells_tokens:
+            first, *told = told or [{"content": ""}]
+            addition = _addition(choice, first)
+            addition["logprobs"] = self._logprobs(piece.token_ids, piece.logprobs)
+            if self.request.return_token_ids:
+                addition["token_ids"] = piece.token_ids
+            yield addition
+        for delta in told:
+            yield _addition(choice, delta)
+        if news.finished:
+            closing = _addition(choice, {})
+            closing["finish_reason"] = choice.finish_reason
+            closing["stop_reason"] = choice.stop_reason
+            yield closing
+
     @property
     def _continued_text(self) -> str:
         """With `echo`, the text that the answer goes on from."""
         last = self.request.messages[-1]
         return text_of(last) if self.request.echo and last.role == "assistant" else ""
 
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+    @property
+    def _shows_reasoning(self) -> bool:
+        return self.request.include_reasoning is not False
+
+    @property
+    def _tells_tokens(self) -> bool:
+        return bool(self.request.return_token_ids) or self.request.num_logprobs is not None
+
+    def _delta(self, choice: ChatChoice, delta: Delta) -> MessageDelta | None:
+        """What a client is told of a delta, if anything."""
+        if isinstance(delta, ContentDelta):
+            return {"content": delta.text}
+        if isinstance(delta, ReasoningDelta):
+            told: MessageDelta = {"reasoning": delta.text, "reasoning_content": delta.text}
+            return told if self._shows_reasoning else None
+        call: ToolCallChunk = {
+            "index": delta.index,
+            "function": {"arguments": delta.arguments},
+        }
+        if delta.name is not None:
+            call["id"] = choice.tool_calls[delta.index].id
+            call["type"] = "function"
+            call["function"]["name"] = delta.name
+        return {"tool_calls": [call]}
+
+    def _logprobs(
+        self, token_ids: list[int], logprobs: list[TokenLogprobs] | None
+    ) -> ChatLogprobs | None:
         num_top = self.request.num_logprobs
-        if num_top is None or piece.logprobs is None:
+        if num_top is None or logprobs is None:
             return None
-        return chat_logprobs(piece.token_ids, piece.logprobs, num_top, self.names)
+        content = chat_logprobs(token_ids, logprobs, num_top, self.names)
+        return {"content": content, "refusal": None}
 
 
-def _check_served(request: ChatCompletionRequest) -> None:
-    """Refuse what no field by itself is wrong about."""
-    if request.tools and request.tool_choice != "none":
-        raise InvalidRequestError(
-            "tools are not supported: this version calls none; with tool_choice='none' the model "
-            "only reads of them",
-            "tools",
-        )
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
+def _addition(choice: ChatChoice, delta: MessageDelta) -> ChatDeltaChoice:
+    return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,13 +1,15 @@
 """`POST /v1/completions`."""
 
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from typing import ClassVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from nanovllm.server.generation import Cursor, Generation, Piece
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.openai.answer import Answer
-from nanovllm.server.openai.generation import Cursor, Generation, Piece
+from nanovllm.server.openai.answer import Answer, Choice, usage_of
 from nanovllm.server.openai.logprobs import (
     OutputOffsets,
     completion_logprobs,
@@ -15,10 +17,15 @@ from nanovllm.server.openai.logprobs import (
     prompt_offsets,
 )
 from nanovllm.server.openai.requests import CompletionRequest
-from nanovllm.server.openai.responses import Completion, CompletionChoice, CompletionLogprobs
+from nanovllm.server.openai.responses import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+)
 from nanovllm.server.openai.sampling import sampling_params
-from nanovllm.server.openai.streaming import also_streams
 from nanovllm.server.state import ServerState, State
+from nanovllm.server.streaming import also_streams
 
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
 
@@ -33,7 +40,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     return await CompletionAnswer(body, request, state).respond()
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(Answer[Generation]):
     """Texts behind prompts; with `echo`, the prompts come first."""
 
     id_prefix: ClassVar[str] = "cmpl"
@@ -62,6 +69,7 @@ class CompletionAnswer(Answer):
             hidden=request.max_tokens == 0,
             priority=request.priority or 0,
             cache_salt=request.cache_salt,
+            lora_name=self.state.text_adapter(request.model or None),
         )
         if request.echo:
             for index, output in enumerate(generation.outputs):
@@ -74,7 +82,53 @@ class CompletionAnswer(Answer):
         self._params = params
         return generation
 
-    def choice(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
+    async def choices(self, run: Generation) -> list[Choice]:
+        await run.finish()
+        choices: list[Choice] = []
+        for cursors in self._cursors(run):
+            for cursor in cursors:
+                choices.append(self._choice(cursor, cursor.take() or Piece("", [], [])))
+            await asyncio.sleep(0)  # log probabilities of many prompts take long together
+        return choices
+
+    async def chunks(self, run: Generation) -> AsyncIterator[Iterator[Choice]]:
+        cursors = self._cursors(run)
+        async for index in run.news():
+            yield (choice for cursor in cursors[index] for choice in self._additions(cursor))
+
+    def usage(self, run: Generation) -> Usage:
+        return usage_of(run.num_prompt_tokens, run.num_completion_tokens, run.num_cached_tokens)
+
+    def _additions(self, cursor: Cursor) -> Iterator[Choice]:
+        if not cursor.opened:
+            cursor.opened = True
+            if (opening := self._opening(cursor)) is not None:
+                yield opening
+        if (piece := cursor.take()) is not None:
+            yield self._addition(cursor, piece)
+        if cursor.completion.finished and not cursor.closed:
+            cursor.closed = True
+            yield self._closing(cursor)
+
+    def _cursors(self, generation: Generation) -> list[list[Cursor]]:
+        """A cursor for each completion of each prompt; prompts count first."""
+        n = len(generation.outputs[0].outputs)
+        by_token = bool(self.request.return_token_ids) or self.request.logprobs is not None
+        return [
+            [
+                Cursor(
+                    output,
+                    completion,
+                    prompt_index * n + completion.index,
+                    hidden=generation.hidden,
+                    by_token=by_token,
+                )
+                for completion in output.outputs
+            ]
+            for prompt_index, output in enumerate(generation.outputs)
+        ]
+
+    def _choice(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
         echoed, added = self._echoed_logprobs(cursor), self._logprobs(cursor, piece)
         if echoed is not None and added is not None:
             for name, values in added.items():
@@ -93,7 +147,7 @@ class CompletionAnswer(Answer):
             choice["token_ids"] = piece.token_ids
         return choice
 
-    def opening(self, cursor: Cursor) -> CompletionChoice | None:
+    def _opening(self, cursor: Cursor) -> CompletionChoice | None:
         if cursor.index not in self._echoes and not self.request.return_token_ids:
             return None
         choice = _chunk(cursor, self._echoes.get(cursor.index, ""), self._echoed_logprobs(cursor))
@@ -101,13 +155,13 @@ class CompletionAnswer(Answer):
             choice["prompt_token_ids"] = cursor.output.prompt_token_ids
         return choice
 
-    def addition(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
+    def _addition(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
         choice = _chunk(cursor, piece.text, self._logprobs(cursor, piece))
         if self.request.return_token_ids:
             choice["token_ids"] = piece.token_ids
         return choice
 
-    def closing(self, cursor: Cursor) -> CompletionChoice:
+    def _closing(self, cursor: Cursor) -> CompletionChoice:
         choice = _chunk(cursor, "", None)
         choice["finish_reason"] = cursor.finish_reason
         choice["stop_reason"] = cursor.stop_reason

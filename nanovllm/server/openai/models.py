@@ -48,14 +48,16 @@ async def retrieve_model(model_id: str, state: State) -> Model:
 
 
 def _describe(name: str, state: ServerState) -> Model:
-    model = state.llm if name in state.names_of("text") else state.speech
+    writes = name in state.text_names
+    model = state.llm if writes else state.speech
+    is_adapter = writes and name not in state.names_of("text")
     return {
         "id": name,
         "object": "model",
         "created": STARTED,
         "owned_by": "nanovllm",
-        "root": model.model_id,
-        "parent": None,
+        "root": name if is_adapter else model.model_id,
+        "parent": state.names_of("text")[0] if is_adapter else None,
         "max_model_len": model.max_model_len,
         "permission": [
             {

@@ -1,13 +1,12 @@
 """What clients send to `/v1/completions` and `/v1/chat/completions`."""
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Field
 
 from nanovllm.config.server import MAX_PROMPTS
-from nanovllm.server.openai.fields import (
+from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
     WHOLE,
@@ -31,12 +30,9 @@ from nanovllm.server.openai.fields import (
     WireModel,
     not_served,
 )
+from nanovllm.server.openai.messages import ONLY_TEXT, Messages, ToolChoice, Tools
+from nanovllm.server.openai.structure import StructureFields
 
-MAX_MESSAGES = 1 << 13
-"""What is checked in some 0.05 s, and would fill a context of a million tokens."""
-
-ONLY_TEXT = not_served("this model reads and writes text")
-NO_GRAMMAR = not_served("structured output comes with a later version")
 NO_BEAMS = not_served("there is no beam search; use n")
 
 
@@ -52,13 +48,7 @@ class StreamOptions(WireModel):
     continuous_usage_stats: bool | None = False
 
 
-class TextFormat(WireModel):
-    """The only response format: text as it comes."""
-
-    type: Literal["text"]
-
-
-class GenerationRequest(WireModel, ABC):
+class GenerationRequest(StructureFields, ABC):
     """What both kinds of request have in common. Fields that OpenAI does not have are vLLM's.
 
     A field that is null counts as left out. Sampling fields that are left out are what the model's
@@ -114,15 +104,6 @@ class GenerationRequest(WireModel, ABC):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
-    response_format: Annotated[TextFormat | None, NO_GRAMMAR] = None
-    structured_outputs: Annotated[None, NO_GRAMMAR] = None
-    guided_json: Annotated[None, NO_GRAMMAR] = None
-    guided_regex: Annotated[None, NO_GRAMMAR] = None
-    guided_choice: Annotated[None, NO_GRAMMAR] = None
-    guided_grammar: Annotated[None, NO_GRAMMAR] = None
-    json_schema: Annotated[None, NO_GRAMMAR] = None
-    regex: Annotated[None, NO_GRAMMAR] = None
-    ebnf: Annotated[None, NO_GRAMMAR] = None
     use_beam_search: Annotated[Off, NO_BEAMS] = None
     prompt_embeds: Annotated[None, not_served("a prompt is text or token ids")] = None
     logits_processors: Annotated[None, not_served("no code of a request is run")] = None
@@ -177,122 +158,6 @@ class CompletionRequest(GenerationRequest):
         return prompt
 
 
-TextKind = Literal["text", "input_text", "output_text"]
-
-
-def _check_kind(kind: Any) -> Any:
-    if isinstance(kind, str) and kind not in get_args(TextKind):
-        raise PydanticCustomError(
-            "not_accepted",
-            "'{kind}' is not supported: this model reads and writes text",
-            {"kind": kind[:80]},
-        )
-    return kind
-
-
-class TextPart(WireModel):
-    """A piece of a message, under any of the names that OpenAI's two APIs have for text."""
-
-    type: Annotated[TextKind, BeforeValidator(_check_kind)]
-    text: str
-
-
-class RefusalPart(WireModel):
-    """What a message of the assistant says in place of an answer."""
-
-    type: Literal["refusal"]
-    text: str = Field(alias="refusal")
-
-
-def _kind_of_part(part: Any) -> str:
-    # Names with a space, so that they are no part of the path in an error's `param`.
-    if isinstance(part, str):
-        return "a string"
-    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
-    return "a refusal" if is_refusal else "a text"
-
-
-Part = Annotated[
-    Annotated[str, Tag("a string")]
-    | Annotated[TextPart, Tag("a text")]
-    | Annotated[RefusalPart, Tag("a refusal")],
-    Discriminator(_kind_of_part),
-]
-
-
-class FunctionCall(WireModel):
-    """The function that a message of the assistant called, and its arguments as JSON text."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(WireModel):
-    """A call in a message of the assistant."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(WireModel):
-    """A message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = None
-    name: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = (
-        None
-    )
-    tool_call_id: str | None = None
-    function_call: Annotated[None, not_served("use tool_calls")] = None
-    audio: Annotated[None, ONLY_TEXT] = None
-
-
-def _check_pieces(messages: Any) -> Any:
-    """Bound what the messages consist of, all together, before anything is made of it."""
-    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
-        lists = (
-            message.get(name)
-            for message in messages
-            if isinstance(message, dict)
-            for name in ("content", "tool_calls")
-        )
-        if sum(len(pieces) for pieces in lists if isinstance(pieces, list)) > MAX_MESSAGES:
-            raise PydanticCustomError(
-                "not_accepted",
-                "may have {most} content parts and tool calls all together",
-                {"most": MAX_MESSAGES},
-            )
-    return messages
-
-
-Messages = Annotated[
-    list[Message],
-    Field(min_length=1, max_length=MAX_MESSAGES),
-    FAIL_FAST,
-    BeforeValidator(_check_pieces),
-]
-
-
-class Function(WireModel):
-    """A function that the model may call."""
-
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(WireModel):
-    """A tool, of which there is one kind."""
-
-    type: Literal["function"]
-    function: Function
-
-
-Tools = Annotated[list[Tool], Field(max_length=128), FAIL_FAST]
 Document = Annotated[dict[str, str], FAIL_FAST]
 
 
@@ -328,11 +193,18 @@ class ChatCompletionRequest(ChatTemplateOptions, GenerationRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
-    tool_choice: Annotated[
-        Literal["none", "auto"] | None,
-        not_served("tools are not called yet; only 'none', or 'auto' without tools"),
-    ] = None
-    parallel_tool_calls: bool | None = None
+    enable_thinking: bool | None = Field(
+        None, description="As in `chat_template_kwargs`, for models that can do without."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None, description='By default "auto" if there are tools.'
+    )
+    parallel_tool_calls: bool | None = Field(
+        True, description="Whether there may be more than one call."
+    )
+    include_reasoning: bool | None = Field(
+        True, description="Whether the answer has what the model thought before it."
+    )
     functions: Annotated[None, not_served("use tools")] = None
     function_call: Annotated[Literal["none"] | None, not_served("use tools")] = None
     modalities: Annotated[

@@ -4,6 +4,8 @@ from typing import Literal
 
 from typing_extensions import NotRequired, TypedDict
 
+from nanovllm.server.chat.logprobs import ChatTokenLogprob
+
 
 class PromptTokensDetails(TypedDict):
     """How many tokens of the prompts were found in the prefix cache."""
@@ -11,13 +13,23 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    """How many of the generated tokens were thoughts, as near as their text tells."""
+
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
-    """Tokens of all prompts and all completions of a request."""
+    """Tokens of all prompts and all completions of a request.
+
+    Models that think have `completion_tokens_details`.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 class PromptLogprob(TypedDict):
@@ -65,20 +77,6 @@ class Completion(TypedDict):
     usage: Usage
 
 
-class TopLogprob(TypedDict):
-    """A token that was likely at a position; `bytes` are what it adds to the UTF-8 text."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(TopLogprob):
-    """The token that was taken, and the likeliest ones there."""
-
-    top_logprobs: list[TopLogprob]
-
-
 class ChatLogprobs(TypedDict):
     """Log probabilities of a message."""
 
@@ -86,15 +84,36 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class MadeFunctionCall(TypedDict):
+    """The function of a call, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class MadeToolCall(TypedDict):
+    """A call in an answer."""
+
+    id: str
+    type: Literal["function"]
+    function: MadeFunctionCall
+
+
 class AssistantMessage(TypedDict):
-    """The answer to a conversation."""
+    """The answer to a conversation.
+
+    What the model has thought is there under both of its usual names.
+    """
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[MadeToolCall]]
 
 
-class ChatChoice(TypedDict):
+class ChatCompletionChoice(TypedDict):
     """One answer to a conversation."""
 
     index: int
@@ -113,24 +132,43 @@ class ChatCompletion(TypedDict):
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatChoice]
+    choices: list[ChatCompletionChoice]
     usage: Usage
     prompt_logprobs: NotRequired[PromptLogprobs | None]
     prompt_token_ids: NotRequired[list[int]]
 
 
-class Delta(TypedDict, total=False):
+class FunctionCallChunk(TypedDict):
+    """A function's name, in a call's first chunk alone, and more of its arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallChunk(TypedDict):
+    """What a chunk adds to a call; the first one has its id."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallChunk
+
+
+class MessageDelta(TypedDict, total=False):
     """What a chunk adds to a message."""
 
     role: Literal["assistant"]
     content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCallChunk]
 
 
 class ChatDeltaChoice(TypedDict):
     """What a chunk adds to one answer."""
 
     index: int
-    delta: Delta
+    delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: NotRequired[int | str | None]
@@ -162,7 +200,7 @@ class Model(TypedDict):
     created: int
     owned_by: str
     root: str
-    parent: None
+    parent: str | None
     max_model_len: int
     permission: list[ModelPermission]
 

@@ -1,19 +1,19 @@
 """From a request to what is sampled: the limits of the server, the defaults of the model."""
 
-import logging
 from dataclasses import fields, replace
 
 from nanovllm.config import ServerConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.openai.requests import GenerationRequest
 from nanovllm.server.state import ServerState
 
-logger = logging.getLogger(__name__)
-
 MAX_COMPLETIONS = 1024
 """Of one request, over all its prompts, unless `max_n` or `max_prompts` is more."""
-SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {f.name for f in fields(SamplingParams)}
+SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {
+    f.name for f in fields(SamplingParams) if f.name != "structured_outputs"
+}
 """What goes through as it is."""
 
 
@@ -26,15 +26,16 @@ def sampling_params(
         InvalidRequestError: The request asks for more than this server gives, or contradicts
             itself.
     """
-    if request.model_extra:
-        logger.debug("fields without effect in a request: %.500r", list(request.model_extra))
+    note_ignored(request.model_extra)
     _check_consistent(request)
     _check_limits(request, num_prompts, state.config)
     given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
+    structure = request.structure()
     return replace(
         state.llm.default_sampling_params(),
         max_tokens=None if request.token_limit is None else max(request.token_limit, 1),
         logprobs=request.num_logprobs,
+        structured_outputs=None if structure is None else structure[1],
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -64,8 +65,4 @@ def _check_limits(request: GenerationRequest, num_prompts: int, config: ServerCo
         raise InvalidRequestError(
             f"n times the prompts must be at most {most}, got {n} times {num_prompts}", "n"
         )
-    if isinstance(request.stop, list) and len(request.stop) > config.max_stop_strings:
-        raise InvalidRequestError(
-            f"a request may have {config.max_stop_strings} stop strings, got {len(request.stop)}",
-            "stop",
-        )
+    check_stop(request.stop, config)

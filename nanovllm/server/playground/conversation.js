@@ -15,8 +15,8 @@ class ExchangeView {
 
   /** Bring the page up to date with the exchange. */
   update() {
-    const { prompt, answer, error, running } = this.exchange;
-    const { thinking, spoken } = splitThinking(answer);
+    const { prompt, answer, thought, error, running } = this.exchange;
+    const { thinking, spoken } = splitThinking(thought, answer);
     this.node.classList.toggle("running", running);
     this.node.setAttribute("aria-busy", running);
     setText(this.find(".prompt"), prompt);
@@ -37,8 +37,9 @@ function setText(node, text) {
   else shown.data = text;
 }
 
-/** Part what a reasoning model thinks from what it says. */
-function splitThinking(text) {
+/** Part what a reasoning model thinks from what it says, unless the server has done so. */
+function splitThinking(thought, text) {
+  if (thought) return { thinking: thought, spoken: text };
   const [all, thinking] = /^\s*<think>([^]*?)(?:<\/think>\s*|$)/.exec(text) ?? ["", ""];
   return { thinking: thinking.trim(), spoken: text.slice(all.length) };
 }
@@ -73,8 +74,9 @@ export class Conversation {
   }
 
   /** Append an exchange that has only its prompt so far, or one that was kept. */
-  add({ prompt, answer = "", figures = null, ending = null }) {
-    const view = new ExchangeView({ prompt, answer, figures, ending, error: null, running: false });
+  add({ prompt, answer = "", thought = "", figures = null, ending = null }) {
+    const said = { prompt, answer, thought };
+    const view = new ExchangeView({ ...said, figures, ending, error: null, running: false });
     this.views.push(view);
     this.list.append(view.node);
     this.panel.classList.add("begun");

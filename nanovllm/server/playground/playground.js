@@ -41,7 +41,8 @@ function requestFor(exchange) {
 async function ask(conversation) {
   const exchange = conversation.last;
   const request = requestFor(exchange);
-  Object.assign(exchange, { answer: "", figures: null, ending: null, error: null, running: true });
+  const fresh = { answer: "", thought: "", figures: null, ending: null, error: null };
+  Object.assign(exchange, fresh, { running: true });
   running = new AbortController();
   showRunning();
   conversation.refreshNow();

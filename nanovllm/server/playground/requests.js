@@ -42,9 +42,12 @@ export async function receive(exchange, chunks, onNews) {
   let firstAt = null;
   let numPieces = 0;
   for await (const { choices, usage } of chunks) {
-    const text = choices[0]?.delta?.content ?? choices[0]?.text ?? "";
-    if (text) {
+    const { content, reasoning_content: thought = "" } = choices[0]?.delta ?? {};
+    const text = content ?? choices[0]?.text ?? "";
+    const grew = text || thought;
+    if (grew) {
       exchange.answer += text;
+      exchange.thought += thought;
       firstAt ??= performance.now();
       numPieces += 1;
     }
@@ -53,7 +56,7 @@ export async function receive(exchange, chunks, onNews) {
       // Most pieces are one token; a server that counts for us knows better.
       const tokens = usage?.completion_tokens ?? numPieces;
       // What comes after the text, such as the final usage, must not stretch the time.
-      const seconds = text ? (performance.now() - firstAt) / 1000 : exchange.figures.seconds;
+      const seconds = grew ? (performance.now() - firstAt) / 1000 : exchange.figures.seconds;
       exchange.figures = { ttft: firstAt - started, tokens, seconds };
     }
     onNews();

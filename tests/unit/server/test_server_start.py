@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from starlette.testclient import TestClient
 
 from nanovllm.cli import main
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
+from nanovllm.server.adapters import LoRAModule, lora_modules
 from nanovllm.server.app import create_app
 from nanovllm.server.loading import load_models
 from nanovllm.server.logs import JSONFormatter, configure_logging
@@ -52,6 +54,18 @@ Served = Callable[..., tuple[ServerConfig, EngineConfig, PoolConfig, SpeechConfi
 
 
 class TestCommandLine:
+    def test_adapters(self, served: Served, tmp_path: Path) -> None:
+        module = '{"name": "c", "path": "/c", "base_model_name": "x"}'
+        server, engine, *_ = served("--enable-lora", "--lora-modules", "a=/a", "b=/b", module)
+        assert engine.enable_lora
+        assert server.lora_modules == ["a=/a", "b=/b", module]
+        file = tmp_path / "options.yaml"
+        for written in ("{a: /a, b: /b}", "[a=/a, {name: b, path: /b}]"):
+            file.write_text(f"lora-modules: {written}", encoding="utf-8")
+            server, *_ = served("--enable-lora", "--config", str(file))
+            named = lora_modules(server, EngineConfig(enable_lora=True))
+            assert named == [LoRAModule("a", "/a"), LoRAModule("b", "/b")]
+
     def test_flags_of_all_three(self, served: Served) -> None:
         server, engine, pool, _ = served(
             "some/model",
@@ -244,6 +258,11 @@ class TestApplication:
         ("model", "speech", "says"),
         [
             ("speaker", SpeechConfig(speech_model="speaker"), "speaks already"),
+            (
+                "writer",
+                SpeechConfig(speech_model="some/writer"),
+                "speech_model some/writer is no speech model: give a checkpoint of VoxCPM",
+            ),
             ("writer", SpeechConfig(voices="/v"), "there is none"),
             ("speaker", SpeechConfig(default_voice="ann"), "'ann' is none of the voices"),
             ("speaker", SpeechConfig(voices="/no/such/voices"), "/no/such/voices"),

@@ -14,8 +14,8 @@ from nanovllm.batch import UNUSABLE_LOGITS
 from nanovllm.errors import EngineDeadError
 from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm.server.errors import INTERNAL_ERROR
-from nanovllm.server.openai.generation import Cursor
-from nanovllm.server.openai.streaming import EventStream
+from nanovllm.server.generation import Cursor
+from nanovllm.server.streaming import EventStream
 from tests.fake_llm import FakeLLM
 from tests.server_client import CHAT, HI, TEXT, build, call, events_of, post, stream
 

@@ -6,12 +6,11 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from nanovllm.batch import UNUSABLE_LOGITS
+from nanovllm.batch import LOST_GRAMMAR, UNUSABLE_LOGITS
 from nanovllm.errors import ContextLengthError
 from nanovllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import INTERNAL_ERROR, APIError
-from nanovllm.server.openai.responses import Usage
 from nanovllm.server.state import ServerState
 from nanovllm.text.input_processor import Prompt, TextInput
 
@@ -53,6 +52,7 @@ class Generation:
         may_clip: bool = False,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_name: str | None = None,
     ) -> "Generation":
         """Check all prompts, then queue all of them or none.
 
@@ -66,6 +66,7 @@ class Generation:
             may_clip: Whether an output may get fewer tokens than `max_tokens` for want of room.
             priority: Lower runs first.
             cache_salt: Share cached prefixes only with requests of the same salt.
+            lora_name: A registered adapter; None is none.
 
         Raises:
             InvalidRequestError: A prompt or a parameter cannot be used.
@@ -85,6 +86,7 @@ class Generation:
             request_ids=[f"{name}-{index}" for index in range(len(inputs))],
             priority=priority,
             cache_salt=cache_salt,
+            lora_name=lora_name,
         )
         generation = cls(request_id, streams, hidden)
         state.generations.add(generation)
@@ -108,20 +110,18 @@ class Generation:
         async for _ in self.news():
             pass
 
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        num_prompt = num_cached = num_completion = 0
-        for output in self.outputs:
-            num_prompt += len(output.prompt_token_ids)
-            num_cached += output.num_cached_tokens
-            if not self.hidden:
-                num_completion += sum(len(completion.token_ids) for completion in output.outputs)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_completion,
-            "total_tokens": num_prompt + num_completion,
-            "prompt_tokens_details": {"cached_tokens": num_cached},
-        }
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(output.prompt_token_ids) for output in self.outputs)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(output.num_cached_tokens for output in self.outputs)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens generated so far, unless nobody asked for them."""
+        return 0 if self.hidden else sum(output.num_tokens for output in self.outputs)
 
     async def abort(self) -> bool:
         """End it; its client gets what there is. False if it has ended already."""
@@ -136,6 +136,8 @@ class Generation:
 
 def _failure(request_id: str, reason: str) -> APIError:
     """What a client is told, which is not what an exception in an engine says."""
+    if reason == LOST_GRAMMAR:
+        return APIError(400, reason)
     logger.error("request %s failed: %s", request_id, reason)
     told = reason if reason == UNUSABLE_LOGITS else INTERNAL_ERROR
     return APIError(500, told, "internal_error")

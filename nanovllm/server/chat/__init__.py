@@ -1,0 +1,1 @@
+"""Conversations, whatever the dialect they come in."""

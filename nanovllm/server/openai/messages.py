@@ -1,0 +1,183 @@
+"""What conversations consist of on the wire: messages, and tools with the choice among them."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from nanovllm.server.fields import (
+    FAIL_FAST,
+    MAX_LIST_LENGTH,
+    OrSay,
+    WireModel,
+    not_served,
+)
+
+MAX_MESSAGES = 1 << 13
+"""What is checked in some 0.05 s, and would fill a context of a million tokens."""
+MAX_TOOLS = 128
+
+ONLY_TEXT = not_served("this model reads and writes text")
+
+TextKind = Literal["text", "input_text", "output_text"]
+
+
+def _check_kind(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in get_args(TextKind):
+        raise PydanticCustomError(
+            "not_accepted",
+            "'{kind}' is not supported: this model reads and writes text",
+            {"kind": kind[:80]},
+        )
+    return kind
+
+
+class TextPart(WireModel):
+    """A piece of a message, under any of the names that OpenAI's two APIs have for text."""
+
+    type: Annotated[TextKind, BeforeValidator(_check_kind)]
+    text: str
+
+
+class RefusalPart(WireModel):
+    """What a message of the assistant says in place of an answer."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
+def _kind_of_part(part: Any) -> str:
+    # Names with a space, so that they are no part of the path in an error's `param`.
+    if isinstance(part, str):
+        return "a string"
+    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+    return "a refusal" if is_refusal else "a text"
+
+
+Part = Annotated[
+    Annotated[str, Tag("a string")]
+    | Annotated[TextPart, Tag("a text")]
+    | Annotated[RefusalPart, Tag("a refusal")],
+    Discriminator(_kind_of_part),
+]
+
+
+class FunctionCall(WireModel):
+    """The function that a message of the assistant called, and its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(WireModel):
+    """A call in a message of the assistant."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(WireModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = None
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST] | None = (
+        None
+    )
+    tool_call_id: str | None = None
+    function_call: Annotated[None, not_served("use tool_calls")] = None
+    audio: Annotated[None, ONLY_TEXT] = None
+
+
+def _check_pieces(messages: Any) -> Any:
+    """Bound what the messages consist of, all together, before anything is made of it."""
+    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
+        lists = (
+            message.get(name)
+            for message in messages
+            if isinstance(message, dict)
+            for name in ("content", "tool_calls")
+        )
+        if sum(len(pieces) for pieces in lists if isinstance(pieces, list)) > MAX_MESSAGES:
+            raise PydanticCustomError(
+                "not_accepted",
+                "may have {most} content parts and tool calls all together",
+                {"most": MAX_MESSAGES},
+            )
+    return messages
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    FAIL_FAST,
+    BeforeValidator(_check_pieces),
+]
+
+
+FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class Function(WireModel):
+    """A function that the model may call.
+
+    Attributes:
+        parameters: JSON schema of its arguments; left out, it has none.
+        strict: Whether its arguments follow the schema also where the model may call or not. Where
+            it has to call, they always do.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(WireModel):
+    """A tool, of which there is one kind."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), FAIL_FAST]
+
+
+class NamedFunction(WireModel):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class NamedTool(WireModel):
+    """The one function to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(WireModel):
+    """Which of the tools may be called, and whether one has to be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS), FAIL_FAST]
+
+
+class AllowedToolsChoice(WireModel):
+    """Some of the tools; the model does not hear of the others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedTool | AllowedToolsChoice,
+    OrSay(
+        'must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}'
+    ),
+]
