@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -143,6 +144,37 @@ def serve(model: str | Path | None = None, **options: Any) -> Iterator[Server]:
     """A ready server for the length of a `with` block; see `Server`."""
     with Server(model, **options) as server:
         yield server
+
+
+@contextmanager
+def asking(server: Server) -> Iterator[list[float]]:
+    """Ask how the server is all the while; the seconds of each answer."""
+    answers: list[float] = []
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.wait(0.01) or not answers:
+            start = time.monotonic()
+            assert server.get("/health")[0] == 200
+            answers.append(time.monotonic() - start)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        stop.set()
+        thread.join()
+
+
+def idle(server: Server) -> bool:
+    """Whether the engines hold nothing for anybody, now or within a few seconds."""
+    for _ in range(200):
+        pool = server.get("/metrics.json")[1]
+        if not pool["inflight_total"] and not pool["kv_cache_usage"]:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

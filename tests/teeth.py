@@ -44,6 +44,12 @@ SPEECH_MODELS = ("tests/unit/test_voxcpm_model.py",)
 VOCODING = ("tests/unit/test_voxcpm_vae.py",)
 ADAPTERS = ("tests/unit/test_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
+TEXT_ADAPTERS = ("tests/unit/test_text_lora.py", "tests/unit/test_peft_files.py")
+SERVED_ADAPTERS = ("tests/unit/server/test_text_loras.py",)
+STORED_RESPONSES = ("tests/unit/server/test_responses_store.py",)
+FORMS = ("tests/unit/test_structured_outputs.py",)
+WAITING_FORMS = ("tests/unit/test_worker_forms.py",)
+GRAMMARS = ("tests/unit/test_grammars.py",)
 CLIENT = ("tests/unit/test_worker_client.py",)
 STREAMING = ("tests/unit/test_speech_stream.py",)
 SPEAKING = ("tests/unit/test_async_speech.py",)
@@ -57,6 +63,7 @@ RUNNER = "nanovllm/runners/model_runner.py"
 TEXT_RUNNER = "nanovllm/runners/text.py"
 SPEECH_RUNNER = "nanovllm/runners/speech.py"
 TABLE = "nanovllm/runners/sampling_table.py"
+SLOT_GRAMMAR = "nanovllm/runners/grammar.py"
 SAMPLER = "nanovllm/layers/sampler.py"
 ROTARY = "nanovllm/layers/rotary.py"
 TORCH_KERNELS = "nanovllm/kernels/torch_kernels.py"
@@ -78,6 +85,7 @@ VAE_LAYERS = "nanovllm/models/voxcpm/vae_layers.py"
 LORA = "nanovllm/layers/lora.py"
 LORA_TABLE = "nanovllm/models/adapters.py"
 LORA_NAMES = "nanovllm/adapter_registry.py"
+LORA_SETTINGS = "nanovllm/models/adapter_settings.py"
 
 
 class Fault(NamedTuple):
@@ -258,8 +266,8 @@ FAULTS = [
     Fault(
         "preemption keeps positions whose keys are lost",
         SCHEDULER,
-        "        seq.num_positions = len(seq.keys)\n",
-        "",
+        "        seq.num_computed = 0\n        seq.num_positions = len(seq.keys)\n",
+        "        seq.num_computed = 0\n",
         SCHEDULING,
     ),
     Fault(
@@ -798,9 +806,16 @@ FAULTS = [
     ),
     Fault(
         "an engine that was started anew lacks its adapters",
-        "nanovllm/async_speech.py",
+        "nanovllm/adapted_engine.py",
         "self._adapters.reload(load)",
         "pass",
+        SPEAKING,
+    ),
+    Fault(
+        "a long text ends with the adapter that is unregistered",
+        "nanovllm/adapted_engine.py",
+        "self._adapters.acquire(lora_name, held)",
+        "self._adapters.acquire(lora_name)",
         SPEAKING,
     ),
     Fault(
@@ -813,8 +828,8 @@ FAULTS = [
     Fault(
         "one of several keys is enough, and so is none",
         "nanovllm/server/auth.py",
-        'return scheme.lower() == b"bearer" and any(matches)',
-        'return scheme.lower() == b"bearer" or any(matches)',
+        "return any(matches)",
+        'return any(matches) or scheme.lower() == b"bearer"',
         SHELL,
     ),
     Fault(
@@ -930,6 +945,133 @@ FAULTS = [
         "ctx.of_rows(everywhere, self.estimator.length)",
         "ctx.of_rows(everywhere.repeat(self.estimator.length))",
         ADAPTERS,
+    ),
+    Fault(
+        "an adapter of a stabilised rank is scaled by alpha / rank",
+        LORA_SETTINGS,
+        "(math.sqrt(rank) if self.use_rslora else rank)",
+        "rank",
+        TEXT_ADAPTERS,
+    ),
+    Fault(
+        "all projections have the same alpha",
+        LORA_SETTINGS,
+        "        alpha = self.alpha if alpha is None else alpha\n",
+        "        alpha = self.alpha\n",
+        TEXT_ADAPTERS,
+    ),
+    Fault(
+        "an adapter that takes a number over has the old one's blocks",
+        "nanovllm/local_adapters.py",
+        "            self._next_id += 1\n",
+        "",
+        TEXT_ADAPTERS,
+    ),
+    Fault(
+        "adapters are loaded from anywhere",
+        "nanovllm/server/adapters.py",
+        "if not all(root in place.parents for place in (directory, *files)):",
+        "if directory == root:",
+        SERVED_ADAPTERS,
+    ),
+    Fault(
+        "an adapter's files are anywhere",
+        "nanovllm/server/adapters.py",
+        "for place in (directory, *files)):",
+        "for place in (directory,)):",
+        SERVED_ADAPTERS,
+    ),
+    Fault(
+        "optional characters of a pattern cost nothing",
+        LORA_SETTINGS,
+        " * 2.0**num_options",
+        "",
+        TEXT_ADAPTERS,
+    ),
+    Fault(
+        "what goes on from a response may be as large as all of them",
+        "nanovllm/server/response_store.py",
+        "min(self._max_bytes, MAX_RESPONSE_SIZE)",
+        "self._max_bytes",
+        STORED_RESPONSES,
+    ),
+    Fault(
+        "anybody loads adapters",
+        "nanovllm/server/openai/loras.py",
+        "dependencies=[Depends(require_admin)]",
+        "dependencies=[]",
+        SERVED_ADAPTERS,
+    ),
+    Fault(
+        "a request for an adapter gets the bare model",
+        "nanovllm/server/generation.py",
+        "            lora_name=lora_name,\n",
+        "            lora_name=None,\n",
+        SERVED_ADAPTERS,
+    ),
+    # Structured outputs.
+    Fault(
+        "forced tokens are dropped from the matcher",
+        SLOT_GRAMMAR,
+        "return forced if self.matcher.consume_tokens(forced) else None",
+        "return forced",
+        FORMS,
+    ),
+    Fault(
+        "a row gets the mask of another",
+        SLOT_GRAMMAR,
+        "return to_device(np.array(rows), device)",
+        "return to_device(np.array(rows[::-1]), device)",
+        FORMS,
+    ),
+    Fault(
+        "a sequence resumes at the start of its grammar",
+        SLOT_GRAMMAR,
+        "        matcher.consume_tokens(token_ids)\n",
+        "",
+        FORMS,
+    ),
+    Fault(
+        "forced tokens are not written where the next step reads",
+        TEXT_RUNNER,
+        "state, handle.ends[row] + 1, forced)",
+        "state, handle.ends[row], forced)",
+        FORMS,
+    ),
+    Fault(
+        "what is forbidden besides leaves a grammar nothing",
+        SAMPLER,
+        "logits[rows].clamp(min=FORBIDDEN).masked_fill(",
+        "logits[rows].masked_fill(",
+        FORMS,
+    ),
+    Fault(
+        "forced tokens pass the limit",
+        SCHEDULER,
+        "[key, *forced][: seq.max_keys - len(seq.keys)]",
+        "[key, *forced]",
+        FORMS,
+    ),
+    Fault(
+        "a sequence that gives way while it grows leaves blocks behind",
+        SCHEDULER,
+        "                del step.batch.new_blocks[num_before:]\n",
+        "",
+        SCHEDULING,
+    ),
+    Fault(
+        "a slow reader's return starts what is not compiled",
+        "nanovllm/worker/forms.py",
+        "[seq_id for seq_id in seq_ids if seq_id not in held]",
+        "seq_ids",
+        WAITING_FORMS,
+    ),
+    Fault(
+        "a schema makes itself lenient",
+        "nanovllm/text/json_schemas.py",
+        """styled = {**_inclusive(closed(schema)), "x-guidance": JSON_STYLE}""",
+        """styled = {"x-guidance": JSON_STYLE, **_inclusive(closed(schema))}""",
+        GRAMMARS,
     ),
     Fault(
         "an adapter in use loses its slot",

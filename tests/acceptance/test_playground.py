@@ -125,6 +125,13 @@ def reply(*texts: str) -> Callable[[Route], None]:
     return lambda route: route.fulfill(body=body, content_type="text/event-stream")
 
 
+def reply_with(*deltas: dict[str, str]) -> Callable[[Route], None]:
+    """The same, with deltas of any kind."""
+    chunks = [{"choices": [{"delta": delta}]} for delta in deltas]
+    body = "".join(f"data: {event}\n\n" for event in [*map(json.dumps, chunks), "[DONE]"])
+    return lambda route: route.fulfill(body=body, content_type="text/event-stream")
+
+
 def endlessly(route: Route) -> None:
     """Let a request through that goes on until it is stopped: the model might end early."""
     body = body_of(route.request) | {"ignore_eos": True, "max_tokens": 3000}
@@ -477,6 +484,20 @@ def test_a_broken_connection_is_told(page: Page) -> None:
     page.route(CHAT, lambda route: route.abort())
     page.get_by_role("button", name="Retry").click()
     expect(page.locator(".failure")).to_contain_text("cannot be reached")
+
+
+def test_thoughts_are_folded_away(page: Page) -> None:
+    thoughts = [{"reasoning_content": "Let me "}, {"reasoning_content": "see."}]
+    page.route(CHAT, reply_with(*thoughts, {"content": "Nothing."}))
+    send(page, "What is there?")
+    wait_for_end(page)
+    assert answers(page) == ["Nothing."]
+    assert page.locator(".thinking p").text_content() == "Let me see."
+    page.unroute(CHAT)
+    page.route(CHAT, reply_with({"content": "Something."}))
+    page.get_by_role("button", name="Regenerate").click()
+    wait_for_end(page)
+    expect(page.locator(".thinking")).to_be_hidden()
 
 
 def test_markup_is_text(page: Page) -> None:

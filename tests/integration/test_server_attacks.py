@@ -9,10 +9,9 @@ import random
 import socket
 import stat
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 import nanovllm
-from tests.serving import Server
+from tests.serving import Server, asking
 
 KEY = "sk-test"
 TIMEOUT = 1.0
@@ -80,27 +79,6 @@ def refused(server: Server, path: str, **body: Any) -> dict[str, Any]:
     assert "0x" not in error["message"]
     assert str(Path(nanovllm.__file__).parent) not in error["message"]
     return error
-
-
-@contextmanager
-def asking(server: Server) -> Iterator[list[float]]:
-    """Ask how the server is all the while; the seconds of each answer."""
-    answers: list[float] = []
-    stop = threading.Event()
-
-    def ask() -> None:
-        while not stop.is_set():
-            start = time.monotonic()
-            assert server.get("/health")[0] == 200
-            answers.append(time.monotonic() - start)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield answers
-    finally:
-        stop.set()
-        thread.join()
 
 
 def send_raw(server: Server, *parts: bytes, pause: float = 0.0, wait: float = 10.0) -> bytes:
@@ -328,7 +306,7 @@ class TestAccess:
     @pytest.mark.parametrize(
         "path",
         [
-            *("/pause", "/sleep", "/collective_rpc", "/v1/load_lora_adapter", "/invocations"),
+            *("/pause", "/sleep", "/collective_rpc", "/invocations"),
             *("/api/pull", "/api/create", "/reset_prefix_cache", "/start_profile", "/flush_cache"),
         ],
     )
@@ -336,6 +314,10 @@ class TestAccess:
         """CVE-2026-7020 and others: what loads or runs something was open to all."""
         assert post(server, path)[0] == 404
         assert server.post(path, {})[0] == 401
+
+    @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+    def test_adapters_are_for_who_has_the_admin_key(self, server: Server, path: str) -> None:
+        assert post(server, path)[0] == 401
 
     def test_it_listens_on_the_loopback_and_in_a_private_directory(self, server: Server) -> None:
         """CVE-2024-50050, CVE-2025-30165, CVE-2025-47277: internal sockets were open to all."""

@@ -112,6 +112,38 @@ def test_outputs_grow_and_equal_those_of_the_engine_in_this_process(run: Run) ->
     assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
 
 
+@pytest.mark.parametrize(
+    ("message", "options", "elsewhere"),
+    [
+        ({}, {"chat_template_kwargs": {"enable_thinking": False}}, False),
+        ({"content": "x" * 5000}, {}, True),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, {}, True),
+        ({}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, True),
+        ({}, {"chat_template_kwargs": {"enable_thinking": [[]]}}, True),
+    ],
+)
+def test_what_may_take_long_to_render_is_rendered_in_a_thread(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    message: dict[str, Any],
+    options: dict[str, Any],
+    elsewhere: bool,
+) -> None:
+    told: list[bool] = []
+
+    async def in_thread_if(long: bool, work: Callable[[], T]) -> T:
+        told.append(long)
+        return work()
+
+    async def scenario(llm: AsyncLLM) -> str:
+        await llm.start()
+        monkeypatch.setattr("nanovllm.async_llm.in_thread_if", in_thread_if)
+        return await llm.render([{"role": "assistant", "content": "Hi"} | message], **options)
+
+    assert "assistant" in run(scenario)
+    assert told == [elsewhere]
+
+
 def test_stop_strings_end_a_request_and_its_sequence_in_the_engine(run: Run) -> None:
     async def scenario(llm: AsyncLLM) -> tuple[RequestOutput, int]:
         await llm.start()

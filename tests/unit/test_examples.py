@@ -101,6 +101,22 @@ def test_openai_client_streams_an_answer(terminal: Terminal, server: Server) -> 
     assert re.search(r"\(\d+ tokens of demo_model\)\n$", shown)
 
 
+def test_structured_output(terminal: Terminal) -> None:
+    shown = terminal.run(EXAMPLES / "structured_output.py")
+    assert re.search(r"forest\. \{\"kind\": \"\w+\", \"legs\": \d, \"speaks\": \w+\}\n", shown)
+    assert re.search(r"good day\? (yes|no)\n", shown)
+    assert re.search(r"meet\? [01]\d:[0-5]\d\n", shown)
+    assert re.search(r"The \w+ has \d legs\.\n$", shown)
+
+
+def test_tools(terminal: Terminal, server: Server) -> None:
+    pytest.importorskip("openai")
+    shown = terminal.run(EXAMPLES / "tools.py", f"{server.url}/v1")
+    call, answer = shown.split("\n", 1)
+    assert re.fullmatch(r"get_weather\(\{\"city\": .*\}\): [\d.]+ degrees", call)
+    assert answer.strip()
+
+
 def test_mini_bench(terminal: Terminal) -> None:
     shown = terminal.run(BENCHMARKS / "mini_bench.py")
     total = r"Total: (\d+)tok, Time: \d+\.\d\ds, Throughput: \d+\.\d\dtok/s\n"

@@ -41,3 +41,17 @@ def test_public_names_and_modules_agree() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'nanovllm' has no attribute 'Nope'"):
         nanovllm.Nope  # noqa: B018
+
+
+def test_offline_inference_does_without_the_server_s_packages() -> None:
+    """GPU machines are often lent with torch and little else."""
+    text = run_python(
+        "import sys\n"
+        "absent = 'fastapi pydantic zmq msgspec cyclopts llguidance starlette uvicorn'.split()\n"
+        "sys.modules.update(dict.fromkeys(absent))\n"  # None there makes an import fail
+        "from nanovllm import LLM, SamplingParams\n"
+        "with LLM(cpu_threads=1) as llm:\n"
+        "    output = llm.generate('Once', SamplingParams(max_tokens=3))[0]\n"
+        "sys.stdout.write(str(len(output.outputs[0].token_ids)))"
+    )
+    assert text == "3"

@@ -14,18 +14,29 @@ BEYOND_A_SCHEMA = re.compile(
     r"|prompt_logprobs needs stream=false"
     r"|top_logprobs needs logprobs=true"
     r"|best_of is not supported: .* use n"
-    r"|tools are not supported: .* with tool_choice='none'"
+    r"|exclude each other: an answer has one form|takes exactly one of"
+    r"|tool_choice: .* there are no tools|is none of the tools"
     r"|min_tokens must be at most max_tokens"
     r"|add_generation_prompt and continue_final_message exclude each other"
+    # What is inside a schema, a pattern or a grammar.
+    r"|cannot be enforced|is not well-formed|as a grammar, more than the|a schema is a JSON object"
+    r"|must be the JSON schema of the answer|the schema has more than|multipleOf:"
+    r"|patterns for the same text|it has more than \d+ rules|must be from -1e18"
+    r"|the parameters that bind the model have"
     # The model served, and its tokenizer and template.
     r"|This model's maximum context length is"
     r"|is out of range: the vocabulary has"
     r"|the chat template"
     r"|chat_template_kwargs must not have"
+    r"|this model writes text and does not speak"
     # Limits of the server, which are options.
     r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|stop strings)"
     # JSON inside JSON.
     r"|arguments: must be the JSON text of an object"
+    # Responses: what goes together, and ids of what is there.
+    r"|input: must not be empty|two of them have one name|is not among the tools"
+    r"|tool_choice='required' needs tools|Previous response with id|after: there is no item"
+    r"|a response is streamed once only|text\.format: .* cannot be enforced"
     # Speech: recordings inside JSON, voices and adapters that are there, and what goes together.
     r"|Invalid base64 in|Invalid latent payload in|must be base64 or a data: URL|fetches nothing"
     r"|the recording|a recording may|cannot decode|the form is cut off|of the form has no name"
@@ -36,6 +47,9 @@ BEYOND_A_SCHEMA = re.compile(
     r"|input may have|retry_badcase needs|ref_text needs|give either voice or ref_audio"
     r"|Reference audio is not supported|LoRA '.*' is not registered|Runtime LoRA is disabled"
     r"|Prompt is too long|Request may exceed max_model_len|needs PyAV"
+    # Anthropic's and Ollama's words for conversations.
+    r"|a message of the role '.*' has no|tool_result has to follow|must be the tool to call"
+    r"|must be the name of a model"
     r"|named voices need a directory|The model `.*` cannot do this"
 )
 

@@ -4,13 +4,14 @@
 
 import asyncio
 import sys
-from typing import Any
+from typing import Any, Literal
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI
 from openai import AuthenticationError, BadRequestError
+from pydantic import BaseModel, ConfigDict, Field
 
 URL, MODEL, KEY = sys.argv[1:]
 OPTIONS: dict[str, Any] = {
@@ -22,6 +23,25 @@ OPTIONS: dict[str, Any] = {
     "max_retries": 0,
 }
 ASKED = [SystemMessage("Be brief."), HumanMessage("Tell me a fairy tale.")]
+FORMED: dict[str, Any] = OPTIONS | {"max_tokens": 300, "temperature": 1}
+
+
+class Animal(BaseModel):
+    """What is told of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["cat", "dog"]
+    legs: int = Field(ge=0, le=8)
+    tame: bool
+
+
+class Roll(BaseModel):
+    """Roll dice."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: int = Field(ge=1, le=9)
 
 
 def check_chat() -> None:
@@ -94,6 +114,49 @@ def check_errors() -> None:
         raise AssertionError(f"no {error.__name__} with {options}")
 
 
+def check_forms() -> None:
+    """Answers in a form, by either of the ways there are."""
+    chat = ChatOpenAI(**FORMED)
+    for method in ("json_schema", "function_calling"):
+        model = chat.with_structured_output(Animal, method=method)
+        assert isinstance(model.invoke(ASKED), Animal)
+        assert isinstance(list(model.stream(ASKED))[-1], Animal)
+        strict = chat.with_structured_output(
+            Animal, method=method, strict=True, include_raw=True
+        ).invoke(ASKED)
+        assert isinstance(strict["parsed"], Animal)
+        assert strict["parsing_error"] is None
+    schema = Animal.model_json_schema()
+    told = chat.with_structured_output(schema, method="json_schema").invoke(ASKED)
+    Animal.model_validate(told)
+
+
+def check_tools() -> None:
+    """Calls that must be made: any one, or one by name; whole and streamed."""
+    chat = ChatOpenAI(**FORMED)
+    classes: dict[str, Any] = {"Animal": Animal, "Roll": Roll}
+    for choice in ("any", "required"):
+        bound = chat.bind_tools([Animal, Roll], tool_choice=choice, parallel_tool_calls=False)
+        answer = bound.invoke(ASKED)
+        (call,) = answer.tool_calls
+        classes[call["name"]].model_validate(call["args"])
+        assert answer.response_metadata["finish_reason"] == "tool_calls"
+    named = chat.bind_tools([Animal, Roll], tool_choice="Roll", strict=True)
+    (call,) = named.invoke(ASKED).tool_calls
+    assert Roll.model_validate(call["args"])
+
+    whole = None
+    for chunk in named.stream(ASKED):
+        whole = chunk if whole is None else whole + chunk
+    assert whole is not None
+    (call,) = whole.tool_calls
+    assert call["name"] == "Roll"
+    assert Roll.model_validate(call["args"])
+
+    told = [*ASKED, whole, ToolMessage("4", tool_call_id=call["id"])]
+    assert chat.bind_tools([Roll], tool_choice="none").invoke(told).text
+
+
 async def check_async() -> None:
     """The same without threads."""
     chat = ChatOpenAI(**OPTIONS)
@@ -106,6 +169,8 @@ async def check_async() -> None:
 def main() -> None:
     for check in (check_chat, check_options, check_chain, check_text, check_errors):
         check()
+    check_forms()
+    check_tools()
     asyncio.run(check_async())
 
 

@@ -70,7 +70,9 @@ def check_errors(route: dict[str, Any]) -> None:
     expect(litellm.ContextWindowExceededError, **request | {"messages": long})
     expect(litellm.NotFoundError, **request | {"model": f"{request['model']}-2"})
     expect(litellm.BadRequestError, **request | {"temperature": -1})
-    expect(litellm.BadRequestError, **request, response_format={"type": "json_object"})
+    never = {"name": "never", "schema": {"allOf": [{"type": "string"}, {"type": "integer"}]}}
+    form = {"type": "json_schema", "json_schema": never}
+    expect(litellm.BadRequestError, **request, response_format=form)
 
 
 def expect(error: type[Exception], **request: Any) -> None:
