@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import suppress
 
 from nanovllm.text.parsers.json_values import MAX_DEPTH
 from nanovllm.text.parsers.reader import BLANK, NotACallError, Reader, Steps, Write
@@ -267,10 +268,8 @@ def _json_word(word: str) -> str:
         raise NotACallError
     if JSON_NUMBER.fullmatch(word):
         return word
-    try:
+    with suppress(ValueError):
         return str(int(word, 0))
-    except ValueError:
-        pass
     try:
         number = float(word if "." in word or "e" in word.lower() else "")
     except ValueError as e:
