@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
 from nanovllm.kernels.audio import DepthwiseConv
+from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,29 @@ class Draws(NamedTuple):
     min_p: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """What the penalties of some rows need.
+
+    Args:
+        rows: The rows concerned, `[num_penalised]`.
+        history: Ids of prompt and output, `[num_penalised, max_len]`.
+        lengths: Valid ids of each history, `[num_penalised]`.
+        prompt_lengths: How many of them are the prompt, `[num_penalised]`.
+        repetition: `repetition_penalty` of each row, and likewise below.
+        presence: See above.
+        frequency: See above.
+    """
+
+    rows: Tensor
+    history: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+
+
 class Kernels(Protocol):
     """What networks are made of, on one device and in one dtype.
 
@@ -117,6 +141,12 @@ class Kernels(Protocol):
 
     def logits(self, x: Tensor, weight: Any) -> Tensor:
         """The same, in float32."""
+
+    def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
+        """Take the memory for adapters of a layer: its own shape, their rank, their number."""
+
+    def lora_batch(self, slots: IntArray) -> LoRABatch | None:
+        """Rows by their adapter slots `[num_rows]`, for these adapters; None if no row has one."""
 
     def embed(self, token_ids: Tensor, weight: Any) -> Tensor:
         """Look up rows: int64 `[num_tokens]` to `[num_tokens, depth]`."""
@@ -155,6 +185,12 @@ class Kernels(Protocol):
 
         Returns:
             `[num_seqs * length, num_heads * head_dim]`.
+        """
+
+    def apply_penalties(self, logits: Tensor, penalties: Penalties) -> None:
+        """Apply repetition, presence and frequency penalties to float32 logits, in place.
+
+        Repetition counts tokens of the prompt and the output, the others of the output alone.
         """
 
     def choose(self, logits: Tensor, draws: Draws) -> Choice:

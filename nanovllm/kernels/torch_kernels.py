@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import audio
-from nanovllm.kernels.attention_backend import AttentionConfig
+from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
+from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
-from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
-from nanovllm.kernels.sdpa import SdpaBackend, attend_locally
+from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
+from nanovllm.kernels.kernels import Choice, Draws, Penalties, QuantizedWeight, WeightSpec
+from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
+from nanovllm.kernels.sdpa import attend_locally
 
 
 class DenseWeight(NamedTuple):
@@ -70,6 +73,12 @@ class TorchKernels:
     def logits(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return self.linear(x, weight).float()
 
+    def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
+        return GroupedWeights(self, spec, rank, num_slots)
+
+    def lora_batch(self, slots: IntArray) -> LoRABatch | None:
+        return GroupedBatch.of(slots, self._device)
+
     def embed(self, token_ids: Tensor, weight: DenseWeight) -> Tensor:
         return F.embedding(token_ids, weight.weight)
 
@@ -86,8 +95,8 @@ class TorchKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attention(self, config: AttentionConfig) -> SdpaBackend:
-        return SdpaBackend(config)
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        return select_attention(config, self._device)
 
     def local_attention(
         self,
@@ -98,6 +107,9 @@ class TorchKernels:
         num_kv_heads: int,
     ) -> Tensor:
         return attend_locally(qkv, rotary, length, num_heads, num_kv_heads)
+
+    def apply_penalties(self, logits: Tensor, penalties: Penalties) -> None:
+        apply_penalties(logits, penalties)
 
     def choose(self, logits: Tensor, draws: Draws) -> Choice:
         best, token_ids = logits.max(-1)
@@ -122,6 +134,22 @@ class TorchKernels:
         stride: int,
     ) -> Tensor:
         return audio.causal_windows(x, snake, history, slots, width, stride)
+
+
+def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
+    """See `Kernels.apply_penalties`."""
+    position = torch.arange(penalties.history.shape[1], device=logits.device)
+    known = position < penalties.lengths[:, None]  # [num_penalised, max_len]
+    generated = known & (position >= penalties.prompt_lengths[:, None])
+    history = penalties.history.long().masked_fill(~known, 0)
+    rows = logits[penalties.rows]  # [num_penalised, vocab_size]
+    seen = torch.zeros_like(rows).scatter_add_(1, history, known.to(rows.dtype)) > 0
+    counts = torch.zeros_like(rows).scatter_add_(1, history, generated.to(rows.dtype))
+    factor = penalties.repetition[:, None]
+    rows = torch.where(seen, torch.where(rows > 0, rows / factor, rows * factor), rows)
+    rows -= penalties.frequency[:, None] * counts
+    rows -= penalties.presence[:, None] * (counts > 0)
+    logits[penalties.rows] = rows
 
 
 def draw(logits: Tensor, draws: Draws) -> Tensor:

@@ -35,8 +35,10 @@ class RotaryEmbedding:
         if self._config.rope_type == "dynamic":
             inv_freq = self._dynamic_frequencies(positions)
         angles = positions[:, None].float() * inv_freq
-        cos, sin = angles.cos() * self._magnitude, angles.sin() * self._magnitude
-        return cos[:, None], sin[:, None]
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        if self._magnitude == 1.0:
+            return cos, sin
+        return cos * self._magnitude, sin * self._magnitude
 
     def _dynamic_frequencies(self, positions: Tensor) -> Tensor:
         """Frequencies of each position, `[num_tokens, head_dim / 2]`."""

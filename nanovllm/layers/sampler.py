@@ -6,34 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.kernels import Draws, Kernels
+from nanovllm.kernels.kernels import Choice, Draws, Kernels, Penalties
 
 FORBIDDEN = -1e30
 """A logit that loses against every other, and is still one; far from overflowing when divided by a
 temperature."""
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """What the penalties of some rows need.
-
-    Args:
-        rows: The rows concerned, `[num_penalised]`.
-        history: Ids of prompt and output, `[num_penalised, max_len]`.
-        lengths: Valid ids of each history, `[num_penalised]`.
-        prompt_lengths: How many of them are the prompt, `[num_penalised]`.
-        repetition: `repetition_penalty` of each row, and likewise below.
-        presence: See above.
-        frequency: See above.
-    """
-
-    rows: Tensor
-    history: Tensor
-    lengths: Tensor
-    prompt_lengths: Tensor
-    repetition: Tensor
-    presence: Tensor
-    frequency: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +66,9 @@ class Scores(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """Sampled ids `[num_rows]`, whether each row's logits were usable, and the scores asked for."""
+    """What was chosen in each row, and the scores asked for."""
 
-    token_ids: Tensor
-    valid: Tensor
+    choice: Choice
     scores: Scores | None
 
 
@@ -106,7 +82,7 @@ def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
     Args:
         logits: float32 `[num_rows, vocab_size]`; changed in place.
         batch: Settings of the rows.
-        kernels: Choose in the end.
+        kernels: Apply the penalties, and choose in the end.
     """
     log_probs = logits.log_softmax(-1) if batch.num_scores is not None else None
     if batch.allowed is not None:
@@ -118,15 +94,15 @@ def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
         rows, ids, values = batch.biases
         logits.index_put_((rows, ids), values, accumulate=True)
     if batch.penalties is not None:
-        apply_penalties(logits, batch.penalties)
+        kernels.apply_penalties(logits, batch.penalties)
     if batch.grammar is not None:
         rows, allowed = batch.grammar
         logits[rows] = logits[rows].clamp(min=FORBIDDEN).masked_fill(~allowed, -torch.inf)
-    token_ids, valid = kernels.choose(logits, batch.draws)
+    choice = kernels.choose(logits, batch.draws)
     scores = None
     if log_probs is not None:
-        scores = score_tokens(log_probs, token_ids, batch.num_scores or 0)
-    return Sampled(token_ids, valid, scores)
+        scores = score_tokens(log_probs, choice.token_ids, batch.num_scores or 0)
+    return Sampled(choice, scores)
 
 
 def score_tokens(log_probs: Tensor, token_ids: Tensor, num_top: int) -> Scores:
@@ -138,26 +114,6 @@ def score_tokens(log_probs: Tensor, token_ids: Tensor, num_top: int) -> Scores:
         torch.cat((actual, top), dim=1),
         (log_probs > actual).sum(-1) + 1,
     )
-
-
-def apply_penalties(logits: Tensor, penalties: Penalties) -> None:
-    """Apply repetition, presence and frequency penalties in place.
-
-    Repetition counts tokens of the prompt and the output, the others of the output alone.
-    """
-    position = torch.arange(penalties.history.shape[1], device=logits.device)
-    known = position < penalties.lengths[:, None]  # [num_penalised, max_len]
-    generated = known & (position >= penalties.prompt_lengths[:, None])
-    # Ids past the end are read as the first one, which counts in no way it does not already.
-    history = torch.where(known, penalties.history, penalties.history[:, :1]).long()
-    rows = logits[penalties.rows]  # [num_penalised, vocab_size]
-    counts = torch.zeros_like(rows).scatter_add_(1, history, generated.to(rows.dtype))
-    seen = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, history, True)
-    factor = penalties.repetition[:, None]
-    rows = torch.where(seen, torch.where(rows > 0, rows / factor, rows * factor), rows)
-    rows -= penalties.frequency[:, None] * counts
-    rows -= penalties.presence[:, None] * (counts > 0)
-    logits[penalties.rows] = rows
 
 
 def forbid_bad_words(logits: Tensor, words: BadWords) -> None:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels
+from nanovllm.kernels.lora import NO_ADAPTER, IntArray, LoRABatch
 from nanovllm.layers.linear import Linear, PackedLinear
-from nanovllm.layers.lora import NO_ADAPTER, IntArray, LoRABatch, LoRATable, PartWeights
+from nanovllm.layers.lora import LoRATable, PartWeights
 from nanovllm.lora_config import LoRAConfig
 from nanovllm.models.adapter_files import AdapterFiles, read_adapter_files
+from nanovllm.models.sharding import Sharding
 
 LM_ROOTS = ("base_lm.layers.", "residual_lm.layers.", "model.layers.")
 """The two of a model that speaks, and the one of a model that writes."""
@@ -68,7 +70,8 @@ class AdapterTable:
         config: What that was told.
         num_seq_slots: Slots of running sequences.
         dtype: What the model computes in.
-        device: Where it is.
+        kernels: What it runs on.
+        sharding: The part of the model that is here; None is all.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class AdapterTable:
         config: LoRAConfig,
         num_seq_slots: int,
         dtype: torch.dtype,
-        device: torch.device,
+        kernels: Kernels,
+        sharding: Sharding | None = None,
     ) -> None:
-        self._config, self._dtype, self._device = config, dtype, device
+        self._config, self._dtype, self._kernels = config, dtype, kernels
+        self._sharding = sharding
         linears = [(p, m) for p, m in modules if isinstance(m, Linear)]
         self._projections = {part for path, linear in linears for part in linear.parts(path)}
         self._tables = [linear.lora for _, linear in linears if linear.lora is not None]
@@ -138,9 +143,15 @@ class AdapterTable:
         """Note that the sequence in a slot uses none any more."""
         self._slots[seq_slot] = NO_ADAPTER
 
+    def slots_of(self, seq_slots: IntArray) -> IntArray | None:
+        """Adapter slots of rows, by their sequences' slots `[num_rows]`; None if no row has one."""
+        slots = self._slots[seq_slots]
+        return slots if (slots != NO_ADAPTER).any() else None
+
     def batch(self, seq_slots: IntArray) -> LoRABatch | None:
         """Which rows go through which adapter, by their sequences' slots `[num_rows]`."""
-        return LoRABatch.of(self._slots[seq_slots], self._device)
+        slots = self.slots_of(seq_slots)
+        return None if slots is None else self._kernels.lora_batch(slots)
 
     def slot_of(self, adapter_id: int) -> int:
         """The slot that holds an adapter, after bringing it there if none did.
@@ -217,9 +228,11 @@ class AdapterTable:
     def _weights(self, part: str, down: Tensor, up: Tensor, rank: int, scale: float) -> PartWeights:
         table = self._table_of[part]
         columns = table.parts[part]
-        width = columns.stop - columns.start
+        width, depth = columns.stop - columns.start, table.depth
+        if self._sharding is not None:
+            width, depth = self._sharding.whole(part, width, depth)
         for name, matrix, shape in (
-            ("lora_A", down, (rank, table.depth)),
+            ("lora_A", down, (rank, depth)),
             ("lora_B", up, (width, rank)),
         ):
             if tuple(matrix.shape) != shape or not matrix.is_floating_point():
@@ -228,6 +241,8 @@ class AdapterTable:
                     f"needs floats of shape {list(shape)}",
                     "path",
                 )
+        if self._sharding is not None:
+            down, up = self._sharding.adapter(part, down, up)
         weights = PartWeights(down.to(self._dtype, copy=True), (up.float() * scale).to(self._dtype))
         if not all(bool(matrix.isfinite().all()) for matrix in weights):
             raise InvalidRequestError(f"the LoRA's matrices of {part} are not finite", "path")

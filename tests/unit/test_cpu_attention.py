@@ -8,6 +8,7 @@ rounds keys and values; here these are whole numbers of its steps, so that it ro
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.kernels.attention_backend import AttentionBatch, AttentionConfig, HeadNorms
+from nanovllm.kernels.attention_backend import (
+    AttentionBatch,
+    AttentionConfig,
+    BlockTables,
+    HeadNorms,
+)
 from nanovllm.kernels.cpu.attention import CpuAttention
 from tests.cpu_kernels import (
     UNIT,
@@ -136,13 +142,14 @@ class World:
         """The rows (sequence, start, length); rows of one position come first."""
         ends = [start + length for _, start, length in rows]
         width = max(-(-end // self.config.block_size) for end in ends)
-        tables = torch.zeros(len(rows), width, dtype=torch.int64)
-        for table, (which, _, _), end in zip(tables, rows, ends, strict=True):
+        tables = BlockTables.zeros(len(rows), width, torch.device("cpu"))
+        for row, ((which, _, _), end) in enumerate(zip(rows, ends, strict=True)):
             count = -(-end // self.config.block_size)
-            table[:count] = torch.tensor(self.sequences[which].blocks[:count])
-        return AttentionBatch(
+            tables.append([(row, 0, self.sequences[which].blocks[:count])])
+        return AttentionBatch.of(
             np.array([start for _, start, _ in rows], dtype=np.int64),
             np.array([length for _, _, length in rows], dtype=np.int64),
+            np.arange(len(rows)),
             tables,
         )
 
@@ -159,7 +166,8 @@ class World:
         return backend.run(self.queries(rows), self.cache, plan, window)
 
     def num_tasks(self, rows: Sequence[tuple[int, int, int]], cascade: bool) -> int:
-        batch, tables = self.batch(rows), self.batch(rows).block_tables
+        batch = self.batch(rows)
+        tables = batch.row_tables(self.config.block_size)
         return int(
             self.library.plan_attention(
                 self.backend._plan,
@@ -212,7 +220,7 @@ class World:
         return out, error * 1.01 + 1e-37
 
 
-def config_of(kind: str, **changes: int) -> AttentionConfig:
+def config_of(kind: str, **changes: Any) -> AttentionConfig:
     dtype, quantize = KINDS[kind]
     return replace(BASE, dtype=dtype, quantize_cache=quantize, **changes)
 
@@ -413,7 +421,9 @@ def test_a_step_of_no_rows(isa: str, kind: str) -> None:
             backend = world.make_backend(cascade)
             qkv = torch.zeros(0, 8 * world.config.head_dim, dtype=world.config.dtype)
             q = backend.write(qkv, None, None, world.cache, nothing)
-            empty = AttentionBatch(nothing.numpy(), nothing.numpy(), nothing.view(0, 0))
+            none = nothing.numpy()
+            tables = BlockTables.zeros(0, 0, torch.device("cpu"))
+            empty = AttentionBatch.of(none, none, none, tables)
             assert backend.run(q, world.cache, backend.plan(empty), None).shape == (0, 4, 64)
 
 

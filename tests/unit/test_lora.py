@@ -13,8 +13,9 @@ from torch import Tensor
 from nanovllm import SamplingParams
 from nanovllm.batch import Key, SpeechPayload, SpeechRequest, patch_key
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.lora import NO_ADAPTER
 from nanovllm.layers.linear import PackedLinear
-from nanovllm.layers.lora import NO_ADAPTER, LoRATable
+from nanovllm.layers.lora import LoRATable
 from nanovllm.models.adapters import AdapterTable
 from nanovllm.worker.loading import LoadedEngine
 from tests.lora_oracle import (
@@ -257,10 +258,13 @@ class TestTable:
         table.start(3, 0)
         table.start(4, None)
         table.start(5, 0)
-        batch = table.batch(np.array([3, 4, 4, 5]))
+        rows = np.array([3, 4, 4, 5])
+        batch, slots = table.batch(rows), table.slots_of(rows)
         assert batch is not None
+        assert slots is not None
         slot = table.slot_of(0)
-        assert batch.slots.tolist() == [slot, NO_ADAPTER, NO_ADAPTER, slot]
+        assert slots.tolist() == [slot, NO_ADAPTER, NO_ADAPTER, slot]
+        assert len(batch) == len(slots)
         assert table.batch(np.array([4, 6])) is None
         table.start(3, None)
         table.release(5)

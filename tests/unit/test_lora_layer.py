@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.grouped_lora import GroupedBatch
 from nanovllm.kernels.kernels import WeightSpec
+from nanovllm.kernels.lora import NO_ADAPTER
 from nanovllm.kernels.select import select_kernels
-from nanovllm.layers.lora import NO_ADAPTER, LoRABatch, LoRATable, PartWeights
+from nanovllm.layers.lora import LoRATable, PartWeights
 
 CPU = torch.device("cpu")
 
 
 def test_no_adapter_is_no_batch() -> None:
-    assert LoRABatch.of(np.array([NO_ADAPTER, NO_ADAPTER]), CPU) is None
-    assert LoRABatch.of(np.array([], dtype=np.int64), CPU) is None
+    assert GroupedBatch.of(np.array([NO_ADAPTER, NO_ADAPTER]), CPU) is None
+    assert GroupedBatch.of(np.array([], dtype=np.int64), CPU) is None
 
 
 def test_rows_are_grouped() -> None:
-    batch = LoRABatch.of(np.array([2, NO_ADAPTER, 0, 2]), CPU)
+    batch = GroupedBatch.of(np.array([2, NO_ADAPTER, 0, 2]), CPU)
     assert batch is not None
     groups = dict(batch.groups)
     assert {slot: rows.tolist() for slot, rows in groups.items() if rows is not None} == {
@@ -31,13 +33,13 @@ def test_rows_are_grouped() -> None:
 
 
 def test_one_adapter_for_all_gathers_nothing() -> None:
-    batch = LoRABatch.of(np.array([1, 1]), CPU)
+    batch = GroupedBatch.of(np.array([1, 1]), CPU)
     assert batch is not None
     assert batch.groups == ((1, None),)
 
 
 def test_rows_made_of_others() -> None:
-    batch = LoRABatch.of(np.array([2, NO_ADAPTER, 0]), CPU)
+    batch = GroupedBatch.of(np.array([2, NO_ADAPTER, 0]), CPU)
     assert batch is not None
     taken = batch.take(torch.tensor([0, 1, 2, 0]), repeats=2)
     assert taken is not None
@@ -75,18 +77,18 @@ def test_each_row_gets_its_own_product(kernels: Any) -> None:
     for row, slot in enumerate(slots):
         for part, (down, up) in held[slot].items() if slot != NO_ADAPTER else ():
             expected[row, parts[part]] += up @ down @ x[row]
-    batch = LoRABatch.of(np.array(slots), CPU)
+    batch = GroupedBatch.of(np.array(slots), CPU)
     assert batch is not None
     found = table.add(torch.ones(5, 90), x, batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for row, slot in enumerate(slots):
         if slot != NO_ADAPTER:
-            alone = LoRABatch.of(np.array([slot]), CPU)
+            alone = GroupedBatch.of(np.array([slot]), CPU)
             assert alone is not None
             found = table.add(torch.ones(1, 90), x[row : row + 1], alone)
             torch.testing.assert_close(found[0], expected[row], rtol=1e-4, atol=1e-4)
     table.put(0, {})
-    nothing = LoRABatch.of(np.array([0]), CPU)
+    nothing = GroupedBatch.of(np.array([0]), CPU)
     assert nothing is not None
     assert table.add(torch.ones(1, 90), x[:1], nothing).eq(1).all()
 
@@ -103,7 +105,7 @@ def test_rows_of_deterministic_kernels_do_not_depend_on_each_other() -> None:
     slots = np.arange(40) % 3 - 1
 
     def add(rows: slice) -> Tensor:
-        batch = LoRABatch.of(slots[rows], CPU)
+        batch = GroupedBatch.of(slots[rows], CPU)
         mine = y[rows].clone()
         return mine if batch is None else table.add(mine, x[rows].contiguous(), batch)
 

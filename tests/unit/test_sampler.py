@@ -68,7 +68,7 @@ def logits() -> Tensor:
 
 def test_greedy_rows_take_the_best_token_beside_sampled_ones(logits: Tensor) -> None:
     rows = [SamplingParams(temperature=t, seed=5) for t in (0, 1, 0, 2, 0, 0.5)]
-    token_ids = sample(logits.clone(), batch_for(rows)).token_ids
+    token_ids = sample(logits.clone(), batch_for(rows)).choice.token_ids
     assert token_ids[[0, 2, 4]].tolist() == logits.argmax(-1)[[0, 2, 4]].tolist()
 
 
@@ -123,7 +123,7 @@ def test_min_p_draws_only_from_likely_enough_tokens(logits: Tensor) -> None:
     likely = probs >= min_p * probs.max(-1, keepdim=True).values
     for seed in range(50):
         rows = [SamplingParams(min_p=min_p, seed=seed)] * 6
-        token_ids = sample(logits.clone(), batch_for(rows)).token_ids
+        token_ids = sample(logits.clone(), batch_for(rows)).choice.token_ids
         assert likely.gather(1, token_ids[:, None]).all()
 
 
@@ -207,7 +207,7 @@ def test_scores_are_of_the_raw_logits(logits: Tensor) -> None:
     assert sampled.scores is not None
     expected = logits.log_softmax(-1)
     torch.testing.assert_close(
-        sampled.scores.logprobs[:, 0], expected.gather(1, sampled.token_ids[:, None])[:, 0]
+        sampled.scores.logprobs[:, 0], expected.gather(1, sampled.choice.token_ids[:, None])[:, 0]
     )
     torch.testing.assert_close(sampled.scores.logprobs[:, 1:], expected.topk(4).values)
 
@@ -223,6 +223,6 @@ def test_nan_and_forbidden_rows_are_invalid_and_spare_the_others(logits: Tensor)
     logits[4] = -torch.inf
     rows = [SamplingParams(seed=1)] * 6
     sampled = sample(logits.clone(), batch_for(rows))
-    assert sampled.valid.tolist() == [True, False, True, True, False, True]
-    assert (sampled.token_ids >= 0).all()
-    assert (sampled.token_ids < VOCAB).all()
+    assert sampled.choice.valid.tolist() == [True, False, True, True, False, True]
+    assert (sampled.choice.token_ids >= 0).all()
+    assert (sampled.choice.token_ids < VOCAB).all()

@@ -12,6 +12,7 @@ from nanovllm.kernels.attention_backend import (
     AttentionConfig,
     CacheSpec,
     HeadNorms,
+    PlanBuffers,
 )
 from nanovllm.kernels.cpu.library import AttentionShape, Library
 from nanovllm.kernels.cpu.packing import INT8, TYPES
@@ -57,6 +58,10 @@ class CpuAttention:
         self._plan = library.new_plan()
         weakref.finalize(self, library.free_plan, self._plan)
 
+    @property
+    def capturable(self) -> bool:
+        return False
+
     def cache_spec(self, num_blocks: int) -> CacheSpec:
         cell_bytes = self._library.cell_bytes(self._reference)
         return CacheSpec((num_blocks, self._config.num_kv_heads, cell_bytes), torch.uint8)
@@ -87,8 +92,8 @@ class CpuAttention:
         )
         return q
 
-    def plan(self, batch: AttentionBatch) -> int:
-        tables = batch.block_tables.contiguous()
+    def plan(self, batch: AttentionBatch, buffers: PlanBuffers | None = None) -> int:  # noqa: ARG002
+        tables = batch.row_tables(self._config.block_size)
         self._library.plan_attention(
             self._plan,
             self._reference,

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.attention_backend import AttentionConfig
+from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
+from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
 from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight, pointer
-from nanovllm.kernels.kernels import Choice, Draws, QuantizedWeight, WeightSpec
+from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
+from nanovllm.kernels.kernels import Choice, Draws, Penalties, QuantizedWeight, WeightSpec
+from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
+from nanovllm.kernels.torch_kernels import apply_penalties
 
 CONV_TAPS, MAX_DILATION = 7, 9
 """Of depthwise convolutions; see csrc/audio.cpp."""
@@ -95,6 +99,12 @@ class CpuKernels:
         )
         return out
 
+    def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
+        return GroupedWeights(self, spec, rank, num_slots)
+
+    def lora_batch(self, slots: IntArray) -> LoRABatch | None:
+        return GroupedBatch.of(slots, torch.device("cpu"))
+
     def embed(self, token_ids: Tensor, weight: PackedWeight) -> Tensor:
         out = torch.empty(len(token_ids), weight.spec.depth, dtype=self._dtype)
         self._library.embed(weight.reference, token_ids.data_ptr(), len(token_ids), out.data_ptr())
@@ -129,7 +139,9 @@ class CpuKernels:
         self._library.silu_mul(self._type, gate_up.data_ptr(), rows, width, out.data_ptr())
         return out
 
-    def attention(self, config: AttentionConfig) -> CpuAttention:
+    def attention(self, config: AttentionConfig) -> AttentionBackend:
+        if config.backend not in ("auto", "cpu"):
+            return select_attention(config, torch.device("cpu"))
         return CpuAttention(self._library, config, self._cascade, self._deterministic)
 
     def local_attention(
@@ -157,6 +169,9 @@ class CpuKernels:
             out.data_ptr(),
         )
         return out
+
+    def apply_penalties(self, logits: Tensor, penalties: Penalties) -> None:
+        apply_penalties(logits, penalties)
 
     def choose(self, logits: Tensor, draws: Draws) -> Choice:
         rows, vocab_size = logits.shape

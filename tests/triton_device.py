@@ -1,0 +1,16 @@
+"""Where Triton kernels are tested: on a GPU if there is one, in Triton's interpreter if not."""
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INTERPRETED = DEVICE.type == "cpu"
+DOT_DTYPES = (
+    (torch.float32, torch.float16)
+    if INTERPRETED
+    else (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    )
+)
+"""For kernels that multiply matrices: the interpreter's product of bfloat16 is wrong."""
