@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from nanovllm.config.options import Options
+from nanovllm.config.attention import attention_backend_name
+from nanovllm.config.options import Options, Switch
 from nanovllm.errors import InvalidRequestError
 from nanovllm.lora_config import LoRAConfig
 
@@ -52,7 +53,8 @@ class EngineConfig(Options):
         max_num_seqs: Sequences that run at the same time; None is 256, on a CPU 64.
         max_num_batched_tokens: Positions computed in one step, so also the size of a prefill
             chunk; None is 8192, on a CPU 1024.
-        block_size: Positions in a KV block; None is 16 or what the attention backend needs.
+        block_size: Positions in a KV block; None is 16 or what the attention backend needs, 256
+            for version 2 of "flash-attn".
         num_kv_blocks: KV blocks; None is what the memory allows.
         kv_cache_memory_bytes: Memory for the KV cache, in place of `gpu_memory_utilization`.
         gpu_memory_utilization: Share of the GPU's memory the engine may use, in (0, 1].
@@ -61,15 +63,25 @@ class EngineConfig(Options):
             blocks; None or 0 is no limit.
         async_scheduling: Whether a step is scheduled while the one before it still runs; None is
             yes, on a CPU no.
-        tensor_parallel_size: Devices that share one model; only 1 for now.
-        enforce_eager: Whether to run without captured graphs; there are none yet.
+        tensor_parallel_size: Devices that have a part of the model each, at most 8, with a process
+            for each; on a CPU these processes share its cores and its memory. `cpu_threads` and
+            `kv_cache_memory_bytes` are of each of them.
+        attention_backend: "triton", ours for GPUs; "flash-attn" or "flashinfer", once installed;
+            "sdpa", torch's; "cpu", ours for CPUs; or two for prompts and for decodes, such as
+            "flash-attn,triton". "auto" takes the best that is there and logs which. vLLM's names
+            are read too.
+        enforce_eager: Whether to run without captured CUDA graphs.
+        max_cudagraph_capture_size: Most decodes in a step that runs as a captured graph; None is
+            `max_num_seqs`, at most 512, and 0 captures none.
+        compile_model: Whether `torch.compile` compiles what a speech model computes with torch's
+            operators: of its sampler, and of its autoencoder where no kernels of ours run.
         kv_cache_dtype: "auto" keeps keys and values in `dtype`; "int8" takes half the memory of
             bfloat16, on a CPU.
         quantization: "int8", "int4" or "int4-gN" (N 32, 64 or 128) quantizes the weights when
             they are loaded, on a CPU; None leaves them as the checkpoint has them. "gptq", "awq"
             and "compressed-tensors" say that the checkpoint must be quantized so.
-        deterministic: Whether a row's result may not depend on the rows beside it, bit by bit; on
-            a CPU only.
+        deterministic: Whether a row's result may not depend on the rows beside it, bit by bit;
+            needs our CPU or our Triton kernels.
         disable_cascade_attn: Whether rows that share KV blocks read them each for itself.
         cpu_threads: Threads that compute on a CPU; None is one a core this process may use.
         cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
@@ -115,7 +127,10 @@ class EngineConfig(Options):
     max_cached_tokens: int | None = None
     async_scheduling: bool | None = None
     tensor_parallel_size: int = 1
+    attention_backend: str = "auto"
     enforce_eager: bool = False
+    max_cudagraph_capture_size: int | None = None
+    compile_model: bool = False
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     quantization: str | None = None
     deterministic: bool = False
@@ -149,6 +164,18 @@ class EngineConfig(Options):
         "NANOVLLM_LORA_ENABLED": "enable_lora",
         "NANOVLLM_LORA_MAX_LORAS": "max_loras",
         "NANOVLLM_LORA_MAX_LORA_RANK": "max_lora_rank",
+        "ATTN_IMPL": "attention_backend",
+        "ATTN_IMPLEMENTATION": "attention_backend",
+        "VLLM_ATTENTION_BACKEND": "attention_backend",
+        "COMPILE_MODEL": "compile_model",
+        "USE_TORCH_COMPILE": "compile_model",
+    }
+    environment_switches: ClassVar[Mapping[str, Switch]] = {
+        "ENABLE_FLASH_ATTENTION": Switch("attention_backend", on="auto", off="sdpa"),
+        "ENABLE_CUDA_GRAPH": Switch("enforce_eager", on=False, off=True),
+        "ENABLE_DECODE_CUDA_GRAPH": Switch("enforce_eager", on=False, off=True),
+        "MINISGL_DISABLE_OVERLAP_SCHEDULING": Switch("async_scheduling", on=False, off=None),
+        "NANOVLLM_DISABLE_OVERLAP_SCHEDULING": Switch("async_scheduling", on=False, off=None),
     }
     removed_variables: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("NANOVLLM_LORA_URI", "NANOVLLM_LORA_ID", "NANOVLLM_LORA_SHA256"),
@@ -158,6 +185,8 @@ class EngineConfig(Options):
     def __post_init__(self) -> None:
         self._check_types()
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        name = attention_backend_name(self.attention_backend)
+        object.__setattr__(self, "attention_backend", name)
         if self.num_kv_blocks == -1:  # nano-vllm's "as many as fit"
             object.__setattr__(self, "num_kv_blocks", None)
         self._check_range(
@@ -170,7 +199,8 @@ class EngineConfig(Options):
             "kv_cache_memory_bytes",
             "cpu_threads",
         )
-        self._check_range(0, "max_cached_tokens")
+        self._check_range(0, "max_cached_tokens", "max_cudagraph_capture_size")
+        self._check_range(1, "tensor_parallel_size", high=8)
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise InvalidRequestError(
                 f"quantization must be one of {', '.join(QUANTIZATIONS)}, got "
@@ -181,12 +211,6 @@ class EngineConfig(Options):
             raise InvalidRequestError(
                 f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}",
                 "gpu_memory_utilization",
-            )
-        if self.tensor_parallel_size != 1:
-            raise InvalidRequestError(
-                f"tensor_parallel_size must be 1, got {self.tensor_parallel_size}: this version "
-                "runs a model on one device",
-                "tensor_parallel_size",
             )
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None and seqs is not None and tokens < seqs:
@@ -221,8 +245,15 @@ class EngineConfig(Options):
         path = Path(self.model).expanduser()
         return path.resolve().name if path.is_dir() else self.model
 
-    def resolved_for(self, device_type: str) -> "EngineConfig":
-        """Return a copy with the defaults that depend on the device filled in."""
+    def resolved_for(
+        self, device_type: str, block_size: int = DEFAULT_BLOCK_SIZE
+    ) -> "EngineConfig":
+        """Return a copy with the defaults that depend on the device filled in.
+
+        Args:
+            device_type: "cpu", "cuda" or "mps".
+            block_size: The default of the option, see `kernels.attention_select`.
+        """
         on_cpu = device_type == "cpu"
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         tokens = tokens or max(1024 if on_cpu else 8192, seqs or 1)
@@ -231,6 +262,6 @@ class EngineConfig(Options):
             device=cast(Any, device_type),
             max_num_batched_tokens=tokens,
             max_num_seqs=seqs or min(64 if on_cpu else 256, tokens),
-            block_size=self.block_size or DEFAULT_BLOCK_SIZE,
+            block_size=self.block_size or block_size,
             async_scheduling=not on_cpu if self.async_scheduling is None else self.async_scheduling,
         )

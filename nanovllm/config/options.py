@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.validation import conform
@@ -23,10 +32,21 @@ ALIASES = {
     "tp_size": "tensor_parallel_size",
     "data_parallel_size": "replicas",
     "scheduler_mode": "dispatch_policy",
+    "attn": "attention_backend",
+    "cuda_graph_max_bs": "max_cudagraph_capture_size",
+    "use_torch_compile": "compile_model",
 }
 """Names that the family's engines use for our options."""
 
 Config = TypeVar("Config", bound="Options")
+
+
+class Switch(NamedTuple):
+    """An option that a variable sets by being on or off, and to what."""
+
+    option: str
+    on: Any
+    off: Any
 
 
 class Options:
@@ -36,6 +56,9 @@ class Options:
 
     environment_aliases: ClassVar[Mapping[str, str]] = {}
     """The family's variables besides `NANOVLLM_<OPTION>`; the first one set wins."""
+
+    environment_switches: ClassVar[Mapping[str, Switch]] = {}
+    """Those that are on or off where our option is something else; the ones above win."""
 
     removed_variables: ClassVar[Mapping[str, str]] = {}
     """Variables that the family has given up, and what there is instead."""
@@ -77,7 +100,19 @@ class Options:
             text = environ.get(variable, "").strip()
             if text and name not in values:
                 values[name] = _parse(variable, text, hints[name])
+        for variable, switch in cls.environment_switches.items():
+            text = environ.get(variable, "").strip()
+            if text and switch.option not in values:
+                is_on = _parse(variable, text, bool)
+                values[switch.option] = switch.on if is_on else switch.off
         return cls(**values)
+
+    @classmethod
+    def variables_of(cls, name: str) -> list[str]:
+        """The variables that set an option, ours first."""
+        aliases = [v for v, option in cls.environment_aliases.items() if option == name]
+        switches = [v for v, switch in cls.environment_switches.items() if switch.option == name]
+        return [f"NANOVLLM_{name.upper()}", *aliases, *switches]
 
     def _check_types(self) -> None:
         """Hold every field to its type, and to its choices if it has some."""

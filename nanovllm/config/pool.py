@@ -13,8 +13,8 @@ class PoolConfig(Options):
     """How many engines there are, who gets the next request, and how many are let in.
 
     Args:
-        devices: CUDA devices, one engine in its own process on each; None is one engine on what
-            `device` says.
+        devices: CUDA devices, one engine in its own process on each, or on as many as
+            `tensor_parallel_size` says, in order; None is one engine on what `device` says.
         replicas: Engines without `devices`; on a CPU they share its cores evenly.
         dispatch_policy: "cache_aware", "least_loaded" (family: "fsfs"), "round_robin" ("rr") or
             "random", the better of two; another name warns and is "round_robin".
@@ -93,10 +93,31 @@ class PoolConfig(Options):
             )
         if devices is not None and self.replicas not in (1, len(devices)):
             raise InvalidRequestError(
-                f"devices={devices} is one engine each: leave replicas={self.replicas} out",
+                f"devices={devices} say how many engines there are: leave "
+                f"replicas={self.replicas} out",
                 "replicas",
             )
 
     @property
     def num_engines(self) -> int:
         return len(self.devices) if self.devices is not None else self.replicas
+
+    def device_groups(self, size: int) -> list[list[int] | None]:
+        """The CUDA devices of each engine, None for what `device` says.
+
+        Args:
+            size: Devices of an engine.
+
+        Raises:
+            InvalidRequestError: There are not as many as some engines need.
+        """
+        if self.devices is None:
+            return [None] * self.replicas
+        if len(self.devices) % size:
+            raise InvalidRequestError(
+                f"devices={self.devices} must be a multiple of tensor_parallel_size={size}, the "
+                "devices of an engine",
+                "devices",
+            )
+        starts = range(0, len(self.devices), size)
+        return [self.devices[start : start + size] for start in starts]

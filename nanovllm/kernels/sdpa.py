@@ -16,6 +16,7 @@ from nanovllm.kernels.attention_backend import (
     AttentionConfig,
     CacheSpec,
     HeadNorms,
+    PlanBuffers,
 )
 from nanovllm.kernels.rotation import rotate
 
@@ -52,8 +53,11 @@ class RowGroup:
         return self.masks[window]
 
 
-class SdpaBackend:
-    """See `AttentionBackend`. A layer's cache is `[2, num_blocks, block_size, kv_heads, dim]`."""
+class PagedCache:
+    """A layer's cache as `[2, num_blocks, block_size, num_kv_heads, head_dim]`, plainly written.
+
+    All backends but the one of our CPU kernels have this layout, so that they can be paired.
+    """
 
     def __init__(self, config: AttentionConfig) -> None:
         if config.quantize_cache:
@@ -64,6 +68,7 @@ class SdpaBackend:
         self._config = config
 
     def cache_spec(self, num_blocks: int) -> CacheSpec:
+        """See `AttentionBackend`."""
         config = self._config
         shape = (2, num_blocks, config.block_size, config.num_kv_heads, config.head_dim)
         return CacheSpec(shape, config.dtype)
@@ -76,6 +81,7 @@ class SdpaBackend:
         cache: Tensor,
         slots: Tensor,
     ) -> Tensor:
+        """See `AttentionBackend`."""
         config = self._config
         heads = qkv.view(len(qkv), -1, config.head_dim)
         widths = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
@@ -86,13 +92,36 @@ class SdpaBackend:
             k = F.rms_norm(k, norms.k.shape, norms.k, norms.eps)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        keys, values = cache.flatten(1, 2)
-        keys[slots] = k
-        values[slots] = v
+        _store(k, v, cache, slots)
         return q
 
-    def plan(self, batch: AttentionBatch) -> list[RowGroup]:
-        groups = []
+
+def _store(k: Tensor, v: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Write keys and values `[num_tokens, num_kv_heads, head_dim]` where slots are not -1."""
+    # To pick the tokens that have a slot would wait for the device. So the others repeat one that
+    # has; if there is none, all write back what is there.
+    has_slot = slots >= 0
+    tokens = torch.arange(len(slots), device=slots.device)
+    tokens = torch.where(has_slot, tokens, has_slot.byte().argmax())
+    slots = slots[tokens]
+    kept = (slots >= 0)[:, None, None]
+    for stored, new in zip(cache.flatten(1, 2), (k, v), strict=True):
+        stored[slots] = torch.where(kept, new[tokens].to(stored.dtype), stored[slots])
+
+
+class SdpaBackend(PagedCache):
+    """See `AttentionBackend`. It is right everywhere, and not captured in graphs."""
+
+    @property
+    def capturable(self) -> bool:
+        return False
+
+    def plan(
+        self,
+        batch: AttentionBatch,
+        buffers: PlanBuffers | None = None,  # noqa: ARG002
+    ) -> list[RowGroup]:
+        groups, tables = [], batch.row_tables(self._config.block_size)
         starts, lengths = batch.starts.tolist(), batch.lengths.tolist()
         offsets = [0, *itertools.accumulate(lengths)]
         for rows in self._group_rows(starts, lengths):
@@ -100,7 +129,7 @@ class SdpaBackend:
                 [starts[row] for row in rows],
                 lengths[rows[0]],
                 [offsets[row] for row in rows],
-                batch.block_tables[torch.tensor(rows, device=batch.block_tables.device)],
+                tables[torch.tensor(rows, device=tables.device)],
             )
             groups.append(group)
         return groups

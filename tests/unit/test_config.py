@@ -1,6 +1,6 @@
 """Engine options: defaults, aliases, the environment, and what is refused."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from nanovllm.config import (
     SpeechConfig,
     split_options,
 )
+from nanovllm.config.attention import ATTENTION_BACKENDS
 from nanovllm.config.server import MAX_PROMPTS
 from nanovllm.errors import InvalidRequestError
 
@@ -41,7 +42,10 @@ DEFAULTS: dict[str, Any] = {
     "max_cached_tokens": None,
     "async_scheduling": None,
     "tensor_parallel_size": 1,
+    "attention_backend": "auto",
     "enforce_eager": False,
+    "max_cudagraph_capture_size": None,
+    "compile_model": False,
     "kv_cache_dtype": "auto",
     "quantization": None,
     "deterministic": False,
@@ -82,8 +86,11 @@ VALUES: dict[str, tuple[str, Any]] = {
     "enable_prefix_caching": ("No", False),
     "max_cached_tokens": ("0", 0),
     "async_scheduling": ("yes", True),
-    "tensor_parallel_size": ("1", 1),
+    "tensor_parallel_size": ("2", 2),
+    "attention_backend": ("flash_attention_2, TRITON_ATTN", "flash-attn,triton"),
     "enforce_eager": ("TRUE", True),
+    "max_cudagraph_capture_size": ("0", 0),
+    "compile_model": ("yes", True),
     "kv_cache_dtype": ("int8", "int8"),
     "quantization": ("int4-g64", "int4-g64"),
     "deterministic": ("1", True),
@@ -203,6 +210,54 @@ def test_every_variable_of_the_family(variable: str, option: str) -> None:
     assert getattr(EngineConfig.from_env({variable: text}), option) == value
 
 
+@pytest.mark.parametrize(
+    ("environ", "option", "value"),
+    [
+        ({"ENABLE_FLASH_ATTENTION": "0"}, "attention_backend", "sdpa"),
+        ({"ENABLE_FLASH_ATTENTION": "1"}, "attention_backend", "auto"),
+        ({"ENABLE_FLASH_ATTENTION": "0", "ATTN_IMPL": "fa3"}, "attention_backend", "flash-attn"),
+        ({"ENABLE_CUDA_GRAPH": "0"}, "enforce_eager", True),
+        ({"ENABLE_CUDA_GRAPH": "true"}, "enforce_eager", False),
+        ({"ENABLE_DECODE_CUDA_GRAPH": "no"}, "enforce_eager", True),
+        ({"ENABLE_CUDA_GRAPH": "1", "NANOVLLM_ENFORCE_EAGER": "1"}, "enforce_eager", True),
+        ({"MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"}, "async_scheduling", False),
+        ({"MINISGL_DISABLE_OVERLAP_SCHEDULING": "0"}, "async_scheduling", None),
+        ({"NANOVLLM_DISABLE_OVERLAP_SCHEDULING": "yes"}, "async_scheduling", False),
+    ],
+)
+def test_variables_that_are_on_or_off(environ: dict[str, str], option: str, value: Any) -> None:
+    assert getattr(EngineConfig.from_env(environ), option) == value
+
+
+@pytest.mark.parametrize("variable", EngineConfig.environment_switches)
+def test_variables_that_are_neither_on_nor_off(variable: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{variable}='some' is not a valid bool"):
+        EngineConfig.from_env({variable: "some"})
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *((name, name) for name in ATTENTION_BACKENDS),
+        ("FLASH_ATTN", "flash-attn"),
+        ("FLASH_ATTN_VLLM_V1", "flash-attn"),
+        ("flash_attention_2", "flash-attn"),
+        ("fa", "flash-attn"),
+        ("FLASHINFER", "flashinfer"),
+        ("TRITON_ATTN", "triton"),
+        ("TORCH_SDPA", "sdpa"),
+        ("eager", "sdpa"),
+        ("fa,fi", "flash-attn,flashinfer"),
+        (" Flash-Attn , triton ", "flash-attn,triton"),
+        ("fa3,FLASH_ATTN", "flash-attn"),
+    ],
+)
+def test_names_of_attention_backends(given: str, name: str) -> None:
+    config = EngineConfig(attention_backend=given)
+    assert config.attention_backend == name
+    assert replace(config, seed=1).attention_backend == name
+
+
 @pytest.mark.parametrize(("config", "option", "text", "value"), OTHERS)
 def test_every_option_of_pool_and_server_is_read_from_the_environment(
     config: type[Options], option: str, text: str, value: Any
@@ -314,7 +369,7 @@ def test_every_alias(alias: str, option: str) -> None:
     value = (VALUES | POOL_VALUES | SERVER_VALUES)[option][1]
     configs = split_options({alias: value}, EngineConfig, PoolConfig)
     assert configs == split_options({option: value}, EngineConfig, PoolConfig)
-    assert configs != [EngineConfig(), PoolConfig()] or option == "tensor_parallel_size"
+    assert configs != [EngineConfig(), PoolConfig()]
 
 
 @pytest.mark.parametrize(
@@ -360,16 +415,34 @@ def test_an_option_under_two_names_is_refused() -> None:
         ({"max_cached_tokens": -1}, "max_cached_tokens must be at least 0, got -1"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization must be in (0, 1], got 0.0"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization must be in (0, 1], got 1.1"),
-        (
-            {"tensor_parallel_size": 2},
-            "tensor_parallel_size must be 1, got 2: this version runs a model on one device",
-        ),
+        ({"tensor_parallel_size": 9}, "tensor_parallel_size must be in [1, 8], got 9"),
         (
             {"max_num_batched_tokens": 4, "max_num_seqs": 8},
             "max_num_batched_tokens=4 must be at least max_num_seqs=8, one position for each "
             "running sequence",
         ),
         ({"max_loras": 0}, "max_loras must be at least 1, got 0"),
+        (
+            {"max_cudagraph_capture_size": -1},
+            "max_cudagraph_capture_size must be at least 0, got -1",
+        ),
+        (
+            {"attention_backend": "xformers"},
+            "attention_backend must be one of auto, triton, flash-attn, flashinfer, sdpa, cpu, or "
+            "two as 'PREFILL,DECODE', got 'xformers'",
+        ),
+        (
+            {"attention_backend": "fa,trtllm"},
+            "attention_backend 'trtllm' is not supported; 'flashinfer' is nearest to it",
+        ),
+        (
+            {"attention_backend": "fa,fi,sdpa"},
+            "attention_backend must be one backend, or two as 'PREFILL,DECODE', got 'fa,fi,sdpa'",
+        ),
+        (
+            {"attention_backend": "auto,sdpa"},
+            "attention_backend 'auto,sdpa' pairs what stands alone: 'auto' and 'cpu' make no pairs",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -382,6 +455,8 @@ def test_device_defaults() -> None:
     cpu, cuda = (EngineConfig().resolved_for(device) for device in ("cpu", "cuda"))
     assert (cpu.max_num_seqs, cpu.max_num_batched_tokens) == (64, 1024)
     assert (cuda.max_num_seqs, cuda.max_num_batched_tokens) == (256, 8192)
+    assert EngineConfig().resolved_for("cuda", 256).block_size == 256
+    assert EngineConfig(block_size=32).resolved_for("cuda", 256).block_size == 32
     assert (cpu.block_size, cpu.async_scheduling, cuda.async_scheduling) == (16, False, True)
 
 
