@@ -15,8 +15,8 @@ from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_pa
 from torch import Tensor
 
 from nanovllm.batch import SlotStart, TextRequest
+from nanovllm.kernels.attention_backend import to_device
 from nanovllm.kernels.cpu.threads import num_usable_cores
-from nanovllm.runners.model_runner import to_device
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 
@@ -70,14 +70,18 @@ class Digits:
 
 
 class Account:
-    """The time that a grammar takes from everyone's steps, in all its sequences."""
+    """The time that a grammar takes from everyone's steps, in all its sequences.
 
-    def __init__(self) -> None:
-        self._time_over = 0.0
+    Args:
+        is_limited: Whether there is a limit to it.
+    """
+
+    def __init__(self, is_limited: bool = True) -> None:
+        self._is_limited, self._time_over = is_limited, 0.0
 
     @property
     def is_overdrawn(self) -> bool:
-        return self._time_over > MAX_TIME_OVER
+        return self._is_limited and self._time_over > MAX_TIME_OVER
 
     def charge(self, seconds: float, allowance: float = 0.0) -> None:
         """Count time of this thread, but for what is allowed."""
@@ -165,9 +169,15 @@ class SlotGrammar:
 
 
 def start_grammar(
-    start: SlotStart, request: TextRequest, compiler: GrammarCompiler
+    start: SlotStart, request: TextRequest, compiler: GrammarCompiler, is_timed: bool = True
 ) -> SlotGrammar | None:
     """The grammar of a sequence that takes a slot, if it has one.
+
+    Args:
+        start: The sequence.
+        request: Has the grammar.
+        compiler: Compiles it, unless that is done.
+        is_timed: Whether the sequence ends once its grammar has taken too much time.
 
     Raises:
         ValueError: It cannot be compiled; whoever added the sequence has made sure that it can.
@@ -184,7 +194,7 @@ def start_grammar(
         generated,
         may_force(start.sampling_params),
         digits,
-        _account(request.grammar),
+        _account(request.grammar) if is_timed else Account(is_limited=False),
     )
 
 

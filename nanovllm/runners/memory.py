@@ -12,8 +12,12 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 from nanovllm.kernels.attention_backend import AttentionConfig, CacheSpec
 from nanovllm.kernels.cpu.packing import zeroed
+from nanovllm.runners.graphs import capture_sizes
 
 logger = logging.getLogger(__name__)
+
+GRAPH_LAYER_BYTES = 128 << 10
+"""What a captured layer takes besides: the arguments of a dozen launches, and more for safety."""
 
 CPU_KV_CACHE_BYTES = 4 << 30
 """Most that the KV cache takes on a CPU unless told otherwise; vLLM's default too."""
@@ -112,8 +116,10 @@ def kv_cache_bytes(
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = int(total * config.gpu_memory_utilization) - (total - free)
-        return budget - activation_bytes(config, model) - still_to_load
-    return min(CPU_KV_CACHE_BYTES, max(available_cpu_memory() - still_to_load, 0) // 2)
+        needed = activation_bytes(config, model) + graph_bytes(config, model)
+        return budget - needed - still_to_load
+    least = min(CPU_KV_CACHE_BYTES, max(available_cpu_memory() - still_to_load, 0) // 2)
+    return least // config.tensor_parallel_size  # the ranks share the machine
 
 
 def attention_config(
@@ -127,6 +133,9 @@ def attention_config(
         model.head_dim,
         dtype,
         config.kv_cache_dtype == "int8",
+        config.attention_backend,
+        not config.disable_cascade_attn,
+        config.deterministic,
     )
 
 
@@ -142,6 +151,16 @@ def activation_bytes(config: EngineConfig, model: ModelShape) -> int:
     tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
     hidden = tokens * (8 * model.hidden_size + 4 * model.intermediate_size) * 4
     return hidden + seqs * model.num_row_values * 4 + (1 << 30)
+
+
+def graph_bytes(config: EngineConfig, model: ModelShape) -> int:
+    """What captured graphs hold beside that, estimated from above."""
+    sizes = capture_sizes(config.max_cudagraph_capture_size, config.max_num_seqs or 1)
+    if config.enforce_eager or not sizes:
+        return 0
+    # What the tail reads has a place of its own, and the pool holds what the largest graph makes.
+    row = 4 * (3 * model.num_row_values + 16 * model.hidden_size + 8 * model.intermediate_size)
+    return sizes[-1] * row + len(sizes) * model.num_layers * GRAPH_LAYER_BYTES
 
 
 def fit_kv_cache(

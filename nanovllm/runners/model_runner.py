@@ -1,5 +1,6 @@
 """What every runner does: KV memory, block tables, and one forward pass a step."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from nanovllm.batch import Batch, Key, SlotStart, StepResult
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
-from nanovllm.kernels.attention_backend import AttentionBatch, IntArray
+from nanovllm.kernels.attention_backend import AttentionBatch, BlockTables, IntArray, to_device
 from nanovllm.kernels.kernels import Kernels
+from nanovllm.kernels.lora import IndexedBatch, LoRABatch
 from nanovllm.layers.context import ForwardContext
-from nanovllm.layers.lora import LoRABatch
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.adapters import AdapterTable
+from nanovllm.models.sharding import Sharding
+from nanovllm.runners.decode_graphs import PADDING, DecodeGraphs, RowOutputs
+from nanovllm.runners.graphs import Capture, capture_sizes
 from nanovllm.runners.memory import (
     ModelShape,
     allocate_kv_cache,
@@ -26,6 +31,8 @@ from nanovllm.runners.memory import (
     kv_cache_bytes,
 )
 from nanovllm.runners.voice_encoding import VoiceEncoding
+
+logger = logging.getLogger(__name__)
 
 
 class PagedModel(Protocol):
@@ -43,20 +50,18 @@ class PagedModel(Protocol):
 
 
 ModelT = TypeVar("ModelT", bound=PagedModel)
-HiddenT = TypeVar("HiddenT")
-"""What a forward pass leaves for the tail."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
-    """A batch laid out for the device.
+    """Rows of a batch laid out for the device.
 
     Args:
         slots: Slot of each row, `[num_rows]`.
         starts: First position of each row, `[num_rows]`.
         lengths: Positions of each row, `[num_rows]`.
         ends: Position after each row's last, `[num_rows]`.
-        last_tokens: Index of each row's last token in the step, `[num_rows]`.
+        last_tokens: Index of each row's last token, `[num_rows]`.
         emits: Whether a row yields a result, `[num_rows]`.
         token_slots: Slot of each token, on the device, `[num_tokens]`.
         positions: Position of each token, on the device, `[num_tokens]`.
@@ -72,15 +77,21 @@ class StepRows:
     positions: Tensor
 
 
-class ModelRunner(ABC, Generic[ModelT, HiddenT]):
+class ModelRunner(ABC, Generic[ModelT]):
     """Owns a model, its KV cache and the tables indexed by slot; the only one to touch the device.
 
     Subclasses say what a slot holds, what is fed at a position and what becomes of the last one.
+    A step is computed by rows: its decodes in a captured graph, if there are graphs, and the others
+    one by one as they come; then the tail makes results of the last position of each.
 
     Args:
         model: The network, on its device.
         kernels: What it runs on.
         config: Options, resolved for the device.
+        capture: Captures the decodes of steps; None runs them like the others.
+        parallel: The ranks that have a part of the model each, and the same slots and blocks; None
+            if all of it is here.
+        sharding: The part of the model that is here.
 
     Attributes:
         num_kv_blocks: Blocks of the KV cache.
@@ -88,28 +99,72 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
         adapters: The LoRA adapters, if there is room for them.
     """
 
-    def __init__(self, model: ModelT, kernels: Kernels, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: ModelT,
+        kernels: Kernels,
+        config: EngineConfig,
+        capture: Capture | None = None,
+        parallel: TensorParallel | None = None,
+        sharding: Sharding | None = None,
+    ) -> None:
         weight = next(model.parameters())
         self.model, self.kernels, self.device = model, kernels, weight.device
         self.block_size = config.block_size or 1
+        self._parallel = parallel
         shape = model.config
         self._backend = kernels.attention(attention_config(config, shape, weight.dtype))
         block_bytes = self._backend.cache_spec(1).num_bytes * shape.num_layers
+        if parallel is not None:
+            parallel.wait_for_all()  # a rank that still loads may not have taken its memory yet
         self.num_kv_blocks, self.max_model_len = fit_kv_cache(
             config, shape, block_bytes, kv_cache_bytes(config, shape, self.device)
         )
+        if parallel is not None:
+            self.num_kv_blocks, self.max_model_len = parallel.minimum(
+                self.num_kv_blocks, self.max_model_len
+            )
         spec = self._backend.cache_spec(self.num_kv_blocks)
         self._kv_caches = [allocate_kv_cache(spec, self.device) for _ in range(shape.num_layers)]
-        num_slots = config.max_num_seqs or 1
+        self._num_slots = config.max_num_seqs or 1
         max_blocks = -(-self.max_model_len // self.block_size)
-        self._block_tables = torch.zeros(
-            num_slots, max_blocks, dtype=torch.int64, device=self.device
-        )
+        # One more than there are slots, in this table and others: rows that only pad have it.
+        self._block_tables = BlockTables.zeros(self._num_slots + 1, max_blocks, self.device)
         self.adapters: AdapterTable | None = None
         if config.lora is not None:
             self.adapters = AdapterTable(
-                model.named_modules(), config.lora, num_slots, weight.dtype, self.device
+                model.named_modules(),
+                config.lora,
+                self._num_slots,
+                weight.dtype,
+                kernels,
+                sharding,
             )
+        self._graphs = None if capture is None else self._decode_graphs(capture, config)
+
+    def capture(self) -> None:
+        """Capture the graphs, before the first request."""
+        with torch.inference_mode(), self.kernels.running():
+            self._capture()
+
+    def _capture(self) -> None:
+        if self._graphs is not None:
+            self._graphs.capture()
+
+    def _decode_graphs(self, capture: Capture, config: EngineConfig) -> DecodeGraphs | None:
+        sizes = capture_sizes(config.max_cudagraph_capture_size, self._num_slots)
+        if not self._backend.capturable:
+            logger.warning("decodes run without graphs: their attention backend cannot be captured")
+        if not sizes or not self._backend.capturable:
+            return None
+        return DecodeGraphs(
+            capture,
+            sizes,
+            self._backend,
+            self._block_tables,
+            self._new_outputs(sizes[-1]),
+            self._captured_decodes,
+        )
 
     def launch(self, batch: Batch) -> Any:
         """Start a step: apply the slots' changes, run the model, then the tail of the rows.
@@ -129,13 +184,32 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
             if self.adapters is not None:
                 self.adapters.start(start.slot, start.adapter_id)
             self._start_slot(start)
-        for slot, index, block_ids in batch.new_blocks:
-            self._block_tables[slot, index : index + len(block_ids)] = torch.tensor(
-                block_ids, device=self.device
-            )
-        rows = self._lay_out(batch)
-        ctx = self._context(rows)
-        return self._tail(self._forward(rows, ctx), rows, ctx)
+        self._block_tables.append(batch.new_blocks)
+        slots, starts, lengths = (
+            np.array(column, dtype=np.int64)
+            for column in (batch.slots, batch.starts, batch.lengths)
+        )
+        emits = np.array(batch.emits, dtype=np.bool_)
+        num_captured = self._num_captured(batch)
+        outputs = None
+        if self._graphs is not None and num_captured:
+            # First: they read nothing that the others write, who may read what they do.
+            captured = slots[:num_captured]
+            adapters = None if self.adapters is None else self.adapters.slots_of(captured)
+            outputs = self._graphs.replay(captured, starts[:num_captured], adapters)
+        if num_captured < len(slots):
+            of = slice(num_captured, None)
+            rest = self._lay_out(slots[of], starts[of], lengths[of], emits[of])
+            others = self._compute(rest, self._rows_context(rest))
+            if others is not None:
+                outputs = self._graphs.extend(num_captured, others) if self._graphs else others
+        return self._tail(outputs, slots[emits], (starts + lengths)[emits])
+
+    def _num_captured(self, batch: Batch) -> int:
+        """How many rows, from the first on, a graph computes."""
+        if self._graphs is None or batch.num_decodes > self._graphs.max_rows:
+            return 0
+        return batch.num_decodes
 
     def check(self, keys: Sequence[Key], payload: object) -> None:
         """See that a sequence can start: in a step it would take others along.
@@ -156,6 +230,9 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
         """
         raise InvalidRequestError("this model encodes no audio")
 
+    def close(self) -> None:
+        """End what does not end by itself."""
+
     @abstractmethod
     def collect(self, handle: Any) -> list[StepResult]:
         """Wait for a step and return one result for each row that emits, in row order."""
@@ -169,18 +246,37 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
         """Drop what a slot holds; the slot may never have started if its step failed."""
 
     @abstractmethod
-    def _forward(self, rows: StepRows, ctx: ForwardContext) -> HiddenT:
-        """Run the model; returns hidden states, each `[num_tokens, hidden_size]`."""
+    def _new_outputs(self, num_rows: int) -> RowOutputs:
+        """Room for what `_compute` yields of so many rows."""
 
     @abstractmethod
-    def _tail(self, hidden: HiddenT, rows: StepRows, ctx: ForwardContext) -> Any:
-        """Turn the last hidden states of the rows that emit into results; returns a handle."""
+    def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
+        """Run the model; returns what the tail needs of the rows that emit, None if none does."""
 
-    def _lay_out(self, batch: Batch) -> StepRows:
-        slots, starts, lengths = (
-            np.array(column, dtype=np.int64)
-            for column in (batch.slots, batch.starts, batch.lengths)
-        )
+    @abstractmethod
+    def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
+        """The same for rows of one position each, so that it can be captured.
+
+        Args:
+            slots: Slot of each row, on the device, `[num_rows]`.
+            positions: Its position, `PADDING` for rows that are to write nothing.
+            ctx: The step.
+        """
+
+    @abstractmethod
+    def _tail(self, outputs: RowOutputs | None, slots: IntArray, ends: IntArray) -> Any:
+        """Turn the outputs of the rows that emit into results; returns a handle.
+
+        Args:
+            outputs: What `_compute` returned, in the buffers of `_graphs` if there are graphs and
+                no more rows than those hold; None if no row emits.
+            slots: Slots of the rows, `[num_rows]`.
+            ends: Position after each row's last, `[num_rows]`.
+        """
+
+    def _lay_out(
+        self, slots: IntArray, starts: IntArray, lengths: IntArray, emits: npt.NDArray[np.bool_]
+    ) -> StepRows:
         token_ends = lengths.cumsum()
         shifts = np.repeat(starts - (token_ends - lengths), lengths)
         return StepRows(
@@ -189,24 +285,41 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
             lengths=lengths,
             ends=starts + lengths,
             last_tokens=token_ends - 1,
-            emits=np.array(batch.emits, dtype=np.bool_),
+            emits=emits,
             token_slots=self._to_device(np.repeat(slots, lengths)),
             positions=self._to_device(np.arange(len(shifts)) + shifts),
         )
 
-    def _context(self, rows: StepRows) -> ForwardContext:
+    def _rows_context(self, rows: StepRows) -> ForwardContext:
+        batch = AttentionBatch.of(rows.starts, rows.lengths, rows.slots, self._block_tables)
         size = self.block_size
-        blocks = self._block_tables[rows.token_slots, rows.positions // size]
-        num_blocks = -(-int(rows.ends.max()) // size)
-        tables = self._block_tables[self._to_device(rows.slots), :num_blocks]
-        plan = self._backend.plan(AttentionBatch(rows.starts, rows.lengths, tables))
+        blocks = self._block_tables.device[rows.token_slots, rows.positions // size]
+        return self._context(
+            blocks * size + rows.positions % size,
+            self._backend.plan(batch),
+            self._adapters_of(np.repeat(rows.slots, rows.lengths)),
+        )
+
+    def _captured_decodes(
+        self, slots: Tensor, positions: Tensor, plan: Any, adapters: Tensor | None
+    ) -> RowOutputs:
+        """What `DecodeGraphs` captures."""
+        size = self.block_size
+        blocks = self._block_tables.device[slots, positions.clamp(min=0) // size]
+        cache_slots = torch.where(positions < 0, PADDING, blocks * size + positions % size)
+        lora = None if adapters is None else IndexedBatch(adapters)
+        ctx = self._context(cache_slots, plan, lora)
+        return self._compute_decodes(slots, positions, ctx)
+
+    def _context(self, cache_slots: Tensor, plan: Any, lora: LoRABatch | None) -> ForwardContext:
         return ForwardContext(
             kernels=self.kernels,
             backend=self._backend,
             kv_caches=self._kv_caches,
-            cache_slots=blocks * size + rows.positions % size,
+            cache_slots=cache_slots,
             attention=plan,
-            lora=self._adapters_of(np.repeat(rows.slots, rows.lengths)),
+            lora=lora,
+            parallel=self._parallel,
         )
 
     def _adapters_of(self, slots: IntArray) -> LoRABatch | None:
@@ -215,30 +328,3 @@ class ModelRunner(ABC, Generic[ModelT, HiddenT]):
 
     def _to_device(self, array: npt.NDArray[Any]) -> Tensor:
         return to_device(array, self.device)
-
-
-class HostCopies:
-    """Results on their way to the host, copied while later steps already run.
-
-    Args:
-        tensors: The results.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        # Into pinned memory, which torch allocates for copies that do not block.
-        self._copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._arrived: torch.cuda.Event | None = None
-        if tensors[0].is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def wait(self) -> list[npt.NDArray[Any]]:
-        """The results, once they are there."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [copy.numpy() for copy in self._copies]
-
-
-def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copy a host array to the device, without waiting for it where the device allows."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

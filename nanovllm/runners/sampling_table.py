@@ -1,6 +1,7 @@
 """The sampling settings of the running sequences, by slot."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,10 +9,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.batch import SlotStart, TextRequest
-from nanovllm.kernels.attention_backend import IntArray
-from nanovllm.kernels.kernels import Draws
-from nanovllm.layers.sampler import BadWords, Penalties, SamplingBatch
-from nanovllm.runners.model_runner import to_device
+from nanovllm.kernels.attention_backend import IntArray, to_device
+from nanovllm.kernels.kernels import Draws, Penalties
+from nanovllm.layers.sampler import BadWords, SamplingBatch
 from nanovllm.runners.random_draws import uniforms
 
 MAX_POSITION = 2**62
@@ -53,6 +53,8 @@ class SamplingTable:
                 ("num_scores", np.int64),
             ],
         )
+        # Slots whose logits are changed, masked or scored before a token is drawn from them.
+        self._does_more = np.zeros(num_slots, dtype=np.bool_)
         self._stop_ids: dict[int, IntArray] = {}
         self._biases: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}
         self._allowed: dict[int, Tensor] = {}
@@ -95,16 +97,43 @@ class SamplingTable:
                 ),
             )
         if params.allowed_token_ids is not None:
-            allowed = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-            allowed[torch.tensor(params.allowed_token_ids, device=self._device)] = True
-            self._allowed[slot] = allowed
+            allowed = np.zeros(self._vocab_size, dtype=np.bool_)
+            allowed[params.allowed_token_ids] = True
+            self._allowed[slot] = self._to_device(allowed)
         if request.bad_words:
             self._bad_words[slot] = request.bad_words
+        row = self._numbers[slot]
+        self._does_more[slot] = (
+            request.grammar is not None
+            or row["num_scores"] >= 0
+            or bool(_penalised(row))
+            or any(slot in table for table in self._tables)
+        )
 
     def release(self, slot: int) -> None:
         """Forget a slot's settings."""
-        for table in (self._stop_ids, self._biases, self._allowed, self._bad_words):
+        for table in self._tables:
             table.pop(slot, None)
+
+    @property
+    def _tables(self) -> tuple[dict[int, Any], ...]:
+        return self._stop_ids, self._biases, self._allowed, self._bad_words
+
+    def only_draw(self, slots: IntArray) -> bool:
+        """Whether rows `[num_rows]` need no more than `draws`: no masks, penalties or scores."""
+        return not self._does_more[slots].any()
+
+    def draws(self, slots: IntArray, ends: IntArray) -> dict[str, npt.NDArray[Any]]:
+        """What `Draws` holds of rows, each `[num_rows]`; see `batch`."""
+        numbers = self._numbers[slots]
+        generated = (ends - numbers["num_prompt"]).astype(np.uint64)
+        return {
+            "temperature": numbers["temperature"],
+            "uniforms": uniforms(numbers["seed"], numbers["sample_index"], generated),
+            "top_k": numbers["top_k"],
+            "top_p": numbers["top_p"],
+            "min_p": numbers["min_p"],
+        }
 
     def batch(
         self,
@@ -126,15 +155,15 @@ class SamplingTable:
         sampled = numbers["temperature"] > 0
         cut = sampled & ((numbers["top_k"] < self._vocab_size) | (numbers["top_p"] < 1))
         num_scores = int(numbers["num_scores"].max())
-        draws = uniforms(numbers["seed"], numbers["sample_index"], generated.astype(np.uint64))
+        draws = self.draws(slots, ends)
         return SamplingBatch(
             draws=Draws(
-                temperature=self._to_device(numbers["temperature"]),
-                uniforms=self._to_device(draws),
+                temperature=self._to_device(draws["temperature"]),
+                uniforms=self._to_device(draws["uniforms"]),
                 any_sampled=bool(sampled.any()),
-                top_k=self._to_device(numbers["top_k"]) if cut.any() else None,
-                top_p=self._to_device(numbers["top_p"]) if cut.any() else None,
-                min_p=self._to_device(numbers["min_p"]) if numbers["min_p"].any() else None,
+                top_k=self._to_device(draws["top_k"]) if cut.any() else None,
+                top_p=self._to_device(draws["top_p"]) if cut.any() else None,
+                min_p=self._to_device(draws["min_p"]) if draws["min_p"].any() else None,
             ),
             penalties=self._penalties(numbers, slots, ends, token_ids),
             bad_words=self._words(slots, ends, generated, token_ids),
@@ -147,9 +176,7 @@ class SamplingTable:
     def _penalties(
         self, numbers: npt.NDArray[np.void], slots: IntArray, ends: IntArray, token_ids: Tensor
     ) -> Penalties | None:
-        rows = (
-            (numbers["repetition"] != 1) | (numbers["presence"] != 0) | (numbers["frequency"] != 0)
-        ).nonzero()[0]
+        (rows,) = _penalised(numbers).nonzero()
         if not len(rows):
             return None
         return Penalties(
@@ -223,3 +250,11 @@ class SamplingTable:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_device(array, self._device)
+
+
+def _penalised(numbers: Any) -> BoolArray:
+    """Which of some rows of the table have penalties."""
+    penalised: BoolArray = (
+        (numbers["repetition"] != 1) | (numbers["presence"] != 0) | (numbers["frequency"] != 0)
+    )
+    return penalised

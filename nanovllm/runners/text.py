@@ -1,9 +1,12 @@
 """Text: positions hold token ids, the last one of a row yields a sampled id."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,12 +21,18 @@ from nanovllm.batch import (
     TokenScores,
 )
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.attention_backend import IntArray
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
-from nanovllm.layers.sampler import Sampled, Scores, sample, score_tokens
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.sampler import Scores, sample, score_tokens
 from nanovllm.models.decoder import CausalLM
+from nanovllm.runners.captured_sampler import CapturedSampler, keep_tokens
+from nanovllm.runners.decode_graphs import RowOutputs
+from nanovllm.runners.graphs import Capture
 from nanovllm.runners.model_runner import ModelRunner, StepRows
 from nanovllm.runners.sampling_table import SamplingTable
+from nanovllm.runners.transfers import HostCopies
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.grammar_compiler import GrammarCompiler
 
@@ -46,6 +55,11 @@ class TextSlot:
     grammar: "SlotGrammar | None" = None
     prompt_scores: list[Scores] = field(default_factory=list)
 
+    def take_prompt_scores(self) -> list[Scores] | None:
+        """The scores of the prompt if they are due; they are once."""
+        due, self.scores_prompt = self.scores_prompt, False
+        return self.prompt_scores if due else None
+
     def stop_at(self, token_id: int) -> Stop | None:
         if token_id in self.eos_token_ids:
             return Stop("stop")
@@ -55,16 +69,27 @@ class TextSlot:
 
 
 class TextStep(NamedTuple):
-    """A step in flight: the emitting rows' slots, ends and states, and what was sampled."""
+    """A step in flight: the slots, ends and states of the rows that emit, and what came of them.
+
+    Args:
+        slots: Slot of each row.
+        ends: Keys that each row's sequence had before.
+        states: What each row's slot held.
+        results: Sampled ids `[num_rows]`, -1 for unusable logits; then the scores of the tokens if
+            a row asked for some, and those of prompts, three arrays each.
+        has_scores: Whether there are scores of the tokens.
+        num_prompt_scores: Slices of prompt scores of each row; None where none are due.
+    """
 
     slots: list[int]
     ends: list[int]
     states: list[TextSlot]
-    prompt_scores: list[list[Scores] | None]
-    sampled: Sampled | None
+    results: HostCopies
+    has_scores: bool
+    num_prompt_scores: list[int | None]
 
 
-class TextRunner(ModelRunner[CausalLM, Tensor]):
+class TextRunner(ModelRunner[CausalLM]):
     """Feeds token ids and samples the next.
 
     The ids of a running sequence lie in a table on the device: a step reads its inputs from there
@@ -75,6 +100,8 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         kernels: What it runs on.
         config: Options, resolved for the device.
         grammars: Compiles the forms of outputs; without one there are none.
+        capture: See `ModelRunner`.
+        parallel: See `ModelRunner`.
     """
 
     def __init__(
@@ -83,15 +110,26 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         kernels: Kernels,
         config: EngineConfig,
         grammars: GrammarCompiler | None = None,
+        capture: Capture | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        super().__init__(model, kernels, config)
+        super().__init__(model, kernels, config, capture, parallel, model.sharding)
         self.grammars = grammars
-        num_slots = config.max_num_seqs or 1
-        self._token_ids = torch.zeros(
-            num_slots, self.max_model_len + 1, dtype=torch.int32, device=self.device
-        )
-        self._sampling = SamplingTable(num_slots, model.config.vocab_size, self.device)
+        shape = self._num_slots + 1, self.max_model_len + 1
+        self._token_ids = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._sampling = SamplingTable(self._num_slots, model.config.vocab_size, self.device)
         self._slots: dict[int, TextSlot] = {}
+        self._sampler: CapturedSampler | None = None
+        if self._graphs is not None and capture is not None:
+            (logits,) = self._graphs.outputs
+            self._sampler = CapturedSampler(
+                capture, self._graphs.sizes, logits, self._token_ids, kernels
+            )
+
+    def _capture(self) -> None:
+        super()._capture()
+        if self._sampler is not None:
+            self._sampler.capture()
 
     def _start_slot(self, start: SlotStart) -> None:
         request = start.payload or TextRequest()
@@ -105,9 +143,8 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
             and start.sample_index == 0
             and len(start.keys) == start.num_prompt_keys,
         )
-        self._token_ids[start.slot, : len(start.keys)] = torch.tensor(
-            start.keys, dtype=torch.int32, device=self.device
-        )
+        keys = np.array(start.keys, dtype=np.int32)
+        self._token_ids[start.slot, : len(keys)] = self._to_device(keys)
         self._sampling.start(start, request, self._start_grammar(start, request))
 
     def _start_grammar(self, start: SlotStart, request: TextRequest) -> Sequence[int]:
@@ -118,7 +155,13 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
             raise RuntimeError("this runner was built without grammars")
         from nanovllm.runners.grammar import start_grammar
 
-        self._slots[start.slot].grammar = start_grammar(start, request, self.grammars)
+        self._slots[start.slot].grammar = start_grammar(
+            start,
+            request,
+            self.grammars,
+            # The first rank says that one takes too much time; the others cannot disagree.
+            is_timed=self._parallel is None or self._parallel.rank == 0,
+        )
         # What the model is not to end at may be all that the grammar allows.
         return (
             self.grammars.vocabulary.tokens.eos_tokens if start.sampling_params.ignore_eos else ()
@@ -128,48 +171,82 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         self._slots.pop(slot, None)
         self._sampling.release(slot)
 
-    def _forward(self, rows: StepRows, ctx: ForwardContext) -> Tensor:
+    def _new_outputs(self, num_rows: int) -> RowOutputs:
+        return (torch.zeros(num_rows, self.model.config.vocab_size, device=self.device),)
+
+    def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
         token_ids = self._token_ids[rows.token_slots, rows.positions]
         hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx)
-        return hidden
-
-    def _tail(self, hidden: Tensor, rows: StepRows, ctx: ForwardContext) -> TextStep:
         self._score_prompts(hidden, rows)
-        slots, ends = rows.slots[rows.emits], rows.ends[rows.emits]
-        states = [self._slots[slot] for slot in slots.tolist()]
-        prompt_scores = [state.prompt_scores if state.scores_prompt else None for state in states]
-        for state in states:
-            state.scores_prompt = False
-        sampled = None
-        if len(slots):
-            last = hidden[self._to_device(rows.last_tokens[rows.emits])]
-            logits = self.model.compute_logits(last, ctx.kernels)
-            # On a GPU the forward pass still runs while the host looks at the grammars.
-            allowed = self._allowed_tokens(states, logits.shape[-1])
-            settings = self._sampling.batch(slots, ends, self._token_ids, allowed)
-            sampled = sample(logits, settings, ctx.kernels)
-            # An invalid row's sequence ends when the step is collected; until then any id will do.
-            written = torch.where(sampled.valid, sampled.token_ids, 0).to(torch.int32)
-            self._token_ids[self._to_device(slots), self._to_device(ends)] = written
-        return TextStep(slots.tolist(), ends.tolist(), states, prompt_scores, sampled)
+        if not rows.emits.any():
+            return None
+        last = hidden[self._to_device(rows.last_tokens[rows.emits])]
+        return (self.model.compute_logits(last, ctx.kernels, ctx.parallel),)
 
-    def collect(self, handle: TextStep) -> list[StepResult]:
+    def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
+        token_ids = self._token_ids[slots, positions.clamp(min=0)]
+        hidden: Tensor = self.model(token_ids.long(), positions, ctx)
+        return (self.model.compute_logits(hidden, ctx.kernels, ctx.parallel),)
+
+    def _tail(self, outputs: RowOutputs | None, slots: IntArray, ends: IntArray) -> TextStep | None:
+        if outputs is None:
+            return None
+        states = [self._slots[slot] for slot in slots.tolist()]
+        prompt_scores = [state.take_prompt_scores() for state in states]
+        scores = None
+        if (
+            self._sampler is not None
+            and len(slots) <= self._sampler.max_rows
+            and self._sampling.only_draw(slots)
+        ):
+            where = {"slots": slots, "ends": ends}
+            token_ids = self._sampler.sample(where | self._sampling.draws(slots, ends))
+        else:
+            token_ids, scores = self._sample(outputs[0], states, slots, ends)
+        results = [token_ids, *(scores or ())]
+        for slices in prompt_scores:
+            results += itertools.chain.from_iterable(slices or ())
+        return TextStep(
+            slots.tolist(),
+            ends.tolist(),
+            states,
+            HostCopies(results),
+            scores is not None,
+            [None if slices is None else len(slices) for slices in prompt_scores],
+        )
+
+    def _sample(
+        self, logits: Tensor, states: list[TextSlot], slots: IntArray, ends: IntArray
+    ) -> tuple[Tensor, Scores | None]:
+        """Sample rows of all kinds, and write the ids to where the next step reads them."""
+        # On a GPU the forward pass still runs while the host looks at the grammars.
+        allowed = self._allowed_tokens(states, logits.shape[-1])
+        settings = self._sampling.batch(slots, ends, self._token_ids, allowed)
+        choice, scores = sample(logits, settings, self.kernels)
+        at = self._to_device(np.stack([slots, ends]))
+        return keep_tokens(choice, self._token_ids, at[0], at[1]), scores
+
+    def collect(self, handle: TextStep | None) -> list[StepResult]:
         """Wait for a step and return one result for each row that emits, in row order."""
-        if handle.sampled is None:
+        if handle is None:
             return []
-        token_ids = handle.sampled.token_ids.tolist()
-        valid = handle.sampled.valid.tolist()
-        scores = _ScoreReader(handle.sampled.scores)
+        arrived = iter(handle.results.wait())
+        token_ids = next(arrived).tolist()
+        scores = _ScoreReader(arrived) if handle.has_scores else None
         results = []
         for row, (slot, state) in enumerate(zip(handle.slots, handle.states, strict=True)):
-            if not valid[row]:
+            token_id, params, payload = token_ids[row], state.params, None
+            num_slices = handle.num_prompt_scores[row]
+            slices = [_ScoreReader(arrived) for _ in range(num_slices or 0)]
+            if token_id < 0:
                 results.append(StepResult(slot, -1, Stop("error", UNUSABLE_LOGITS)))
                 continue
-            token_id, params, payload = token_ids[row], state.params, None
-            if params.logprobs is not None or handle.prompt_scores[row] is not None:
+            if params.logprobs is not None or num_slices is not None:
                 payload = TextPayload(
-                    None if params.logprobs is None else scores.row(row, params.logprobs),
-                    _prompt_scores(handle.prompt_scores[row], params.prompt_logprobs),
+                    None
+                    if params.logprobs is None or scores is None
+                    else scores.row(row, params.logprobs),
+                    None if num_slices is None else _prompt_scores(slices, params.prompt_logprobs),
                 )
             forced: list[int] = []
             stop = state.stop_at(token_id)
@@ -194,8 +271,8 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
         """Put known ids where later steps read them, unless the slot is another's by now."""
         if token_ids and self._slots.get(slot) is state:
             fitting = token_ids[: self._token_ids.shape[1] - start]
-            self._token_ids[slot, start : start + len(fitting)] = torch.tensor(
-                fitting, dtype=torch.int32, device=self.device
+            self._token_ids[slot, start : start + len(fitting)] = self._to_device(
+                np.array(fitting, dtype=np.int32)
             )
 
     def _score_prompts(self, hidden: Tensor, rows: StepRows) -> None:
@@ -214,7 +291,7 @@ class TextRunner(ModelRunner[CausalLM, Tensor]):
             for low in range(start, min(end, state.num_prompt - 1), PROMPT_SCORE_ROWS):
                 high = min(low + PROMPT_SCORE_ROWS, end, state.num_prompt - 1)
                 scored = hidden[offset + low : offset + high]
-                logits = self.model.compute_logits(scored, self.kernels)
+                logits = self.model.compute_logits(scored, self.kernels, self._parallel)
                 targets = self._token_ids[slot, low + 1 : high + 1].long()
                 log_probs = logits.log_softmax(-1)
                 num_top = state.params.prompt_logprobs or 0
@@ -236,13 +313,12 @@ def _follow(
 
 
 class _ScoreReader:
-    """Scores brought to the host once a step."""
+    """Scores on the host, the next three of the arrays that have arrived."""
 
-    def __init__(self, scores: Scores | None) -> None:
-        if scores is not None:
-            self._token_ids = scores.token_ids.tolist()
-            self._logprobs = scores.logprobs.tolist()
-            self._ranks = scores.ranks.tolist()
+    def __init__(self, arrived: Iterator[npt.NDArray[Any]]) -> None:
+        self._token_ids, self._logprobs, self._ranks = (
+            array.tolist() for array in itertools.islice(arrived, 3)
+        )
 
     def row(self, row: int, num_top: int) -> TokenScores:
         width = 1 + num_top
@@ -254,12 +330,7 @@ class _ScoreReader:
         return len(self._ranks)
 
 
-def _prompt_scores(
-    slices: list[Scores] | None, num_top: int | None
-) -> list[TokenScores | None] | None:
-    """The scores of a whole prompt, if they were asked for; its first token has none."""
-    if slices is None:
-        return None
-    readers = [_ScoreReader(scores) for scores in slices]
-    rows = [reader.row(row, num_top or 0) for reader in readers for row in range(len(reader))]
+def _prompt_scores(slices: list[_ScoreReader], num_top: int | None) -> list[TokenScores | None]:
+    """The scores of a whole prompt; its first token has none."""
+    rows = [reader.row(row, num_top or 0) for reader in slices for row in range(len(reader))]
     return [None, *rows]
