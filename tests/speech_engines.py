@@ -32,6 +32,7 @@ class Ask:
         seed: Of its noise.
         max_patches: Patches to generate at most.
         options: More of `SpeechRequest`'s own.
+        adapter_id: LoRA adapter.
     """
 
     keys: list[Key]
@@ -39,6 +40,7 @@ class Ask:
     seed: int = 0
     max_patches: int = 6
     options: dict[str, Any] = field(default_factory=dict)
+    adapter_id: int | None = None
 
     @property
     def identity(self) -> object:
@@ -50,7 +52,7 @@ class Ask:
         latents = b"" if self.latents is None else self.latents.numpy().tobytes()
         params = SamplingParams(max_tokens=self.max_patches, seed=self.seed)
         request = SpeechRequest(latents, **self.options)
-        return engine.add(self.keys, params, payload=request)[0]
+        return engine.add(self.keys, params, adapter_id=self.adapter_id, payload=request)[0]
 
 
 class Spoken(NamedTuple):
@@ -80,9 +82,9 @@ def patch_keys(patches: Tensor) -> list[bytes]:
 
 
 def make_engine(directory: Path, **options: Any) -> tuple[LLMEngine, SpeechRunner]:
-    """An engine of a tiny checkpoint on one thread."""
-    defaults: dict[str, Any] = {"max_num_seqs": 8, "num_kv_blocks": 128}
-    config = EngineConfig(model=str(directory), device="cpu", cpu_threads=1, **defaults | options)
+    """An engine of a tiny checkpoint, on one thread of a CPU unless options say otherwise."""
+    defaults: dict[str, Any] = {"max_num_seqs": 8, "num_kv_blocks": 128, "device": "cpu"}
+    config = EngineConfig(model=str(directory), cpu_threads=1, **defaults | options)
     engine, runner, _ = load_engine(config, directory)
     assert isinstance(runner, SpeechRunner)
     return engine, runner

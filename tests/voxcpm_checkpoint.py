@@ -219,7 +219,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def _random_value(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def random_value(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
     """Values that tell a mistake apart: norms are not 1, biases not 0, embeddings of order 1."""
     shape = parameter.shape
     noise = torch.randn if not name.endswith((".alpha", ".weight_g")) else torch.rand
@@ -243,7 +243,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.ndim:
-            parameter.data.copy_(_random_value(name, parameter, generator))
+            parameter.data.copy_(random_value(name, parameter, generator))
 
 
 def make_model_dir(

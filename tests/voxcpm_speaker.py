@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
-from nanovllm.kernels.attention_backend import AttentionBatch, AttentionConfig
+from nanovllm.kernels.attention_backend import AttentionBatch, AttentionConfig, BlockTables
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.layers.context import ForwardContext
+from nanovllm.models.voxcpm.cfm import Guidance
 from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.models.voxcpm.loading import load_speech_model
 
@@ -56,16 +57,21 @@ class Speaker:
         """
         inputs = list(itertools.chain.from_iterable(row for _, _, row in rows))
         starts, lengths = [start for _, start, _ in rows], [len(row) for _, _, row in rows]
-        tables = torch.tensor(
-            [range(seq * self.num_blocks, (seq + 1) * self.num_blocks) for seq, _, _ in rows]
+        tables = BlockTables.zeros(len(rows), self.num_blocks, torch.device("cpu"))
+        tables.append(
+            [
+                (row, 0, range(seq * self.num_blocks, (seq + 1) * self.num_blocks))
+                for row, (seq, _, _) in enumerate(rows)
+            ]
         )
+        batch = AttentionBatch.of(np.array(starts), np.array(lengths), np.arange(len(rows)), tables)
         positions = torch.cat(
             [torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)]
         )
         first = torch.tensor([seq for seq, _, row in rows for _ in row]) * self.num_blocks
         ctx = self.context(
             first * self.block_size + positions,
-            self.backend.plan(AttentionBatch(np.array(starts), np.array(lengths), tables)),
+            self.backend.plan(batch),
         )
         shape = self.model.config
         patches = [x for x in inputs if isinstance(x, Tensor)]
@@ -92,8 +98,8 @@ class Speaker:
         cfg: Sequence[float] = (2.0,),
         timesteps: int = 10,
     ) -> Tensor:
-        ctx = self.context()
-        return self.model.sample(*hidden, cond, noise, torch.tensor(cfg), timesteps, ctx)
+        guidance = Guidance.of(np.array(cfg, np.float32), cond.device)
+        return self.model.sample(*hidden, cond, noise, guidance, timesteps, self.context())
 
     def stop_logits(self, hidden: tuple[Tensor, Tensor]) -> Tensor:
         with torch.inference_mode():

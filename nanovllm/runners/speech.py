@@ -1,7 +1,7 @@
 """Speech: positions hold text tokens or patches, the last one of a row yields a patch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanovllm.batch import (
     UNUSABLE_PATCH,
+    Batch,
     Key,
     SlotStart,
     SpeechPayload,
@@ -23,10 +24,16 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.attention_backend import IntArray
 from nanovllm.kernels.kernels import Kernels
+from nanovllm.kernels.lora import LoRABatch
 from nanovllm.layers.context import ForwardContext
 from nanovllm.models.voxcpm.model import VoxCPM
-from nanovllm.runners.model_runner import HostCopies, ModelRunner, StepRows
+from nanovllm.runners.captured_tail import CapturedTail
+from nanovllm.runners.decode_graphs import RowOutputs
+from nanovllm.runners.graphs import Capture
+from nanovllm.runners.model_runner import ModelRunner, StepRows
 from nanovllm.runners.random_draws import gaussians
+from nanovllm.runners.speech_tail import SpeechTail, TailRows
+from nanovllm.runners.transfers import HostCopies
 from nanovllm.runners.voice_encoding import VoiceEncoding
 
 AUDIO = -1
@@ -62,39 +69,16 @@ class SpeechSlot:
     patch_numbers: IntArray
 
 
-class SpeechHidden(NamedTuple):
-    """Hidden states of a step's positions, of the base and of the residual language model."""
-
-    lm: Tensor
-    residual: Tensor
-
-
-class Generated(NamedTuple):
-    """What the tail made of the rows that emit.
-
-    Args:
-        patches: float32 `[num_rows, patch_size, feat_dim]`.
-        audio: Their sound, float32 `[num_rows, samples_per_patch]`.
-        stops: Whether the stop head says that the speech ends here, `[num_rows]`.
-        valid: Whether patch and sound are finite, `[num_rows]`.
-    """
-
-    patches: Tensor
-    audio: Tensor
-    stops: Tensor
-    valid: Tensor
-
-
 class SpeechStep(NamedTuple):
     """A step in flight: the rows that emit, and what they yield."""
 
     slots: list[int]
     states: list[SpeechSlot]
     patch_indices: list[int]
-    generated: HostCopies | None
+    generated: HostCopies
 
 
-class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
+class SpeechRunner(ModelRunner[VoxCPM]):
     """Feeds token ids and patches and generates the next patch, with its sound.
 
     The last patch of each running sequence lies in a table on the device: a step reads it as input
@@ -107,17 +91,33 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
             `[patch_size, feat_dim]`, in place of our own.
     """
 
-    def __init__(self, model: VoxCPM, kernels: Kernels, config: EngineConfig) -> None:
-        num_slots = config.max_num_seqs or 1
+    def __init__(
+        self,
+        model: VoxCPM,
+        kernels: Kernels,
+        config: EngineConfig,
+        capture: Capture | None = None,
+    ) -> None:
+        num_slots, shape = (config.max_num_seqs or 1) + 1, model.config
+        device = next(model.parameters()).device
         # Before the KV cache, which takes of the memory what is left.
-        self._vae, self._vae_state = model.vae, model.vae.new_decoder_state(num_slots)
-        super().__init__(model, kernels, config)
-        shape = model.config
+        tail = SpeechTail(model, kernels, num_slots, device, self._tail_context)
+        super().__init__(model, kernels, config, capture)
+        self._speech_tail, self._captured_tail = tail, None
+        if self._graphs is not None and capture is not None:
+            self._captured_tail = CapturedTail(
+                capture, self._graphs.sizes, tail, self._graphs.outputs, shape.samples_per_patch
+            )
         self._patch_shape = (shape.patch_size, shape.feat_dim)
-        self._last_patches = torch.zeros(num_slots, *self._patch_shape, device=self.device)
         self._settings = np.zeros(num_slots, SETTINGS)
+        self._no_cache = torch.empty(0, dtype=torch.int64, device=self.device)
         self._slots: dict[int, SpeechSlot] = {}
         self.noise_source: Callable[[int, int], Tensor] | None = None
+
+    def _capture(self) -> None:
+        super()._capture()
+        if self._captured_tail is not None:
+            self._captured_tail.capture()
 
     def check(self, keys: Sequence[Key], payload: object) -> None:
         """See that a sequence can start: in a step it would take others along.
@@ -154,7 +154,7 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
         Raises:
             InvalidRequestError: It is empty, not padded or not finite.
         """
-        return VoiceEncoding(self._vae, self.kernels, self.device, self._patch_shape[0], audio)
+        return VoiceEncoding(self.model.vae, self.kernels, self.device, self._patch_shape[0], audio)
 
     def _start_slot(self, start: SlotStart) -> None:
         slot, request = start.slot, cast(SpeechRequest, start.payload)
@@ -175,25 +175,38 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
             request.inference_timesteps,
             request.temperature,
         )
-        self._go_on_from(slot, is_audio, patches)
-
-    def _go_on_from(self, slot: int, is_audio: npt.NDArray[np.bool_], patches: Tensor) -> None:
-        """Set up what depends on the audio that a sequence ends with so far, if it does.
-
-        That is the recording which the speech continues, and what has been said of it.
-        """
         text = (~is_audio).nonzero()[0]
         num_trailing = len(is_audio) - (int(text[-1]) + 1 if len(text) else 0)
-        trailing = patches[len(patches) - num_trailing :]
-        self._last_patches[slot] = trailing[-1] if num_trailing else 0.0
-        self._vae.prime(trailing.flatten(0, 1), self._vae_state, slot)
+        self._speech_tail.start(slot, patches[len(patches) - num_trailing :])
 
     def _release_slot(self, slot: int) -> None:
         self._slots.pop(slot, None)
 
-    def _forward(self, rows: StepRows, ctx: ForwardContext) -> SpeechHidden:
-        token_ids, is_audio, patches = self._inputs(rows)
-        return SpeechHidden(*self.model(token_ids, is_audio, patches, rows.positions, ctx))
+    def _new_outputs(self, num_rows: int) -> RowOutputs:
+        shape = num_rows, self.model.config.base.hidden_size
+        lm, residual = (
+            torch.zeros(shape, dtype=self.model.dtype, device=self.device) for _ in range(2)
+        )
+        return lm, residual
+
+    def _num_captured(self, batch: Batch) -> int:
+        num_decodes = super()._num_captured(batch)
+        # The last position of a prompt, computed by itself, may be text.
+        num_known = self._settings["num_known"][batch.slots[:num_decodes]]
+        return num_decodes if (batch.starts[:num_decodes] >= num_known).all() else 0
+
+    def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
+        hidden = self.model(*self._inputs(rows), rows.positions, ctx)
+        if not rows.emits.any():
+            return None
+        last = self._to_device(rows.last_tokens[rows.emits])
+        return hidden[0][last], hidden[1][last]
+
+    def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
+        is_audio = torch.ones_like(slots, dtype=torch.bool)
+        patches = self._speech_tail.last_patches[slots]
+        lm, residual = self.model(slots, is_audio, patches, positions, ctx)
+        return lm, residual
 
     def _inputs(self, rows: StepRows) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids and audio mask by token, and the patches at the audio positions, in order."""
@@ -202,9 +215,9 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
         is_audio = np.ones(num_tokens, dtype=np.bool_)
         # What a sequence had when it started is fed from there, all after that as it is made.
         prefills = (rows.starts < self._settings["num_known"][rows.slots]).nonzero()[0]
-        pool = [self._last_patches]
+        pool = [self._speech_tail.last_patches]
         sources = np.repeat(rows.slots, rows.lengths)  # which patch of the pool a token takes
-        num_pooled = len(self._last_patches)
+        num_pooled = len(pool[0])
         for row in prefills.tolist():
             state = self._slots[int(rows.slots[row])]
             known = slice(int(rows.starts[row]), int(rows.ends[row]))
@@ -218,58 +231,29 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
         patches = torch.cat(pool)[self._to_device(sources[is_audio])]
         return self._to_device(token_ids), self._to_device(is_audio), patches
 
-    def _tail(self, hidden: SpeechHidden, rows: StepRows, ctx: ForwardContext) -> SpeechStep:
-        slots = rows.slots[rows.emits]
+    def _tail(
+        self, outputs: RowOutputs | None, slots: IntArray, ends: IntArray
+    ) -> SpeechStep | None:
+        if outputs is None:
+            return None
         settings = self._settings[slots]
-        indices = rows.ends[rows.emits] - settings["num_prompt"]
-        generated = None
-        if len(slots):
-            last = self._to_device(rows.last_tokens[rows.emits])
-            at_end = SpeechHidden(hidden.lm[last], hidden.residual[last])
-            generated = HostCopies(self._generate(at_end, slots, settings, indices, ctx))
+        indices = ends - settings["num_prompt"]
+        rows = TailRows(
+            slots,
+            settings["num_timesteps"],
+            settings["cfg_value"],
+            self._noise(settings, indices),
+            None if self.adapters is None else self.adapters.slots_of(slots),
+        )
+        generated = (self._captured_tail or self._speech_tail).generate(outputs, rows)
         states = [self._slots[slot] for slot in slots.tolist()]
-        return SpeechStep(slots.tolist(), states, indices.tolist(), generated)
+        return SpeechStep(slots.tolist(), states, indices.tolist(), HostCopies(generated))
 
-    def _generate(
-        self,
-        hidden: SpeechHidden,
-        slots: IntArray,
-        settings: npt.NDArray[np.void],
-        indices: IntArray,
-        ctx: ForwardContext,
-    ) -> Generated:
-        """Denoise, decode and keep the next patch of each row."""
-        device_slots = self._to_device(slots)
-        cond = self._last_patches[device_slots]
-        noise = self._noise(settings, indices)
-        patches = torch.empty_like(noise)
-        for num_timesteps in np.unique(settings["num_timesteps"]).tolist():
-            of_group = (settings["num_timesteps"] == num_timesteps).nonzero()[0]
-            rows = self._to_device(of_group)
-            patches[rows] = self.model.sample(
-                hidden.lm[rows],
-                hidden.residual[rows],
-                cond[rows],
-                noise[rows],
-                torch.from_numpy(settings["cfg_value"][of_group]),
-                num_timesteps,
-                self._with_adapters(ctx, slots[of_group]),
-            )
-        stop_logits = self.model.stop_logits(hidden.lm, self._with_adapters(ctx, slots))
-        stops = stop_logits.argmax(-1) == 1
-        # The sequence of an invalid row ends when the step is collected; until then it must not
-        # leave anything in the state or the cache that others could meet.
-        finite = patches.isfinite().flatten(1).all(1)
-        patches = torch.where(finite[:, None, None], patches, 0)
-        audio = self._vae.decode(patches, self._vae_state, device_slots)
-        self._last_patches[device_slots] = patches
-        return Generated(patches, audio, stops, finite & audio.isfinite().all(1))
+    def _tail_context(self, lora: LoRABatch | None) -> ForwardContext:
+        """The context of rows with these adapters; what comes now has no cache."""
+        return self._context(self._no_cache, None, lora)
 
-    def _with_adapters(self, ctx: ForwardContext, slots: IntArray) -> ForwardContext:
-        """The context of rows that belong to these slots."""
-        return replace(ctx, lora=self._adapters_of(slots))
-
-    def _noise(self, settings: npt.NDArray[np.void], indices: IntArray) -> Tensor:
+    def _noise(self, settings: npt.NDArray[np.void], indices: IntArray) -> npt.NDArray[np.float32]:
         """Where the sampler starts, float32 `[num_rows, patch_size, feat_dim]`."""
         seeds = settings["seed"]
         if self.noise_source is None:
@@ -278,12 +262,12 @@ class SpeechRunner(ModelRunner[VoxCPM, SpeechHidden]):
         else:
             pairs = zip(seeds.tolist(), indices.tolist(), strict=True)
             draws = np.stack([self.noise_source(*pair).numpy().ravel() for pair in pairs])
-        noise = self._to_device(draws * settings["temperature"][:, None])
-        return noise.view(-1, *self._patch_shape)
+        noise: npt.NDArray[np.float32] = draws * settings["temperature"][:, None]
+        return noise.reshape(-1, *self._patch_shape)
 
-    def collect(self, handle: SpeechStep) -> list[StepResult]:
+    def collect(self, handle: SpeechStep | None) -> list[StepResult]:
         """Wait for a step and return one result for each row that emits, in row order."""
-        if handle.generated is None:
+        if handle is None:
             return []
         patches, audio, stops, valid = handle.generated.wait()
         return [

@@ -37,10 +37,11 @@ class VoiceEncoding:
         if not np.isfinite(self._samples).all():
             raise InvalidRequestError("the recording has samples that are NaN or infinite", "audio")
         self._kernels, self._device = kernels, device
-        self._encoder = AudioEncoder(vae)
         # On a GPU it runs beside the steps: waiting for a slice is not waiting for them.
         on_gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):  # which does not wait for what others clear
+            self._encoder = AudioEncoder(vae)
         self._latents: list[bytes] = []
         self._num_done = 0
 

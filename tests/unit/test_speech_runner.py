@@ -18,8 +18,13 @@ from nanovllm.batch import (
     TextRequest,
     patch_key,
 )
+from nanovllm.bench.speech_shapes import RELEASES, write_release
+from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.models.voxcpm.config import VoxCPMConfig
+from nanovllm.runners.captured_tail import MAX_TIMESTEPS
+from nanovllm.runners.graphs import capture_sizes
+from nanovllm.runners.memory import GRAPH_LAYER_BYTES, graph_bytes
 from nanovllm.runners.random_draws import gaussians
 from nanovllm.runners.speech import SpeechRunner, SpeechStep
 from nanovllm.sampling_params import SamplingParams
@@ -124,7 +129,10 @@ def test_text_and_patches_are_fed_in_order_whatever_the_rows(runner: SpeechRunne
 
     for start in batch.started:
         runner._start_slot(start)
-    token_ids, is_audio, fed = runner._inputs(runner._lay_out(batch))
+    columns = batch.slots, batch.starts, batch.lengths, batch.emits
+    slots, starts, lengths, emits = map(np.array, columns)
+    rows = runner._lay_out(slots, starts, lengths, emits)
+    token_ids, is_audio, fed = runner._inputs(rows)
 
     assert token_ids.tolist() == [0, 0, 0, 0, 104, 5, 6]
     assert is_audio.tolist() == [True, True, True, True, False, False, False]
@@ -146,8 +154,9 @@ def test_the_condition_is_the_last_patch_only_behind_audio(runner: SpeechRunner)
         voice.start(batch)
     for start in batch.started:
         runner._start_slot(start)
-    assert not runner._last_patches[0].any()
-    assert torch.equal(runner._last_patches[1], patches[1])
+    last_patches = runner._speech_tail.last_patches
+    assert not last_patches[0].any()
+    assert torch.equal(last_patches[1], patches[1])
 
 
 @pytest.mark.parametrize("num_prompt_patches", [0, 1, 9])
@@ -265,8 +274,8 @@ def test_temperature_is_a_factor_on_the_noise(runner: SpeechRunner) -> None:
     settings = np.zeros(3, runner._settings.dtype)
     settings["seed"], settings["temperature"] = 7, [1.0, 0.5, 0.0]
     noise = runner._noise(settings, np.array([2, 2, 2]))
-    assert noise.dtype == torch.float32
-    assert torch.equal(noise[1], noise[0] / 2)
+    assert noise.dtype == np.float32
+    assert np.array_equal(noise[1], noise[0] / 2)
     assert not noise[2].any()
 
 
@@ -274,9 +283,24 @@ def test_each_patch_has_noise_of_its_own(runner: SpeechRunner) -> None:
     settings = np.zeros(4, runner._settings.dtype)
     settings["seed"], settings["temperature"] = [7, 7, 8, 7], 1.0
     noise = runner._noise(settings, np.array([2, 3, 2, 2]))
-    assert torch.equal(noise[3], noise[0])
+    assert np.array_equal(noise[3], noise[0])
     for other in noise[1:3]:
-        assert (other - noise[0]).abs().max() > 0.1
+        assert np.abs(other - noise[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("num_streams", [1, 8, 64, 256, 512])
+def test_memory_is_left_for_all_graphs(tmp_path: Path, release: str, num_streams: int) -> None:
+    """Of all numbers of timesteps, with adapters and without."""
+    shape = VoxCPMConfig.from_directory(write_release(tmp_path, release))
+    config = EngineConfig(max_num_seqs=num_streams)
+    vae_layers = 4 * len(shape.vae.decoder_rates) + 3
+    layers = shape.num_layers + shape.encoder.num_layers
+    layers += MAX_TIMESTEPS * shape.dit.num_layers + 2 * vae_layers
+    num_sizes = len(capture_sizes(None, num_streams))
+    held = num_streams * 4 * (shape.num_row_values + 4 * shape.samples_per_patch)
+    needed = held + 2 * num_sizes * layers * GRAPH_LAYER_BYTES
+    assert needed <= graph_bytes(config, shape) + (1 << 30)
 
 
 def test_draws_depend_on_seed_and_position_alone() -> None:

@@ -7,9 +7,13 @@ Conditional flow matching (Lipman et al. 2023) with Euler steps, guided as CFG-Z
 import functools
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nanovllm.kernels.attention_backend import to_device
+from nanovllm.kernels.compiled import compile_rows
 from nanovllm.layers.context import ForwardContext
 from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.models.voxcpm.local import LocDiT
@@ -22,10 +26,13 @@ SKIPPED = 0.04
 
 
 class Grid(NamedTuple):
-    """The steps that LocDiT is evaluated at, each `[num_evaluations]` in the model's dtype."""
+    """The steps that LocDiT is evaluated at: when, `[num_evaluations]`, and how far they go.
+
+    Both are values of the model's dtype.
+    """
 
     times: Tensor
-    deltas: Tensor
+    deltas: list[float]
 
 
 class Guidance(NamedTuple):
@@ -41,6 +48,25 @@ class Guidance(NamedTuple):
     guided: Tensor | None
     scale: Tensor
 
+    @classmethod
+    def of(cls, cfg_value: npt.NDArray[np.float32], device: torch.device) -> "Guidance":
+        """Guide patches by values on the host `[num_patches]`: one of 1.0 costs half as much."""
+        num_patches, is_guided = len(cfg_value), cfg_value != 1.0
+        scale = to_device(cfg_value, device)[:, None, None]
+        if is_guided.all():
+            return cls.of_all(scale)
+        (rows,) = is_guided.nonzero()
+        guided = to_device(rows, device)
+        if not len(rows):
+            return cls(None, guided, scale[:0])
+        copies = to_device(np.concatenate((np.arange(num_patches), rows)), device)
+        return cls(copies, guided, scale[guided])
+
+    @classmethod
+    def of_all(cls, scale: Tensor) -> "Guidance":
+        """Guide all patches, by values at which nobody looks; `[num_patches, 1, 1]`."""
+        return cls(torch.arange(len(scale), device=scale.device).repeat(2), None, scale)
+
 
 @functools.lru_cache(maxsize=128)
 def time_grid(num_timesteps: int, dtype: torch.dtype) -> Grid:
@@ -51,16 +77,17 @@ def time_grid(num_timesteps: int, dtype: torch.dtype) -> Grid:
     grid = torch.linspace(1, 0, num_timesteps + 1, dtype=dtype, device="cpu")
     grid = grid + SWAY * (torch.cos(torch.pi / 2 * grid) - 1 + grid)
     num_skipped = max(1, int((num_timesteps + 1) * SKIPPED))
-    times, deltas = [], []
+    times: list[Tensor] = []
+    deltas: list[float] = []
     time, delta = grid[0], grid[0] - grid[1]
     for step in range(1, num_timesteps + 1):
         if step > num_skipped:
             times.append(time)
-            deltas.append(delta)
+            deltas.append(float(delta))
         time = time - delta
         if step < num_timesteps:
             delta = time - grid[step + 1]
-    return Grid(torch.stack(times), torch.stack(deltas)) if times else Grid(grid[:0], grid[:0])
+    return Grid(torch.stack(times) if times else grid[:0], deltas)
 
 
 class CFM(nn.Module):
@@ -72,13 +99,18 @@ class CFM(nn.Module):
         self._mean_mode = config.mean_mode
         # What a step knows of its time depends on nothing else: two MLPs less an evaluation.
         self._embedded_times: dict[int, Tensor] = {}
+        self._combine = combine
+
+    def compile_guidance(self) -> None:
+        """Have `torch.compile` fuse `combine`, when it runs first."""
+        self._combine = compile_rows(combine)
 
     def forward(
         self,
         noise: Tensor,
         mu: Tensor,
         cond: Tensor,
-        cfg_value: Tensor,
+        guidance: Guidance,
         num_timesteps: int,
         ctx: ForwardContext,
     ) -> Tensor:
@@ -88,29 +120,41 @@ class CFM(nn.Module):
             noise: `[num_patches, P, D]`.
             mu: From the language models, `[num_patches, 1 or 2, hidden_size]`.
             cond: The previous patches, `[num_patches, P, D]`.
-            cfg_value: Guidance of each, float32 `[num_patches]`; if it lies on the host, those with
-                exactly 1.0 cost half as much.
+            guidance: Which of them are guided, and how much.
             num_timesteps: Steps, of which at least one is skipped.
             ctx: The step, its adapters by patch.
 
         Returns:
             float32 `[num_patches, P, D]`.
         """
-        guidance = guide(cfg_value, noise.device)
         if guidance.copies is not None:
             unconditional = mu.new_zeros(len(guidance.scale), *mu.shape[1:])
             mu = torch.cat((mu, unconditional))
             cond = cond[guidance.copies]
         prefix = self.estimator.condition(mu, cond, ctx)
-        everywhere = torch.arange(len(noise)) if guidance.copies is None else guidance.copies
+        everywhere = guidance.copies
+        if everywhere is None:
+            everywhere = torch.arange(len(noise), device=noise.device)
         by_position = ctx.of_rows(everywhere, self.estimator.length)
-        deltas = time_grid(num_timesteps, mu.dtype).deltas.tolist()
+        deltas = time_grid(num_timesteps, mu.dtype).deltas
         times = self.embedded_times(num_timesteps, mu, ctx)
         x = noise.float().contiguous()  # rounding what is left to go at every step would add up
         for time, delta in zip(times, deltas, strict=True):
             v = self.estimator(x.to(mu.dtype), prefix, time, guidance.copies, by_position).float()
-            x = x - delta * guided_velocity(v, len(x), guidance)
+            x = x - delta * self._guided_velocity(v, guidance)
         return x
+
+    def _guided_velocity(self, velocity: Tensor, guidance: Guidance) -> Tensor:
+        """Combine velocities `[num_patches + num_guided, P, D]`, the conditional ones first."""
+        num_patches = len(velocity) - len(guidance.scale)
+        conditional, unconditional = velocity[:num_patches], velocity[num_patches:]
+        if guidance.copies is None:
+            return conditional
+        if guidance.guided is None:
+            return self._combine(conditional, unconditional, guidance.scale)
+        positive = conditional[guidance.guided]
+        combined = self._combine(positive, unconditional, guidance.scale)
+        return conditional.index_copy(0, guidance.guided, combined)
 
     def embedded_times(self, num_timesteps: int, like: Tensor, ctx: ForwardContext) -> Tensor:
         """Embeddings of the grid's times, `[num_evaluations, hidden_size]`, made once."""
@@ -118,48 +162,27 @@ class CFM(nn.Module):
         if embedded is None:
             grid = time_grid(num_timesteps, like.dtype)
             times = grid.times.to(like.device)
-            deltas = grid.deltas.to(like.device) if self._mean_mode else torch.zeros_like(times)
+            deltas = torch.zeros_like(times)
+            if self._mean_mode:
+                deltas = torch.tensor(grid.deltas, dtype=like.dtype, device=like.device)
             embedded = self.estimator.embed_times(times, deltas, ctx)
             self._embedded_times[num_timesteps] = embedded
         return embedded
 
 
-def guide(cfg_value: Tensor, device: torch.device) -> Guidance:
-    """Decide which rows to evaluate; see `CFM.forward`."""
-    num_patches = len(cfg_value)
-    scale = cfg_value.to(device, torch.float32)[:, None, None]
-    # To look at a value on the device would be to wait for it.
-    if cfg_value.device.type != "cpu" or bool((cfg_value != 1.0).all()):
-        copies = torch.arange(num_patches, device=device).repeat(2)
-        return Guidance(copies, None, scale)
-    guided = (cfg_value != 1.0).nonzero()[:, 0]
-    if not len(guided):
-        return Guidance(None, guided, scale[:0])
-    copies = torch.cat((torch.arange(num_patches), guided)).to(device)
-    guided = guided.to(device)
-    return Guidance(copies, guided, scale[guided])
-
-
-def guided_velocity(velocity: Tensor, num_patches: int, guidance: Guidance) -> Tensor:
-    """Combine conditional and unconditional velocities (CFG-Zero*, section 4).
+def combine(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """Guide velocities (CFG-Zero*, section 4).
 
     Args:
-        velocity: float32 `[num_patches + num_guided, P, D]`, the conditional ones first.
-        num_patches: Patches.
-        guidance: See `guide`.
+        conditional: float32 `[num_guided, P, D]`.
+        unconditional: The same without a condition.
+        scale: How much, float32 `[num_guided, 1, 1]`.
 
     Returns:
-        `[num_patches, P, D]`.
+        `[num_guided, P, D]`.
     """
-    conditional, unconditional = velocity[:num_patches], velocity[num_patches:]
-    if guidance.copies is None:
-        return conditional
-    positive = conditional if guidance.guided is None else conditional[guidance.guided]
     # The share of the conditional velocity that lies along the unconditional one, by patch.
-    product = (positive * unconditional).sum(dim=(1, 2), keepdim=True)
+    product = (conditional * unconditional).sum(dim=(1, 2), keepdim=True)
     norm = unconditional.square().sum(dim=(1, 2), keepdim=True)
     baseline = product / (norm + 1e-8) * unconditional
-    combined = baseline + guidance.scale * (positive - baseline)
-    if guidance.guided is None:
-        return combined
-    return conditional.index_copy(0, guidance.guided, combined)
+    return baseline + scale * (conditional - baseline)

@@ -41,7 +41,8 @@ def load_speech_model(
     """Build a model and fill it, one tensor in memory at a time beside the weights.
 
     Args:
-        config: Whether weights are random or quantized, and whether there may be LoRA adapters.
+        config: Whether weights are random or quantized, whether there may be LoRA adapters, and
+            what is compiled.
         shape: The checkpoint's hyper-parameters.
         directory: The checkpoint. With random weights it need have no more than `config.json`.
         kernels: Take the matrices over in their own form.
@@ -66,6 +67,10 @@ def load_speech_model(
     else:
         tensors = _vae_tensors(shape.vae, directory)
     model.vae = AudioVAE(shape.vae, tensors, kernels, device)
+    if config.compile_model and kernels.isa in ("torch", "triton"):
+        model.feat_decoder.compile_guidance()
+    if config.compile_model and kernels.isa == "torch":  # the others have fused it themselves
+        model.vae.compile_decoder()
     return model
 
 

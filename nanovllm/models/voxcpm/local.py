@@ -56,7 +56,7 @@ class LocalLayers(Layers):
         self, x: Tensor, residual: Tensor, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor, ForwardContext]:
         if ctx.lora is not None:
-            ctx = ctx.of_rows(self._kept_of(torch.arange(len(x))))
+            ctx = ctx.of_rows(self._kept_of(torch.arange(len(x), device=x.device)))
         return self._kept_of(x), self._kept_of(residual), ctx
 
     def _kept_of(self, x: Tensor) -> Tensor:

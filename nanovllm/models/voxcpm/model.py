@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.linear import Linear
 from nanovllm.models.decoder import CausalLayers, Decoder
-from nanovllm.models.voxcpm.cfm import CFM
+from nanovllm.models.voxcpm.cfm import CFM, Guidance
 from nanovllm.models.voxcpm.config import VoxCPMConfig
 from nanovllm.models.voxcpm.local import LocEnc
 from nanovllm.models.voxcpm.vae import AudioVAE
@@ -105,7 +105,12 @@ class VoxCPM(nn.Module):
         encoded = self.feat_encoder(patches.to(self.dtype).contiguous(), ctx)
         if len(patches) == len(is_audio):
             return self.enc_to_lm_proj(encoded, ctx)  # type: ignore[no-any-return]
-        embeddings = self.enc_to_lm_proj(encoded, ctx.of_rows(is_audio))
+        if ctx.lora is None:
+            embeddings = self.enc_to_lm_proj(encoded, ctx)
+        else:
+            # Of a size known here: to count the patches would be to wait for the device.
+            rows = torch.nonzero_static(is_audio, size=len(patches))[:, 0]
+            embeddings = self.enc_to_lm_proj(encoded, ctx.of_rows(rows))
         index = (is_audio.cumsum(0) - 1).clamp(min=0)
         # Not a product: a patch that is NaN must not become that of every token.
         return torch.where(is_audio[:, None], embeddings[index], 0)
@@ -123,7 +128,7 @@ class VoxCPM(nn.Module):
         residual: Tensor,
         cond: Tensor,
         noise: Tensor,
-        cfg_value: Tensor,
+        guidance: Guidance,
         num_timesteps: int,
         ctx: ForwardContext,
     ) -> Tensor:
@@ -134,7 +139,7 @@ class VoxCPM(nn.Module):
             residual: The same of the residual model.
             cond: The previous patches, zeros behind a token, `[num_rows, P, D]`.
             noise: Normal values times the temperature, `[num_rows, P, D]`.
-            cfg_value: Guidance, float32 `[num_rows]`; best on the host, see `CFM.forward`.
+            guidance: Which rows are guided, and how much.
             num_timesteps: Steps of the sampler.
             ctx: The step, its adapters by row.
 
@@ -146,7 +151,7 @@ class VoxCPM(nn.Module):
         if not self.config.is_v2:
             mu = mu.sum(dim=1, keepdim=True)
         patches: Tensor = self.feat_decoder(
-            noise, mu, cond.to(self.dtype).contiguous(), cfg_value, num_timesteps, ctx
+            noise, mu, cond.to(self.dtype).contiguous(), guidance, num_timesteps, ctx
         )
         return patches
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanovllm.errors import UnsupportedModelError
 from nanovllm.kernels.audio import snake_table
+from nanovllm.kernels.compiled import compile_rows
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.models.voxcpm.config import AudioVAEConfig
 from nanovllm.models.voxcpm.vae_layers import (
@@ -74,6 +75,11 @@ class AudioVAE:
         with torch.inference_mode():
             self.encoder = _encoder_layers(config, source)
             self.decoder = _decoder_layers(config, source)
+        self._run_decoder = _run
+
+    def compile_decoder(self) -> None:
+        """Have `torch.compile` fuse what is between the products, when it runs first."""
+        self._run_decoder = compile_rows(_run_through)
 
     def new_decoder_state(self, num_slots: int) -> DecoderState:
         """Tables for so many streams, all silent."""
@@ -97,7 +103,7 @@ class AudioVAE:
             float32 samples `[num_seqs, num_frames * decoder_hop]` in (-1, 1).
         """
         x = latents.to(self._device, torch.float32).contiguous()
-        return _run(self.decoder, x, state.histories, slots)
+        return self._run_decoder(self.decoder, x, state.histories, slots)
 
     @torch.inference_mode()
     def prime(self, latents: Tensor, state: DecoderState, slot: int) -> None:
@@ -108,10 +114,12 @@ class AudioVAE:
             state: The streams.
             slot: The stream.
         """
-        slots = torch.tensor([slot], device=self._device)
+        slots = torch.full((1,), slot, device=self._device)  # a list would be waited for
         self.reset(state, slots)
         if len(latents):
-            self.decode(latents[None, -context_frames(self.config) :], state, slots)
+            # Of any number of frames: not for what is compiled.
+            x = latents[None, -context_frames(self.config) :].to(self._device, torch.float32)
+            _run(self.decoder, x.contiguous(), state.histories, slots)
 
     @torch.inference_mode()
     def encode(self, audio: Tensor) -> Tensor:
@@ -185,6 +193,13 @@ def _run(layers: list[Layer], x: Tensor, histories: list[Tensor], slots: Tensor)
             rest = layers[index:], histories[index:]
             halves = zip(x.chunk(2), slots.chunk(2), strict=True)
             return torch.cat([_run(rest[0], part, rest[1], of_part) for part, of_part in halves])
+        x = layer(x, history, slots)
+    return x
+
+
+def _run_through(layers: list[Layer], x: Tensor, histories: list[Tensor], slots: Tensor) -> Tensor:
+    """The same, all of them together."""
+    for layer, history in zip(layers, histories, strict=True):
         x = layer(x, history, slots)
     return x
 
