@@ -39,7 +39,7 @@ class UnsupportedModelError(InvalidRequestError):
 
 
 class NotEnoughMemoryError(RuntimeError):
-    """The machine cannot hold the model, or its KV cache not a single block."""
+    """The machine cannot hold the model, its graphs, or a single block of its KV cache."""
 
 
 class OutOfBlocksError(RuntimeError):
@@ -88,3 +88,12 @@ class EngineDeadError(UnavailableError):
     """The engine process that had the request has died; another one is being started."""
 
     code = "engine_died"
+
+
+class RankDiedError(RuntimeError):
+    """A process of those that run one model together is gone, and the engine with it.
+
+    The message names the process. The others have been ended: build a new engine.
+    """
+
+    code = "rank_died"

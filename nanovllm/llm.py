@@ -264,6 +264,7 @@ class LLM:
         if self._closed:
             return
         self._closed = True
+        self._runner.close()
         del self.engine, self._runner, self._adapters
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -8,6 +8,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidRequestError
 from nanovllm.lora_config import LoRARequest
 from nanovllm.models.adapters import AdapterTable
+from nanovllm.runners.parallel import ParallelAdapters
 
 LoRARequests = LoRARequest | Sequence[LoRARequest | None] | None
 
@@ -23,7 +24,7 @@ class LocalAdapters:
         table: Its runner's adapters; None if it has no room for any.
     """
 
-    def __init__(self, engine: LLMEngine, table: AdapterTable | None) -> None:
+    def __init__(self, engine: LLMEngine, table: AdapterTable | ParallelAdapters | None) -> None:
         self._engine = engine
         self._table = table
         self._known: dict[int, tuple[LoRARequest, int]] = {}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.attention_select import default_block_size
 from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.select import select_kernels
 from nanovllm.models.hub import resolve_model
@@ -70,7 +71,8 @@ def work_out_fit(config: EngineConfig) -> Fit:
     """
     directory = resolve_model(config)
     device = select_device(config.device)
-    config = config.resolved_for(device.type)
+    default = default_block_size(config.attention_backend, device)
+    config = config.resolved_for(device.type, default)
     model = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
     dtype = select_dtype(config, model, device)
     num_parameters, num_vae_parameters = count_parameters(model)

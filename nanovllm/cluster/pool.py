@@ -70,6 +70,9 @@ class EnginePool:
         engine: What each of them is.
         directory: The checkpoint.
         listener: Hears what becomes of the requests.
+
+    Raises:
+        InvalidRequestError: `devices` are not those that so many engines need.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class EnginePool:
         self.config = config
         self.draining = False
         self.policy = policy_name(config.dispatch_policy)
+        self._device_groups = config.device_groups(engine.tensor_parallel_size)
+        _check_devices(config, engine)
         self._engine_config = engine
         self._directory = directory
         self._listener = listener
@@ -101,6 +106,10 @@ class EnginePool:
         self._expiry: asyncio.TimerHandle | None = None
         self._start_timeout = LEAST_START_TIMEOUT
         self._next_seq_id = 0
+
+    @property
+    def num_engines(self) -> int:
+        return len(self._device_groups)
 
     @property
     def is_ready(self) -> bool:
@@ -133,7 +142,7 @@ class EnginePool:
         """
         begun = time.monotonic()
         self._workers = [
-            Worker(index, self._make_client(index)) for index in range(self.config.num_engines)
+            Worker(index, self._make_client(index)) for index in range(self.num_engines)
         ]
         starting = [asyncio.ensure_future(worker.client.start()) for worker in self._workers]
         try:
@@ -249,7 +258,7 @@ class EnginePool:
     def adapt(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """Allow a request less output while many are in flight, if that is wanted."""
         threshold = self.config.adaptive_max_inflight_threshold
-        threshold = self.config.num_engines if threshold is None else threshold
+        threshold = self.num_engines if threshold is None else threshold
         ready = [worker.client.started for worker in self.ready_workers if worker.client.started]
         if not self.config.adaptive_max_new_tokens or self.num_inflight <= threshold or not ready:
             return params
@@ -352,19 +361,18 @@ class EnginePool:
 
     def _effective_policy(self, engine: EngineConfig) -> str:
         """The policy, but one that hashes no prompts where that is for nothing."""
-        if self.config.num_engines == 1:
+        if self.num_engines == 1:
             return "round_robin"
         if self.policy == "cache_aware" and not engine.enable_prefix_caching:
             return "least_loaded"
         return self.policy
 
     def _make_client(self, index: int) -> WorkerClient:
-        devices = self.config.devices
         start = Start(
             self._engine_config,
             str(self._directory),
-            None if devices is None else devices[index],
-            share_of_cpus(index, self.config.num_engines),
+            self._device_groups[index],
+            share_of_cpus(index, self.num_engines),
             self.config.queue_coalesce_ms,
         )
         self._num_processes += 1
@@ -479,6 +487,17 @@ class EnginePool:
         """Completions let in when so many can run at a time."""
         queued = self.config.max_num_queued_reqs
         return num_running + (QUEUED_PER_RUNNING * num_running if queued is None else queued)
+
+
+def _check_devices(config: PoolConfig, engine: EngineConfig) -> None:
+    """See that engines of several devices each do not take the same ones."""
+    size = engine.tensor_parallel_size
+    if size > 1 and config.devices is None and config.replicas > 1 and engine.device != "cpu":
+        raise InvalidRequestError(
+            f"{config.replicas} engines of tensor_parallel_size={size} need to know their CUDA "
+            f"devices: name {config.replicas * size} of them (devices=), or say device='cpu'",
+            "devices",
+        )
 
 
 def _private_directory() -> "tempfile.TemporaryDirectory[str]":

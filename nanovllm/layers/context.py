@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nanovllm.kernels.attention_backend import AttentionBackend
 from nanovllm.kernels.kernels import Kernels
-from nanovllm.layers.lora import LoRABatch
+from nanovllm.kernels.lora import LoRABatch
+from nanovllm.layers.parallel import TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class ForwardContext:
         cache_slots: Where the step's keys and values go, `[num_tokens]`.
         attention: What the backend planned for the step.
         lora: Which rows of the step go through which adapter; None if none goes through one.
+        parallel: The ranks that have a part of the model each; None if all of it is here.
     """
 
     kernels: Kernels
@@ -29,6 +31,7 @@ class ForwardContext:
     cache_slots: Tensor
     attention: Any
     lora: LoRABatch | None = None
+    parallel: TensorParallel | None = None
 
     def of_rows(self, rows: Tensor, repeats: int = 1) -> "ForwardContext":
         """The context of other rows than the step's; see `LoRABatch.take`."""

@@ -3,11 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.kernels import Kernels, WeightSpec
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.lora import LoRATable
+from nanovllm.layers.parallel import TensorParallel
 
 
 class Linear(nn.Module):
@@ -18,6 +20,7 @@ class Linear(nn.Module):
         has_bias: Whether there is a `b`.
         weight: `W` and `b` in the form of the kernels' own, once they are loaded.
         exact: Whether `W` stays as it is when weights are quantized.
+        reduces: Whether ranks, if there are some, have a part of the inputs each.
         lora: Its adapters, if it may have some.
     """
 
@@ -28,10 +31,11 @@ class Linear(nn.Module):
         bias: bool = False,
         gated: bool = False,
         exact: bool = False,
+        reduces: bool = False,
     ) -> None:
         super().__init__()
         self.spec = WeightSpec(out_features, in_features, gated)
-        self.has_bias, self.exact = bias, exact
+        self.has_bias, self.exact, self.reduces = bias, exact, reduces
         self.weight: Any = None
         self.lora: LoRATable | None = None
 
@@ -42,9 +46,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Map `[num_tokens, in_features]` to `[num_tokens, out_features]`."""
         y = ctx.kernels.linear(x, self.weight)
-        if self.lora is None or ctx.lora is None:
-            return y
-        return self.lora.add(y, x, ctx.lora)
+        if self.lora is not None and ctx.lora is not None:
+            y = self.lora.add(y, x, ctx.lora)
+        return ctx.parallel.all_reduce(y) if self.reduces and ctx.parallel is not None else y
 
 
 class PackedLinear(Linear):
@@ -83,15 +87,31 @@ class PackedLinear(Linear):
 
 
 class Embedding(Linear):
-    """Looks tokens up, and as an output head scores them."""
+    """Looks tokens up, and as an output head scores them.
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
-        super().__init__(hidden_size, vocab_size)
+    Args:
+        vocab_size: How many there are.
+        hidden_size: Width of an embedding.
+        part: The ids whose embeddings are here, if ranks have a part of them each; None is all.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, part: range | None = None) -> None:
+        part = range(vocab_size) if part is None else part
+        super().__init__(hidden_size, len(part))
+        self._vocab_size, self._first = vocab_size, part.start
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """Map ids `[num_tokens]` to `[num_tokens, hidden_size]`."""
-        return ctx.kernels.embed(token_ids, self.weight)
+        if ctx.parallel is None:
+            return ctx.kernels.embed(token_ids, self.weight)
+        rows = token_ids - self._first
+        here = (rows >= 0) & (rows < self.spec.rows)
+        embeddings = ctx.kernels.embed(torch.where(here, rows, 0), self.weight)
+        return ctx.parallel.all_reduce(torch.where(here[:, None], embeddings, 0.0))
 
-    def logits(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+    def logits(
+        self, hidden: Tensor, kernels: Kernels, parallel: TensorParallel | None = None
+    ) -> Tensor:
         """Score every token: `[num_rows, hidden_size]` to float32 `[num_rows, vocab_size]`."""
-        return kernels.logits(hidden, self.weight)
+        logits = kernels.logits(hidden, self.weight)
+        return logits if parallel is None else parallel.all_gather_columns(logits, self._vocab_size)

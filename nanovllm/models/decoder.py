@@ -15,8 +15,10 @@ from nanovllm.layers.attention import Attention, LocalAttention
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.linear import Embedding, Linear, PackedLinear
 from nanovllm.layers.norm import RMSNorm, head_norms
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.sharding import Sharding
 
 Keep = Callable[[Tensor, Tensor, ForwardContext], tuple[Tensor, Tensor, ForwardContext]]
 """Picks the tokens that are wanted behind the last layer, once its attention has seen them all.
@@ -63,7 +65,7 @@ class SelfAttention(nn.Module):
             {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width},
             bias=traits.qkv_bias or config.attention_bias,
         )
-        self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias, reduces=True)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
         self.attention = attention
@@ -87,7 +89,7 @@ class MLP(nn.Module):
             bias=config.mlp_bias,
             gated=True,
         )
-        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias, reduces=True)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         return self.down_proj(self.gate_up_proj(x, ctx), ctx)  # type: ignore[no-any-return]
@@ -201,11 +203,19 @@ class CausalLayers(Layers):
 
 
 class Decoder(CausalLayers):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm.
 
-    def __init__(self, config: ModelConfig, traits: type[Traits] = Traits) -> None:
+    Args:
+        config: Hyper-parameters.
+        traits: The architecture's.
+        vocab: See `Embedding.part`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, traits: type[Traits] = Traits, vocab: range | None = None
+    ) -> None:
         super().__init__(config, traits)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, vocab)
         self._embedding_scale = config.embedding_scale
 
     def embed(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
@@ -215,15 +225,25 @@ class Decoder(CausalLayers):
 
 
 class CausalLM(Traits, nn.Module):
-    """A decoder with an output head; its subclasses are the architectures."""
+    """A decoder with an output head; its subclasses are the architectures.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: Hyper-parameters.
+        sharding: The part of it that is here; None is all.
+
+    Attributes:
+        config: Hyper-parameters of what is here.
+    """
+
+    def __init__(self, config: ModelConfig, sharding: Sharding | None = None) -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, type(self))
-        self.lm_head = (
-            None if config.tie_word_embeddings else Embedding(config.vocab_size, config.hidden_size)
-        )
+        self.config = config if sharding is None else sharding.local
+        self.sharding = sharding
+        vocab = None if sharding is None else sharding.vocab
+        self.model = Decoder(self.config, type(self), vocab)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Embedding(config.vocab_size, config.hidden_size, vocab)
 
     def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
         """Compute hidden states.
@@ -239,6 +259,8 @@ class CausalLM(Traits, nn.Module):
         embeddings = self.model.embed(token_ids, ctx)
         return self.model(embeddings, positions, ctx)  # type: ignore[no-any-return]
 
-    def compute_logits(self, hidden: Tensor, kernels: Kernels) -> Tensor:
+    def compute_logits(
+        self, hidden: Tensor, kernels: Kernels, parallel: TensorParallel | None = None
+    ) -> Tensor:
         """Score the vocabulary: `[num_rows, hidden_size]` to float32 `[num_rows, vocab_size]`."""
-        return (self.lm_head or self.model.embed_tokens).logits(hidden, kernels)
+        return (self.lm_head or self.model.embed_tokens).logits(hidden, kernels, parallel)

@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels, QuantizedWeight
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.lora_config import LoRAConfig
 from nanovllm.models.adapters import reserve_adapters
 from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
@@ -21,6 +22,7 @@ from nanovllm.models.quantization import SCHEMES, QuantizingSource
 from nanovllm.models.quantized_cache import CachedSource
 from nanovllm.models.quantized_checkpoint import open_quantized
 from nanovllm.models.registry import CLASSES
+from nanovllm.models.sharding import ShardedSource, Sharding
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +43,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     lora: LoRAConfig | None = None,
+    parallel: TensorParallel | None = None,
 ) -> CausalLM:
     """Build the model of a config and fill it, one tensor in memory at a time beside the weights.
 
@@ -51,15 +54,28 @@ def load_model(
         dtype: Dtype of the other parameters.
         device: Where these live.
         lora: Which adapters there is to be room for; None is none.
+        parallel: The ranks that have a part of it each, all of which call this; None is no others.
 
     Raises:
-        InvalidRequestError: See `WeightSource.check`, or a file is corrupt.
+        InvalidRequestError: See `WeightSource.check`, or a file is corrupt, or the model cannot be
+            shared out to so many ranks.
     """
-    with torch.device("meta"):
-        model = CLASSES[config.architecture](config).eval()
+
+    def build(sharding: Sharding | None = None) -> CausalLM:
+        with torch.device("meta"):
+            return CLASSES[config.architecture](config, sharding).eval()
+
+    model = build()
+    if parallel is not None and parallel.rank > 0:
+        parallel.wait_for_all()  # what the first one keeps for later starts is for all
+    source.check(expected_tensors(model))
+    if parallel is not None:
+        if parallel.rank == 0:
+            parallel.wait_for_all()
+        sharding = Sharding(config, parallel.rank, parallel.size)
+        model, source = build(sharding), ShardedSource(source, sharding)
     if lora is not None:
         reserve_adapters(model, lora, kernels)
-    source.check(expected_tensors(model))
     fill(model, source, kernels, dtype=dtype, device=device)
     return model
 

@@ -4,28 +4,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import torch
+
 from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.errors import InvalidRequestError, RankDiedError
+from nanovllm.kernels.attention_select import default_block_size
+from nanovllm.kernels.cpu.threads import num_usable_cores
 from nanovllm.kernels.select import select_kernels
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.lora_config import LAYER_MODULES
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.sharding import Sharding
 from nanovllm.models.voxcpm.config import VoxCPMConfig, is_speech
 from nanovllm.models.voxcpm.loading import load_speech_model
 from nanovllm.models.weights import load_model, weight_source
+from nanovllm.runners.graphs import graph_capture
 from nanovllm.runners.memory import select_device, select_dtype
+from nanovllm.runners.parallel import ParallelRunner
 from nanovllm.runners.speech import SpeechRunner
 from nanovllm.runners.text import TextRunner
 from nanovllm.text.frontend import TextFrontend
 from nanovllm.text.grammar_compiler import GrammarCompiler
+from nanovllm.worker.ranks import RankProcesses
 
 
 class LoadedEngine(NamedTuple):
     """An engine, its runner, and the options with what was found out filled in."""
 
     engine: LLMEngine
-    runner: TextRunner | SpeechRunner
+    runner: TextRunner | SpeechRunner | ParallelRunner
     config: EngineConfig
 
 
@@ -42,8 +52,31 @@ def load_engine(
     Raises:
         InvalidRequestError: An option or the checkpoint cannot be used; the message says why.
         NotEnoughMemoryError: The model or a single KV block does not fit.
+        RankDiedError: A process that was to have a part of it died.
     """
-    device = select_device(config.device)
+    load = load_runner if config.tensor_parallel_size == 1 else _load_parallel_runner
+    runner, config = load(config, directory, grammars)
+    return LoadedEngine(_build_engine(config, runner, directory), runner, config)
+
+
+def load_runner(
+    config: EngineConfig,
+    directory: Path,
+    grammars: GrammarCompiler | None = None,
+    parallel: TensorParallel | None = None,
+) -> tuple[TextRunner | SpeechRunner, EngineConfig]:
+    """Load a model, or this rank's part of it; see `load_engine`.
+
+    Args:
+        config: What to build.
+        directory: The checkpoint.
+        grammars: See `load_engine`.
+        parallel: The ranks of the model, all of which call this; None if all of it is to be here.
+
+    Returns:
+        What runs it, and the options with what was found out filled in.
+    """
+    device = rank_device(config, 0 if parallel is None else parallel.rank)
     shape = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
     if config.enable_lora and isinstance(shape, ModelConfig):
         config = replace(
@@ -52,19 +85,91 @@ def load_engine(
             lora_enable_proj=False,
             lora_target_modules_lm=config.lora_target_modules_lm or list(LAYER_MODULES),
         )
-    config = config.resolved_for(device.type)
+    default = default_block_size(config.attention_backend, device)
+    config = config.resolved_for(device.type, default)
     dtype = select_dtype(config, shape, device)
     config = replace(config, dtype=cast(Any, str(dtype).removeprefix("torch.")))
     kernels = select_kernels(config, device, dtype)
+    capture = graph_capture(config, device)
     with kernels.running():
         if isinstance(shape, VoxCPMConfig):
             speech = load_speech_model(config, shape, directory, kernels, dtype, device)
-            runner: TextRunner | SpeechRunner = SpeechRunner(speech, kernels, config)
+            runner: TextRunner | SpeechRunner = SpeechRunner(speech, kernels, config, capture)
         else:
             source = weight_source(config, directory, dtype)
-            text = load_model(shape, source, kernels, dtype=dtype, device=device, lora=config.lora)
-            runner = TextRunner(text, kernels, config, grammars or _grammars(config, directory))
-    return LoadedEngine(_build_engine(config, runner, directory), runner, config)
+            text = load_model(
+                shape,
+                source,
+                kernels,
+                dtype=dtype,
+                device=device,
+                lora=config.lora,
+                parallel=parallel,
+            )
+            grammars = grammars or _grammars(config, directory)
+            runner = TextRunner(text, kernels, config, grammars, capture, parallel)
+    runner.capture()
+    return runner, config
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank, which becomes the current one; raises like `select_device`."""
+    device = select_device(config.device)
+    if config.tensor_parallel_size > 1 and device.type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    return device
+
+
+def _load_parallel_runner(
+    config: EngineConfig, directory: Path, grammars: GrammarCompiler | None
+) -> tuple[ParallelRunner, EngineConfig]:
+    """Have other processes load their parts of a model while this one loads its own."""
+    size = config.tensor_parallel_size
+    _check_parallel(config, directory)
+    device = rank_device(config, 0)
+    if device.type == "cpu":
+        config = replace(
+            config, cpu_threads=config.cpu_threads or max(num_usable_cores() // size, 1)
+        )
+    ranks = RankProcesses(replace(config, device=cast(Any, device.type)), directory)
+    try:
+        ranks.wait_until_ready()
+        parallel = ranks.meet(
+            lambda: TensorParallel.connect(0, size, ranks.meeting, device, config.deterministic)
+        )
+        ranks.abort = parallel.abort
+        runner, config = load_runner(config, directory, grammars, parallel)
+        ranks.loaded()
+    except BaseException as e:
+        # Who misses another rank does not know why, nor who computed with what it did not send.
+        cause = ranks.failure() if isinstance(e, RankDiedError) else ranks.failure(0)
+        ranks.close()
+        if cause is not None and isinstance(e, Exception):
+            raise cause from None
+        raise
+    return ParallelRunner(cast(TextRunner, runner), ranks), config
+
+
+def _check_parallel(config: EngineConfig, directory: Path) -> None:
+    """See that a model can be shared out, before processes are started.
+
+    Raises:
+        InvalidRequestError: It cannot.
+    """
+    size, device = config.tensor_parallel_size, select_device(config.device)
+    problem = None
+    if is_speech(directory):
+        problem = "speech models run on one device"
+    elif device.type not in ("cuda", "cpu"):
+        problem = f"a model on {device.type} runs on one device"
+    elif device.type == "cuda" and size > torch.cuda.device_count():
+        problem = f"it needs as many CUDA devices, and {torch.cuda.device_count()} can be seen"
+    if problem is not None:
+        raise InvalidRequestError(
+            f"tensor_parallel_size={size} is not possible: {problem}", "tensor_parallel_size"
+        )
+    Sharding(ModelConfig.from_directory(directory), 0, size)
 
 
 def _grammars(config: EngineConfig, directory: Path) -> GrammarCompiler:
@@ -73,7 +178,7 @@ def _grammars(config: EngineConfig, directory: Path) -> GrammarCompiler:
 
 
 def _build_engine(
-    config: EngineConfig, runner: TextRunner | SpeechRunner, directory: Path
+    config: EngineConfig, runner: TextRunner | SpeechRunner | ParallelRunner, directory: Path
 ) -> LLMEngine:
     """Put blocks, a scheduler and an engine around a runner."""
     scheduler = Scheduler(

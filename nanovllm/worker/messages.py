@@ -24,14 +24,14 @@ class Start(Message):
     Args:
         config: What to build.
         directory: The checkpoint.
-        cuda_device: The only CUDA device the process may see; None is all of them.
+        cuda_devices: The only CUDA devices the process may see; None is all of them.
         cpus: CPUs it may run on if it computes there; None is all of them.
         queue_coalesce_ms: How long an idle engine waits for requests to come together.
     """
 
     config: EngineConfig
     directory: str
-    cuda_device: int | None
+    cuda_devices: list[int] | None
     cpus: list[int] | None
     queue_coalesce_ms: float
 

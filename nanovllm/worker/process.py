@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zmq
 
 from nanovllm.batch import EngineOutput, TextRequest
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, RankDiedError
 from nanovllm.text.grammar_compiler import GrammarCompiler
 from nanovllm.worker.calls import Callee, Calls
 from nanovllm.worker.forms import Forms
@@ -41,10 +42,15 @@ from nanovllm.worker.messages import (
     encode,
 )
 
+if TYPE_CHECKING:
+    from nanovllm.runners.parallel import ParallelRunner
+
 logger = logging.getLogger(__name__)
 
 FORM_POLL = 0.005
 """Seconds between looks at a form that is being compiled, while there is nothing else to do."""
+ALIVE_POLL = 1.0
+"""Seconds between looks at the engine's other processes, while there is nothing else to do."""
 MAX_FAILED_STEPS = 3
 """Steps that fail one after the other before the device counts as lost."""
 
@@ -112,6 +118,8 @@ class EngineLoop:
         queue_coalesce_ms: How long to wait for more requests once one ends an idle time.
         callee: What calls are for; None where the model knows none.
         compiler: Compiles the forms of outputs; None where the model writes none.
+        ranks: Runs the model together with other processes, if it does; that one has died is then
+            not only found out by the next step.
     """
 
     def __init__(
@@ -121,8 +129,10 @@ class EngineLoop:
         queue_coalesce_ms: float,
         callee: Callee | None = None,
         compiler: GrammarCompiler | None = None,
+        ranks: "ParallelRunner | None" = None,
     ) -> None:
         self._engine = engine
+        self._ranks = ranks
         self._link = link
         self._calls = Calls(callee, link.send)
         self._forms = None if compiler is None else Forms(engine, compiler)
@@ -132,8 +142,17 @@ class EngineLoop:
         self._num_failed_steps = 0
         self._running = True
 
+    def close(self) -> None:
+        """End the engine's other processes."""
+        if self._ranks is not None:
+            self._ranks.close()
+
     def run(self) -> None:
-        """Work until the client says `Shutdown`."""
+        """Work until the client says `Shutdown`.
+
+        Raises:
+            RankDiedError: A process that has a part of the model died.
+        """
         while self._running:
             self._take_requests()
             if self._forms is not None:
@@ -151,6 +170,9 @@ class EngineLoop:
         timeout = 0.0 if not idle or self._calls.is_busy else None
         if timeout is None and self._forms is not None and self._forms.is_busy:
             timeout = FORM_POLL
+        if self._ranks is not None:
+            timeout = ALIVE_POLL if timeout is None else timeout
+            self._ranks.check_alive()
         self._apply(self._link.receive(timeout))
         if not idle or not self._engine.has_work:
             return
@@ -206,6 +228,8 @@ class EngineLoop:
         num_computed, num_steps = stats.num_computed_tokens, stats.num_steps
         try:
             outputs = self._engine.step()
+        except RankDiedError:
+            raise
         except Exception:
             logger.exception("a step failed; its sequences end with an error")
             self._num_failed_steps += 1
@@ -234,27 +258,42 @@ def main(address: str) -> None:
     if not isinstance(start, Start):
         raise RuntimeError(f"a worker begins with Start, got {type(start).__name__}")
     loop = _load(start, link)
-    if loop is not None:
+    try:
+        if loop is not None:
+            _run(loop, link)
+    finally:
+        link.close()
+
+
+def _run(loop: EngineLoop, link: WorkerLink) -> None:
+    try:
         loop.run()
-    link.close()
+    except RankDiedError as e:
+        logger.error("%s", e)
+        loop.close()
+        link.close()
+        # At once: a device may never be done with what it did together with others.
+        os._exit(1)
 
 
 def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     """Build the engine and say so, or say why it cannot be built."""
     try:
-        if start.cuda_device is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible_device(start.cuda_device)
+        if start.cuda_devices is not None:
+            visible = ",".join(visible_device(index) for index in start.cuda_devices)
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
     except InvalidRequestError as e:
         link.send(Failed(type(e).__name__, str(e)))
         return None
     import torch
 
     from nanovllm.runners.memory import select_device
-    from nanovllm.runners.text import TextRunner
+    from nanovllm.runners.parallel import ParallelRunner
+    from nanovllm.runners.speech import SpeechRunner
     from nanovllm.worker.loading import load_engine
 
     config = start.config
-    if start.cuda_device is not None and config.device == "auto":
+    if start.cuda_devices is not None and config.device == "auto":
         config = replace(config, device="cuda")
     try:
         if start.cpus is not None and select_device(config.device).type == "cpu":
@@ -269,8 +308,9 @@ def _load(start: Start, link: WorkerLink) -> EngineLoop | None:
     gc.collect()
     gc.freeze()
     link.send(Started(config, runner.num_kv_blocks, runner.max_model_len))
-    compiler = runner.grammars if isinstance(runner, TextRunner) else None
-    return EngineLoop(engine, link, start.queue_coalesce_ms, runner, compiler)
+    compiler = None if isinstance(runner, SpeechRunner) else runner.grammars
+    ranks = runner if isinstance(runner, ParallelRunner) else None
+    return EngineLoop(engine, link, start.queue_coalesce_ms, runner, compiler, ranks)
 
 
 def visible_device(index: int) -> str:
