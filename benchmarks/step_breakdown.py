@@ -17,19 +17,18 @@ from nanovllm.bench.machine import inspect_machine
 STAGES = (
     ("schedule", "engine.scheduler", "schedule"),
     ("lay rows out", "_runner", "_lay_out"),
-    ("plan attention", "_runner", "_context"),
+    ("plan attention", "_runner", "_rows_context"),
     ("write the KV cache", "_runner._backend", "write"),
     ("attend", "_runner._backend", "run"),
-    ("rest of the model", "_runner", "_forward"),
+    ("rest of the model", "_runner", "_compute"),
     ("logits", "_runner.model", "compute_logits"),
-    ("rest of sampling", "_runner", "_tail"),
+    ("sampling", "_runner", "_tail"),
     ("collect", "_runner", "collect"),
     ("commit", "engine.scheduler", "commit"),
     ("detokenise", "_outputs", "process"),
 )
 NESTED = {
-    "rest of the model": ("write the KV cache", "attend"),
-    "rest of sampling": ("logits",),
+    "rest of the model": ("write the KV cache", "attend", "logits"),
 }
 """Stages that are inside others, whose time is theirs alone."""
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nanovllm.config import DEMO_MODEL
 
@@ -62,6 +63,22 @@ class Shape:
         """Bytes of keys and values of one position in bf16."""
         return 2 * 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The `config.json`."""
+        return asdict(self) | {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 40960,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "eos_token_id": 151645,
+        }
+
 
 SHAPES = {
     "0.6b": Shape(1024, 28, 16, 3072),
@@ -92,17 +109,5 @@ def make_checkpoint(directory: Path, shape: Shape) -> None:
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO_MODEL / name, directory)
-    config = asdict(shape) | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "max_position_embeddings": 40960,
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": 151645,
-    }
     # Last, as the sign that the rest is whole.
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "config.json").write_text(json.dumps(shape.config, indent=2))
