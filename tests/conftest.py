@@ -8,10 +8,34 @@ import pytest
 import torch
 import transformers
 
+from tests.triton_interpreter import use_interpreter
 from tests.voxcpm_checkpoint import make_model_dir
+
+if not torch.cuda.is_available():
+    use_interpreter()
 
 # The checkpoints are so small that threads cost more than they give.
 torch.set_num_threads(1)
+
+TALKING = (
+    "async",
+    "bench_serve",
+    "bench_speech",
+    "cli",
+    "control",
+    "examples",
+    "faults",
+    "forms",
+    "parallel",
+    "ranks",
+    "server",
+    "attacks",
+    "speech_engine",
+    "speech_streams",
+    "structured",
+    "worker",
+)
+"""In the names of files whose tests start processes, or wait for threads."""
 
 TINY = {
     "vocab_size": 320,
@@ -124,3 +148,17 @@ def speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         return made[key]
 
     return get
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist, tests of processes that talk run one after the other, in one worker.
+
+    They hold others to times, and would miss them if there were more at work than cores.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        folder = path.parent.name
+        if folder in ("server", "acceptance", "gpu") or any(word in path.name for word in TALKING):
+            item.add_marker(pytest.mark.xdist_group("talking"))

@@ -43,6 +43,11 @@ SHELL = ("tests/unit/server/test_server_shell.py",)
 SPEECH_MODELS = ("tests/unit/test_voxcpm_model.py",)
 VOCODING = ("tests/unit/test_voxcpm_vae.py",)
 ADAPTERS = ("tests/unit/test_lora.py",)
+GRAPHS = ("tests/integration/test_graphs.py",)
+GPU_ELEMENTWISE = ("tests/unit/test_triton_elementwise.py",)
+GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
+GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
+GPU_ADAPTERS = ("tests/unit/test_triton_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
 TEXT_ADAPTERS = ("tests/unit/test_text_lora.py", "tests/unit/test_peft_files.py")
 SERVED_ADAPTERS = ("tests/unit/server/test_text_loras.py",)
@@ -53,7 +58,10 @@ GRAMMARS = ("tests/unit/test_grammars.py",)
 CLIENT = ("tests/unit/test_worker_client.py",)
 STREAMING = ("tests/unit/test_speech_stream.py",)
 SPEAKING = ("tests/unit/test_async_speech.py",)
+SHARDING = ("tests/unit/test_sharding.py",)
+RANKS = ("tests/unit/test_ranks.py",)
 SPEECH = ("tests/unit/test_speech_runner.py", "tests/integration/test_speech_engine.py")
+SPEECH_GRAPHS = ("tests/integration/test_speech_graphs.py",)
 
 BLOCKS = "nanovllm/engine/block_manager.py"
 SCHEDULER = "nanovllm/engine/scheduler.py"
@@ -62,6 +70,10 @@ SEQUENCE = "nanovllm/engine/sequence.py"
 RUNNER = "nanovllm/runners/model_runner.py"
 TEXT_RUNNER = "nanovllm/runners/text.py"
 SPEECH_RUNNER = "nanovllm/runners/speech.py"
+SPEECH_TAIL = "nanovllm/runners/speech_tail.py"
+CAPTURED_SAMPLER = "nanovllm/runners/captured_sampler.py"
+DECODE_GRAPHS = "nanovllm/runners/decode_graphs.py"
+CAPTURED_TAIL = "nanovllm/runners/captured_tail.py"
 TABLE = "nanovllm/runners/sampling_table.py"
 SLOT_GRAMMAR = "nanovllm/runners/grammar.py"
 SAMPLER = "nanovllm/layers/sampler.py"
@@ -83,9 +95,15 @@ VOXCPM_SAMPLER = "nanovllm/models/voxcpm/cfm.py"
 VAE = "nanovllm/models/voxcpm/vae.py"
 VAE_LAYERS = "nanovllm/models/voxcpm/vae_layers.py"
 LORA = "nanovllm/layers/lora.py"
+LORA_GROUPS = "nanovllm/kernels/grouped_lora.py"
 LORA_TABLE = "nanovllm/models/adapters.py"
 LORA_NAMES = "nanovllm/adapter_registry.py"
 LORA_SETTINGS = "nanovllm/models/adapter_settings.py"
+LINEAR = "nanovllm/layers/linear.py"
+PARALLEL = "nanovllm/layers/parallel.py"
+PARTS = "nanovllm/models/sharding.py"
+PARALLEL_RUNNER = "nanovllm/runners/parallel.py"
+RANK_PROCESSES = "nanovllm/worker/ranks.py"
 
 
 class Fault(NamedTuple):
@@ -107,6 +125,84 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # Tensor parallelism.
+    Fault(
+        "every rank adds the bias behind a sum",
+        PARTS,
+        "return tensor if self._rank == 0 else torch.zeros_like(tensor)",
+        "return tensor",
+        SHARDING,
+    ),
+    Fault(
+        "key heads counted from this rank's first one",
+        PARTS,
+        "return [head // group_size for head in heads[::shared]]",
+        "return [(head - heads[0]) // group_size for head in heads[::shared]]",
+        SHARDING,
+    ),
+    Fault(
+        "key heads shared out as if they divided",
+        PARTS,
+        "shared = math.gcd(group_size, len(heads))",
+        "shared = min(group_size, len(heads))",
+        SHARDING,
+    ),
+    Fault(
+        "the scales of groups that are cut stay whole",
+        PARTS,
+        "return values.repeat_interleave(weight.group_size // size, 1)[:, groups]",
+        "return values[:, groups]",
+        SHARDING,
+    ),
+    Fault(
+        "an adapter counts once for each rank",
+        PARTS,
+        "            down if depth is None else depth.of(down, 1),",
+        "            down if depth is None else depth.of(down, 1) * 2,",
+        SHARDING,
+    ),
+    Fault(
+        "ids of other ranks are looked up here",
+        LINEAR,
+        "        here = (rows >= 0) & (rows < self.spec.rows)",
+        "        here = rows < self.spec.rows",
+        SHARDING,
+    ),
+    Fault(
+        "the padding of shorter parts is taken for logits",
+        PARALLEL,
+        "part[:, : len(ids)] for part, ids in columns",
+        "part for part, _ in columns",
+        SHARDING,
+    ),
+    Fault(
+        "a rank that dies is not waited for to be known",
+        RANK_PROCESSES,
+        "key=lambda error: isinstance(error, _MissingError)",
+        "key=lambda error: not isinstance(error, _MissingError)",
+        RANKS,
+    ),
+    Fault(
+        "ranks go on without the one that died",
+        RANK_PROCESSES,
+        "        self._kill()\n        self.abort()\n        return failure",
+        "        self.abort()\n        return failure",
+        RANKS,
+    ),
+    Fault(
+        "results are used that came after a rank was lost",
+        PARALLEL_RUNNER,
+        "        self._ranks.check()  # what came after a rank was lost would be wrong\n",
+        "",
+        RANKS,
+    ),
+    Fault(
+        "an interrupt leaves a step half done",
+        PARALLEL_RUNNER,
+        "            with _interrupts_held_back():\n                yield",
+        "            yield",
+        RANKS,
+    ),
     # Blocks and hashes.
     Fault(
         "stale block: one handed out again keeps its hash",
@@ -375,8 +471,8 @@ FAULTS = [
     Fault(
         "position off by one in the cache",
         RUNNER,
-        "cache_slots=blocks * size + rows.positions % size",
-        "cache_slots=blocks * size + (rows.positions + 1) % size",
+        "            blocks * size + rows.positions % size,\n",
+        "            blocks * size + (rows.positions + 1) % size,\n",
         MODELS,
     ),
     Fault(
@@ -417,8 +513,8 @@ FAULTS = [
     Fault(
         "keys written as values",
         SDPA,
-        "values[slots] = v\n",
-        "values[slots] = k\n",
+        "zip(cache.flatten(1, 2), (k, v), strict=True)",
+        "zip(cache.flatten(1, 2), (k, k), strict=True)",
         MODELS,
     ),
     Fault(
@@ -496,8 +592,8 @@ FAULTS = [
     Fault(
         "tied head ignored",
         DECODER,
-        "None if config.tie_word_embeddings else Embedding(",
-        "Embedding(",
+        "        if not config.tie_word_embeddings:\n",
+        "        if True:\n",
         MODELS,
     ),
     Fault(
@@ -532,8 +628,8 @@ FAULTS = [
     Fault(
         "guidance of another row",
         VOXCPM_SAMPLER,
-        "Guidance(copies, guided, scale[guided])",
-        "Guidance(copies, guided, scale[: len(guided)])",
+        "cls(copies, guided, scale[guided])",
+        "cls(copies, guided, scale[: len(guided)])",
         SPEECH_MODELS,
     ),
     Fault(
@@ -560,10 +656,38 @@ FAULTS = [
     # The text runner.
     Fault(
         "sampled id written one position late",
-        TEXT_RUNNER,
-        "self._token_ids[self._to_device(slots), self._to_device(ends)] = written",
-        "self._token_ids[self._to_device(slots), self._to_device(ends + 1)] = written",
+        CAPTURED_SAMPLER,
+        "    token_ids[slots, ends] = chosen",
+        "    token_ids[slots, ends + 1] = chosen",
         MODELS,
+    ),
+    Fault(
+        "a row that pads writes to the cache",
+        RUNNER,
+        "torch.where(positions < 0, PADDING, blocks * size + positions % size)",
+        "blocks * size + positions % size",
+        GRAPHS,
+    ),
+    Fault(
+        "a graph replayed on what the step before had",
+        DECODE_GRAPHS,
+        "        self._inputs.fill(values if adapters is None else",
+        "        (values if adapters is None else",
+        GRAPHS,
+    ),
+    Fault(
+        "a captured row drawn with another's settings",
+        CAPTURED_SAMPLER,
+        "        self._inputs.fill(rows)\n",
+        "        self._inputs.fill({**rows, 'uniforms': rows['uniforms'][::-1]})\n",
+        GRAPHS,
+    ),
+    Fault(
+        "rows of prompts over those of decodes",
+        DECODE_GRAPHS,
+        "output[num_rows:total] = other",
+        "output[: total - num_rows] = other",
+        GRAPHS,
     ),
     Fault(
         "prompt scores off by one",
@@ -603,14 +727,14 @@ FAULTS = [
     ),
     Fault(
         "repetition penalty divides negative logits",
-        SAMPLER,
+        TORCH_KERNELS,
         "torch.where(rows > 0, rows / factor, rows * factor)",
         "rows / factor",
         SAMPLING,
     ),
     Fault(
         "presence penalty counts the prompt",
-        SAMPLER,
+        TORCH_KERNELS,
         "generated = known & (position >= penalties.prompt_lengths[:, None])",
         "generated = known",
         SAMPLING,
@@ -744,22 +868,22 @@ FAULTS = [
     Fault(
         "a reference is taken for what the speech continues",
         SPEECH_RUNNER,
-        "trailing[-1] if num_trailing else 0.0",
-        "patches[-1] if len(patches) else 0.0",
+        "patches[len(patches) - num_trailing :]",
+        "patches",
         SPEECH,
     ),
     Fault(
         "the decoder starts cold behind a recording",
-        SPEECH_RUNNER,
+        SPEECH_TAIL,
         "prime(trailing.flatten(0, 1)",
         "prime(trailing[:0].flatten(0, 1)",
         SPEECH,
     ),
     Fault(
         "guidance goes to another row",
-        SPEECH_RUNNER,
-        'settings["cfg_value"][of_group]',
-        'settings["cfg_value"][of_group[::-1]]',
+        SPEECH_TAIL,
+        "rows.cfg_value[of_group]",
+        "rows.cfg_value[of_group[::-1]]",
         SPEECH,
     ),
     Fault(
@@ -796,6 +920,27 @@ FAULTS = [
         "is_audio.cumsum() - 1",
         "(is_audio.cumsum() - 2).clip(0)",
         SPEECH,
+    ),
+    Fault(
+        "rows that pad speak where a sequence does",
+        CAPTURED_TAIL,
+        '"slots": (np.int64, num_slots - 1)',
+        '"slots": (np.int64, 0)',
+        SPEECH_GRAPHS,
+    ),
+    Fault(
+        "rows of a graph are taken for the first ones",
+        CAPTURED_TAIL,
+        "present = rows.clamp(max=len(self._outputs[0]) - 1)",
+        "present = torch.arange(size)",
+        SPEECH_GRAPHS,
+    ),
+    Fault(
+        "a step's sound is that of the next",
+        "nanovllm/runners/transfers.py",
+        "[tensor.clone() for tensor in tensors]",
+        "list(tensors)",
+        SPEECH_GRAPHS,
     ),
     Fault(
         "an attempt has the seed of the one before",
@@ -850,8 +995,8 @@ FAULTS = [
     Fault(
         "VAE primed cold",
         VAE,
-        "        if len(latents):\n            self.decode(",
-        "        if not len(latents):\n            self.decode(",
+        "        if len(latents):\n            # Of any",
+        "        if not len(latents):\n            # Of any",
         VOCODING,
     ),
     Fault(
@@ -934,10 +1079,66 @@ FAULTS = [
     ),
     Fault(
         "the rows of one adapter go through another one as well",
-        LORA,
+        LORA_GROUPS,
         "(rows,) = (slots == slot).nonzero()",
         "(rows,) = (slots >= slot).nonzero()",
         ADAPTERS,
+    ),
+    Fault(
+        "the GPU: adapters of lower slots see a row too",
+        "nanovllm/kernels/triton/lora.py",
+        "other=-1) == slot",
+        "other=-1) >= slot",
+        GPU_ADAPTERS,
+    ),
+    Fault(
+        "the GPU: the end of the depth is left out",
+        "nanovllm/kernels/triton/lora.py",
+        "range(0, split_depth, BLOCK_K)",
+        "range(0, split_depth - BLOCK_K, BLOCK_K)",
+        GPU_ADAPTERS,
+    ),
+    Fault(
+        "the GPU: an adapter that is gone still adds",
+        "nanovllm/kernels/triton/lora.py",
+        "self._down[slot].zero_()",
+        "pass",
+        GPU_ADAPTERS,
+    ),
+    Fault(
+        "the GPU: padding counts in the mean of the squares",
+        "nanovllm/kernels/triton/elementwise.py",
+        "tl.sum(squares, 0) / width",
+        "tl.sum(squares, 0) / BLOCK",
+        GPU_ELEMENTWISE,
+    ),
+    Fault(
+        "the GPU: halves of a head rotate the other way",
+        "nanovllm/kernels/triton/kv_write.py",
+        "x * cos - y * sin",
+        "x * cos + y * sin",
+        GPU_WRITE,
+    ),
+    Fault(
+        "the GPU: keys are normed as queries",
+        "nanovllm/kernels/triton/kv_write.py",
+        "return tl.where(is_query, q, k)",
+        "return tl.where(is_query, q, q)",
+        GPU_WRITE,
+    ),
+    Fault(
+        "the GPU: tokens of padding are written to the first slot",
+        "nanovllm/kernels/triton/kv_write.py",
+        "slot = tl.load(slots_ptr + token).to(tl.int64)",
+        "slot = tl.maximum(tl.load(slots_ptr + token).to(tl.int64), 0)",
+        GPU_WRITE,
+    ),
+    Fault(
+        "the GPU: sums depend on the number of rows",
+        "nanovllm/kernels/triton/linear.py",
+        "BLOCK_K=32 if is_float32 else 64,",
+        "BLOCK_K=32 if num_rows > 2 else 64,",
+        GPU_LINEAR,
     ),
     Fault(
         "LocDiT's rows are taken for positions",

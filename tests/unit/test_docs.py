@@ -34,17 +34,24 @@ def test_default_variables_and_aliases_of_each_option(
     name, default = option.name, option.default  # type: ignore[attr-defined]
     shown_default, environment, aliases, meaning = option_rows()[name]
     assert shown_default == f"`{default!r}`"
-    variables = [v for v, target in config.environment_aliases.items() if target == name]
-    assert environment == ", ".join(f"`{v}`" for v in (f"NANOVLLM_{name.upper()}", *variables))
+    assert environment == ", ".join(f"`{variable}`" for variable in config.variables_of(name))
     assert aliases == ", ".join(f"`{a}`" for a, target in sorted(ALIASES.items()) if target == name)
     assert meaning
 
 
+def links_of(page: Path) -> list[str]:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    return [link for link in links if "://" not in link]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
-    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
-    assert not missing
+    assert not [link for link in links_of(page) if not (page.parent / link).exists()]
+
+
+def test_some_link_leads_to_every_page() -> None:
+    linked = {(page.parent / link).resolve() for page in PAGES for link in links_of(page)}
+    assert {page.resolve() for page in PAGES[1:]} <= linked
 
 
 def test_readme_begins_with_the_two_commands() -> None:

@@ -193,7 +193,7 @@ def test_nan_logits_end_that_request_alone(llm: LLM, monkeypatch: pytest.MonkeyP
     expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
     compute = llm._runner.model.compute_logits
 
-    def poisoned(hidden: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def poisoned(hidden: torch.Tensor, kernels: Kernels, *ranks: object) -> torch.Tensor:
         logits = compute(hidden, kernels)
         if len(logits) == 2:
             logits[1] = torch.nan

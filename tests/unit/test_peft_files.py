@@ -32,7 +32,7 @@ def base(checkpoint: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def table(base: Path) -> AdapterTable:
     adapters = load_engine(EngineConfig(**SMALL), base).runner.adapters
-    assert adapters is not None
+    assert isinstance(adapters, AdapterTable)
     return adapters
 
 

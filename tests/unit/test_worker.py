@@ -57,7 +57,7 @@ SCORES = TextPayload(TokenScores([1, 2], [-0.5, -1.0], 1), [None, TokenScores([3
 @pytest.mark.parametrize(
     "message",
     [
-        Start(EngineConfig(model="m", hf_token="secret"), "/dir", 1, [0, 2], 2.0),
+        Start(EngineConfig(model="m", hf_token="secret"), "/dir", [1], [0, 2], 2.0),
         AddRequest(5, [1, 2, 3], PARAMS, -1, "salt", TextRequest(frozenset({1}), ((2, 3),))),
         AddRequest(5, [1, b"patch", 101], PARAMS, 0, None, SpeechRequest(b"1234", 1.5), 3),
         AbortSequences([1, 2]),
