@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -81,7 +81,7 @@ def resources(ptx: str) -> dict[str, int]:
         file.write(ptx)
         file.flush()
         command = [
-            triton.knobs.nvidia.ptxas.path,
+            get_ptxas(90).path,
             "-v",
             "-arch=sm_90a",
             file.name,

@@ -16,6 +16,7 @@ def use_interpreter() -> None:
         _patch_once()
         _mend_range()
         _mend_arithmetic()
+        _mend_masks()
 
 
 def _patch_once() -> None:
@@ -80,3 +81,22 @@ def _mend_arithmetic() -> None:
         return handle(product.astype(sums.data.dtype) + sums.data, sums.dtype.scalar)
 
     builder.cast_impl, builder.create_dot = mended_cast, mended_dot
+
+
+def _mend_masks() -> None:
+    """Since Triton 3.8 what loads and stores takes masks of booleans alone, and not all are."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def boolean(mask: Any) -> Any:
+        return interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+
+    def mended_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        return load(self, ptrs, boolean(mask), *args)
+
+    def mended_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        return store(self, ptrs, value, boolean(mask), *args)
+
+    builder.create_masked_load, builder.create_masked_store = mended_load, mended_store
