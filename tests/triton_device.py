@@ -4,13 +4,5 @@ import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
-DOT_DTYPES = (
-    (torch.float32, torch.float16)
-    if INTERPRETED
-    else (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-    )
-)
-"""For kernels that multiply matrices: the interpreter's product of bfloat16 is wrong."""
+DOT_DTYPES = (torch.float32, torch.float16, *(() if INTERPRETED else (torch.bfloat16,)))
+"""For kernels that multiply: an interpreted product of bfloat16 is `triton_interpreter`'s own."""

@@ -77,20 +77,15 @@ class BlockTables(NamedTuple):
         """Enter blocks `(slot, index, block_ids)`, which come from that index on."""
         if not new_blocks:
             return
-        slots, columns, ids = (
-            np.concatenate(arrays)
-            for arrays in zip(
-                *(
-                    (np.full(len(ids), slot), np.arange(index, index + len(ids)), np.array(ids))
-                    for slot, index, ids in new_blocks
-                ),
-                strict=True,
-            )
+        slots = np.repeat(
+            [slot for slot, _, _ in new_blocks], [len(ids) for _, _, ids in new_blocks]
         )
-        self.host[slots, columns] = ids
+        columns = np.concatenate([np.arange(at, at + len(ids)) for _, at, ids in new_blocks])
+        self.host[slots, columns] = np.concatenate([ids for _, _, ids in new_blocks])
         device = self.device.device
         if device.type != "cpu":
-            entries = to_device(np.stack([slots, columns, ids]), device)
+            # From the host's table: if a place is named twice, both say what it holds in the end.
+            entries = to_device(np.stack([slots, columns, self.host[slots, columns]]), device)
             self.device[entries[0], entries[1]] = entries[2]
 
 

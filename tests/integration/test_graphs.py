@@ -11,7 +11,7 @@ import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.errors import NotEnoughMemoryError
-from nanovllm.kernels.attention_backend import PlanBuffers
+from nanovllm.kernels.attention_backend import BlockTables, PlanBuffers
 from nanovllm.runners.graphs import CudaGraphs, GraphLadder, capture_sizes
 from nanovllm.runners.text import TextRunner
 from nanovllm.runners.transfers import HostCopies, StepInputs
@@ -232,6 +232,14 @@ def test_a_ladder_captures_each_size_once_on_blank_inputs() -> None:
     ladder.graph(4)()
     ladder.graph(4, "lora")()
     assert log == ["replayed", ("blank", 4, "lora"), ("run", 4, "lora"), "replayed"]
+
+
+def test_a_block_that_is_entered_twice_is_the_last_one() -> None:
+    tables = BlockTables.zeros(2, 4, torch.device("cpu"))
+    tables.append([(0, 0, [5, 6]), (1, 2, [7]), (0, 1, [8, 9])])  # the slot is another's by now
+    assert tables.host.tolist() == [[5, 8, 9, 0], [0, 0, 7, 0]]
+    tables.append([])
+    assert tables.device.tolist() == tables.host.tolist()
 
 
 def test_inputs_keep_their_addresses() -> None:
