@@ -42,7 +42,7 @@ class VoxCPM:
             max_model_len: Longest prompt plus speech, in positions; a model made for less has its
                 own.
             gpu_memory_utilization: Share of a GPU's memory that may be used, in (0, 1].
-            enforce_eager: Whether to run without captured graphs.
+            enforce_eager: Whether to run without captured graphs, or replayed kernels.
             devices: CUDA devices; None is the first. Without a GPU it runs on the CPU.
             lora_config: Room for LoRA adapters.
             **kwargs: More options of `EngineConfig` and `PoolConfig`.

@@ -44,6 +44,8 @@ SPEECH_MODELS = ("tests/unit/test_voxcpm_model.py",)
 VOCODING = ("tests/unit/test_voxcpm_vae.py",)
 ADAPTERS = ("tests/unit/test_lora.py",)
 GRAPHS = ("tests/integration/test_graphs.py",)
+COMPACT_WEIGHTS = ("tests/unit/test_cpu_compact.py",)
+REPLAYS = ("tests/unit/test_cpu_replay.py",)
 GPU_ELEMENTWISE = ("tests/unit/test_triton_elementwise.py",)
 GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
 GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
@@ -85,6 +87,10 @@ KV = "nanovllm/kernels/cpu/csrc/attention.cpp"
 PLAN = "nanovllm/kernels/cpu/csrc/attention_plan.cpp"
 CPU_LINEAR = "nanovllm/kernels/cpu/csrc/linear.cpp"
 CPU_SAMPLER = "nanovllm/kernels/cpu/csrc/sampler.cpp"
+CPU_PACKING = "nanovllm/kernels/cpu/packing.py"
+COMPACT = "nanovllm/kernels/cpu/csrc/compact.h"
+COMPACTING = "nanovllm/kernels/cpu/csrc/compact.cpp"
+REPLAY = "nanovllm/kernels/cpu/replay.py"
 SDPA = "nanovllm/kernels/sdpa.py"
 DECODER = "nanovllm/models/decoder.py"
 AUDIO = "nanovllm/kernels/audio.py"
@@ -573,6 +579,99 @@ FAULTS = [
         "return w.bias ? v + load(w.bias + packed + part * kTile) : v;",
         "return v;",
         MODELS,
+    ),
+    # Weights of bf16 in 12 bits.
+    Fault(
+        "an exponent that its code does not reach",
+        COMPACTING,
+        "constexpr int kReach = 7;",
+        "constexpr int kReach = 8;",
+        COMPACT_WEIGHTS,
+    ),
+    Fault(
+        "a weight's sign lost in its code",
+        COMPACTING,
+        "return (exponent(bits) - block.exponent) | (bits >> 15 << 3);",
+        "return exponent(bits) - block.exponent;",
+        COMPACT_WEIGHTS,
+    ),
+    Fault(
+        "a dense block multiplied as if it had codes",
+        COMPACT,
+        "const bool is_dense = block->dense;",
+        "const bool is_dense = false;",
+        COMPACT_WEIGHTS,
+    ),
+    Fault(
+        "codes of the second half of a group read as those of the first",
+        COMPACT,
+        "look_up(table, pair ? codes >> 4 : codes & 15)",
+        "look_up(table, codes & 15)",
+        COMPACT_WEIGHTS,
+    ),
+    Fault(
+        "a replaceable matrix without room for another one",
+        CPU_PACKING,
+        " and not spec.replaceable",
+        "",
+        COMPACT_WEIGHTS,
+    ),
+    # Kernels that are repeated.
+    Fault(
+        "a repetition on the inputs of the recording",
+        REPLAY,
+        "            place.copy_(given)\n",
+        "            continue\n",
+        REPLAYS,
+    ),
+    Fault(
+        "results that the next repetition overwrites",
+        REPLAY,
+        "tuple(result.clone() for result in self._results)",
+        "self._results",
+        REPLAYS,
+    ),
+    Fault(
+        "memory handed out while it is in use",
+        REPLAY,
+        "weakref.finalize(loan, free.append, piece)",
+        "free.append(piece)",
+        REPLAYS,
+    ),
+    Fault(
+        "memory of recordings that is never handed out again",
+        REPLAY,
+        "free.pop() if free else ",
+        "",
+        REPLAYS,
+    ),
+    Fault(
+        "a recording for inputs of other shapes",
+        REPLAY,
+        "key = key, *(given.shape for given in inputs)",
+        "key = key, len(inputs)",
+        REPLAYS,
+    ),
+    Fault(
+        "recordings that catch the kernels of other engines",
+        REPLAY,
+        "self.library = copy.copy(library)",
+        "self.library = library",
+        REPLAYS,
+    ),
+    Fault(
+        "a recording that lacks what torch computed",
+        REPLAY,
+        "if name not in _VIEWS | _LOOKS or is_copy:",
+        "if False:",
+        REPLAYS,
+    ),
+    Fault(
+        "a step with adapters repeated for others",
+        DECODER,
+        "if ctx.lora is not None or ctx.parallel is not None:",
+        "if ctx.parallel is not None:",
+        REPLAYS,
     ),
     # The networks.
     Fault(

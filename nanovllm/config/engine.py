@@ -70,7 +70,7 @@ class EngineConfig(Options):
             "sdpa", torch's; "cpu", ours for CPUs; or two for prompts and for decodes, such as
             "flash-attn,triton". "auto" takes the best that is there and logs which. vLLM's names
             are read too.
-        enforce_eager: Whether to run without captured CUDA graphs.
+        enforce_eager: Whether to run without captured CUDA graphs, or replayed kernels on a CPU.
         max_cudagraph_capture_size: Most decodes in a step that runs as a captured graph; None is
             `max_num_seqs`, at most 512, and 0 captures none.
         compile_model: Whether `torch.compile` compiles what a speech model computes with torch's

@@ -64,7 +64,8 @@ class GroupedWeights:
 
     def __init__(self, kernels: Kernels, spec: WeightSpec, rank: int, num_slots: int) -> None:
         self._kernels = kernels
-        down, up = WeightSpec(rank, spec.depth), WeightSpec(spec.rows, rank)
+        down = WeightSpec(rank, spec.depth, replaceable=True)
+        up = WeightSpec(spec.rows, rank, replaceable=True)
         self._slots = [_Slot(self._empty(down), self._empty(up)) for _ in range(num_slots)]
         self._is_empty = [True] * num_slots
 

@@ -1,6 +1,6 @@
 """The seam between the layers and whatever computes on a device."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -52,11 +52,13 @@ class WeightSpec:
         depth: Inputs.
         gated: Whether there are two parts of equal width, `gate` and `up`, of which only
             `SiLU(gate) * up` is wanted.
+        replaceable: Whether `Kernels.repack` may give it another matrix.
     """
 
     rows: int
     depth: int
     gated: bool = False
+    replaceable: bool = False
 
 
 class Choice(NamedTuple):
@@ -131,7 +133,10 @@ class Kernels(Protocol):
         """Take over a linear layer's weight, part by part `[part_rows, depth]`, and its bias."""
 
     def repack(self, weight: Any, matrix: Tensor) -> None:
-        """Replace a weight that was packed of a dense matrix, in its place, by another one."""
+        """Replace a weight that was packed of a dense matrix, in its place, by another one.
+
+        Its spec says that it is `replaceable`.
+        """
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
         """Map `[num_tokens, depth]` to `[num_tokens, rows]`, or half of them if gated."""
@@ -164,6 +169,27 @@ class Kernels(Protocol):
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         """A backend for some layers."""
+
+    def prefault(self, tensors: Sequence[Tensor], num_bytes: int) -> None:
+        """Have the system give so many bytes of tensors before they are used, if it would wait."""
+
+    def replay(
+        self,
+        key: Hashable,
+        compute: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """Compute something whose kernels may be written down once and then repeated as they were.
+
+        Args:
+            key: Stands for the computation, which is the same each time.
+            compute: Calls kernels. From one time to the next, all that they read and write stays at
+                its address, but for these inputs; it looks at no values.
+            inputs: Its arguments, `[num_rows, ...]`; overwritten by some kernels.
+
+        Returns:
+            What `compute` returns.
+        """
 
     def local_attention(
         self,

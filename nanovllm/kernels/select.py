@@ -66,7 +66,10 @@ def _cpu_kernels(config: EngineConfig, dtype: torch.dtype) -> CpuKernels | str:
     except NoCompilerError as e:
         return str(e)
     library.start_threads(config.cpu_threads or num_usable_cores())
-    return CpuKernels(library, dtype, not config.disable_cascade_attn, config.deterministic)
+    if config.enforce_eager:
+        logger.info("enforce_eager: kernels are called one by one, which takes a CPU longer")
+    cascade = not config.disable_cascade_attn
+    return CpuKernels(library, dtype, cascade, config.deterministic, config.enforce_eager)
 
 
 def _say_that_weights_are_expanded(config: EngineConfig, reason: str) -> None:

@@ -1,6 +1,6 @@
 """The kernels in plain torch: right on every device and dtype, and what the others are held to."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -97,6 +97,17 @@ class TorchKernels:
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         return select_attention(config, self._device)
+
+    def prefault(self, tensors: Sequence[Tensor], num_bytes: int) -> None:
+        pass
+
+    def replay(
+        self,
+        key: Hashable,  # noqa: ARG002
+        compute: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        return compute(*inputs)
 
     def local_attention(
         self,

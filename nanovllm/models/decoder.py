@@ -5,9 +5,9 @@ checkpoints, but for projections of one input, which are packed.
 """
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.kernels import Kernels
@@ -19,6 +19,9 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.sharding import Sharding
+
+Part = tuple[Tensor, ...]
+"""What goes into a part of the layers, or comes out of it."""
 
 Keep = Callable[[Tensor, Tensor, ForwardContext], tuple[Tensor, Tensor, ForwardContext]]
 """Picks the tokens that are wanted behind the last layer, once its attention has seen them all.
@@ -111,18 +114,28 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._scale = config.residual_scale
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        rotary: Rotary | None,
-        ctx: ForwardContext,
-        keep: Keep | None = None,
+    def attend(
+        self, x: Tensor | None, residual: Tensor, rotary: Rotary | None, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.input_layernorm.add(x, residual, ctx)
-        x = self.self_attn(x, rotary, ctx)
-        if keep is not None:
-            x, residual, ctx = keep(x, residual, ctx)
+        """The first half, but for the projection of what attention yields.
+
+        Args:
+            x: What the layer before adds to the residual stream; None is the first layer.
+            residual: The residual stream before it, `[num_tokens, hidden_size]`.
+            rotary: Cosines and sines of the tokens' positions; None is no positions.
+            ctx: The step.
+
+        Returns:
+            What attention yields, and the residual stream that it has seen.
+        """
+        if x is None:
+            x = self.input_layernorm(residual, ctx)
+        else:
+            x, residual = self.input_layernorm.add(x, residual, ctx)
+        return self.self_attn(x, rotary, ctx), residual
+
+    def finish(self, x: Tensor, residual: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """The rest of the layer: takes what `attend` returned, returns what it takes."""
         x = self._scaled(self.self_attn.o_proj(x, ctx))
         x, residual = self.post_attention_layernorm.add(x, residual, ctx)
         return self._scaled(self.mlp(x, ctx)), residual
@@ -147,9 +160,11 @@ class Layers(nn.Module):
         traits: type[Traits] = Traits,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, attention, traits) for attention in attentions
-        )
+        stack = [DecoderLayer(config, attention, traits) for attention in attentions]
+        self.layers = nn.ModuleList(stack)
+        self._has_cache = any(isinstance(layer.self_attn.attention, Attention) for layer in stack)
+        # What the kernels know this network by: the network itself they would keep alive.
+        self._key = object()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def run(
@@ -170,12 +185,58 @@ class Layers(nn.Module):
         Returns:
             `[num_kept_tokens, hidden_size]`, after the final norm.
         """
-        x = torch.zeros_like(residual)
-        *before, last = self.layers
+        if keep is None:
+            return self._replay(self._compute, (residual,), rotary, ctx)[0]
+        x, residual = self._replay(self._attend, (residual,), rotary, ctx)
+        x, residual, ctx = keep(x, residual, ctx)
+        return self._replay(self._finish, (x, residual), None, ctx)[0]
+
+    @property
+    def _stack(self) -> list[DecoderLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _compute(self, inputs: Part, rotary: Rotary | None, ctx: ForwardContext) -> Part:
+        return self._finish(self._attend(inputs, rotary, ctx), None, ctx)
+
+    def _attend(self, inputs: Part, rotary: Rotary | None, ctx: ForwardContext) -> Part:
+        """All up to what the last layer's attention yields."""
+        x, (residual,) = None, inputs
+        *before, last = self._stack
         for layer in before:
-            x, residual = layer(x, residual, rotary, ctx)
-        x, residual = last(x, residual, rotary, ctx, keep)
-        return self.norm.add(x, residual, ctx)[0]
+            x, residual = layer.finish(*layer.attend(x, residual, rotary, ctx), ctx)
+        return last.attend(x, residual, rotary, ctx)
+
+    def _finish(
+        self,
+        inputs: Part,
+        rotary: Rotary | None,  # noqa: ARG002  # as for the other parts
+        ctx: ForwardContext,
+    ) -> Part:
+        """The rest."""
+        x, residual = inputs
+        x, residual = self._stack[-1].finish(x, residual, ctx)
+        return (self.norm.add(x, residual, ctx)[0],)
+
+    def _replay(
+        self,
+        part: Callable[[Part, Any, ForwardContext], Part],
+        inputs: Part,
+        rotary: Rotary | None,
+        ctx: ForwardContext,
+    ) -> Part:
+        """Compute a part of `run`, by `Kernels.replay` unless more than the inputs changes."""
+        if ctx.lora is not None or ctx.parallel is not None:
+            return part(inputs, rotary, ctx)
+        num_inputs = len(inputs)
+
+        def compute(*tensors: Tensor) -> Part:
+            inputs, others = tensors[:num_inputs], tensors[num_inputs:]
+            step = replace(ctx, cache_slots=others[-1]) if self._has_cache else ctx
+            return part(inputs, others[:2] if rotary else None, step)
+
+        slots = (ctx.cache_slots,) if self._has_cache else ()
+        tensors = *inputs, *(rotary or ()), *slots
+        return ctx.kernels.replay((self._key, part.__name__), compute, tensors)
 
 
 class CausalLayers(Layers):

@@ -22,6 +22,9 @@ GRAPH_LAYER_BYTES = 128 << 10
 CPU_KV_CACHE_BYTES = 4 << 30
 """Most that the KV cache takes on a CPU unless told otherwise; vLLM's default too."""
 
+PREFAULTED_BYTES = 256 << 20
+"""Of that, what is taken from the system at once, if the size was not asked for."""
+
 
 class ModelShape(Protocol):
     """What memory is sized by: what the configs of text and of speech models share."""
@@ -140,7 +143,7 @@ def attention_config(
 
 
 def allocate_kv_cache(spec: CacheSpec, device: torch.device) -> Tensor:
-    """A layer's cache, zeroed; on a CPU its pages are not touched before they are used."""
+    """A layer's cache, zeroed; on a CPU the system gives its pages when they are touched."""
     if device.type == "cpu":
         return zeroed(spec.num_bytes).view(spec.dtype).view(spec.shape)
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device)

@@ -24,6 +24,7 @@ from nanovllm.models.sharding import Sharding
 from nanovllm.runners.decode_graphs import PADDING, DecodeGraphs, RowOutputs
 from nanovllm.runners.graphs import Capture, capture_sizes
 from nanovllm.runners.memory import (
+    PREFAULTED_BYTES,
     ModelShape,
     allocate_kv_cache,
     attention_config,
@@ -126,6 +127,7 @@ class ModelRunner(ABC, Generic[ModelT]):
             )
         spec = self._backend.cache_spec(self.num_kv_blocks)
         self._kv_caches = [allocate_kv_cache(spec, self.device) for _ in range(shape.num_layers)]
+        kernels.prefault(self._kv_caches, config.kv_cache_memory_bytes or PREFAULTED_BYTES)
         self._num_slots = config.max_num_seqs or 1
         max_blocks = -(-self.max_model_len // self.block_size)
         # One more than there are slots, in this table and others: rows that only pad have it.

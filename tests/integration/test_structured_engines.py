@@ -117,16 +117,22 @@ def test_attacks_are_refused_and_others_go_on_as_if_they_were_alone() -> None:
 def test_a_request_may_leave_while_its_form_is_compiled() -> None:
     async def run() -> None:
         async with AsyncLLM(max_num_seqs=8, max_model_len=512) as llm:
-            # Half a second of work, and another one for each title.
+            # A good deal of work, and as much again for each title.
             slow = {"type": "object", "properties": {f"p{i}": {} for i in range(1500)}}
 
             async def leave(index: int) -> None:
-                given = params(slow | {"title": str(index)}, index, max_tokens=20)
+                # Who is to leave would not end soon, either.
+                max_tokens = 20 if index % 2 else 400
+                given = params(slow | {"title": str(index)}, index, max_tokens=max_tokens)
                 async for _ in llm.generate("x", given, request_id=f"r{index}"):
                     pass
 
+            async def wait_until_held() -> None:
+                while not llm.stats().workers[0].engine.num_paused:
+                    await asyncio.sleep(0.005)
+
             tasks = [asyncio.ensure_future(leave(index)) for index in range(4)]
-            await asyncio.sleep(0.3)
+            await asyncio.wait_for(wait_until_held(), 60)
             for task in tasks[::2]:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)

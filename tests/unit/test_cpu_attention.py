@@ -23,6 +23,7 @@ from nanovllm.kernels.attention_backend import (
     HeadNorms,
 )
 from nanovllm.kernels.cpu.attention import CpuAttention
+from nanovllm.kernels.cpu.replay import Replays
 from tests.cpu_kernels import (
     UNIT,
     UNITS,
@@ -85,7 +86,7 @@ class World:
         self._fill_with_garbage()
 
     def make_backend(self, cascade: bool) -> CpuAttention:
-        return CpuAttention(self.library, self.config, cascade, self.deterministic)
+        return CpuAttention(Replays(self.library), self.config, cascade, self.deterministic)
 
     def _fill_with_garbage(self) -> None:
         """Leave what a sequence may have left: keys that are NaN, values that are huge."""
@@ -559,4 +560,4 @@ def test_values_that_are_not_finite_are_stored_as_zeros(isa: str) -> None:
 @pytest.mark.parametrize("head_dim", [3, 514])
 def test_heads_that_do_not_fit_are_refused(head_dim: int) -> None:
     with pytest.raises(InvalidRequestError, match="head_dim"):
-        CpuAttention(load("portable"), replace(BASE, head_dim=head_dim), True, False)
+        CpuAttention(Replays(load("portable")), replace(BASE, head_dim=head_dim), True, False)

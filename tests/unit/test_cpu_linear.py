@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.cpu import packing
 from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.cpu.packing import PackedWeight
 from nanovllm.kernels.kernels import QuantizedWeight, WeightSpec
@@ -32,7 +34,7 @@ from tests.cpu_kernels import (
 )
 
 INT4 = ("int4-g32", "int4-g64", "int4-g128", "int4-g32-zeros", "int4-g128-zeros")
-FORMATS = ("dense", "int8", *INT4)
+FORMATS = ("dense", "compact", "int8", *INT4)
 ROWS = (0, 1, 2, 3, 5, 17, 64)
 MANY_ROWS = (255, 2048)  # more than a block of rows
 
@@ -102,7 +104,7 @@ class Linear:
 
 
 def make_part(rows: int, depth: int, weight_format: str, seed: int) -> Tensor | QuantizedWeight:
-    if weight_format == "dense":
+    if weight_format in ("dense", "compact"):
         return random(rows, depth, seed=seed)
     bits = 8 if weight_format == "int8" else 4
     group = depth if bits == 8 else int(weight_format.split("-g")[1].split("-")[0])
@@ -140,7 +142,9 @@ def make_linear(
     total = sum(widths)
     values = random(total, seed=99)
     spec = WeightSpec(total, depth, gated)
-    packed = kernels.pack(spec, iter(parts), values if bias else None)
+    least = 1 if weight_format == "compact" else 1 << 60
+    with patch.object(packing, "compact_bytes", lambda _: least):
+        packed = kernels.pack(spec, iter(parts), values if bias else None)
     group = 0
     if isinstance(parts[0], QuantizedWeight):
         group = parts[0].group_size
@@ -248,7 +252,7 @@ def test_a_deterministic_row_is_the_same_alone_and_in_any_batch(
 @each_isa
 @pytest.mark.parametrize("num_threads", [2, 3, 8])
 def test_threads_change_no_bit(isa: str, num_threads: int) -> None:
-    for weight_format in ("dense", "int8", "int4-g64"):
+    for weight_format in ("dense", "compact", "int8", "int4-g64"):
         linear = make_linear(isa, torch.bfloat16, weight_format, 130, [321], bias=True)
         x = random(230, 130, dtype=torch.bfloat16)
         alone = linear.kernels.linear(x, linear.packed)

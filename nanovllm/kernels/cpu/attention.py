@@ -14,8 +14,9 @@ from nanovllm.kernels.attention_backend import (
     HeadNorms,
     PlanBuffers,
 )
-from nanovllm.kernels.cpu.library import AttentionShape, Library
+from nanovllm.kernels.cpu.library import AttentionShape
 from nanovllm.kernels.cpu.packing import INT8, TYPES
+from nanovllm.kernels.cpu.replay import Replays
 
 MAX_HEAD_DIM = 512
 
@@ -24,7 +25,7 @@ class CpuAttention:
     """See `AttentionBackend`. A block and KV head have a *cell* of the cache; see csrc/attention.h.
 
     Args:
-        library: The kernels.
+        replays: The kernels, and the memory for what they yield.
         config: Shapes and dtypes.
         cascade: Whether blocks that several rows of a step share are read once for all.
         deterministic: Whether a row's result may not depend on the others'; turns cascade off.
@@ -34,7 +35,7 @@ class CpuAttention:
     """
 
     def __init__(
-        self, library: Library, config: AttentionConfig, cascade: bool, deterministic: bool
+        self, replays: Replays, config: AttentionConfig, cascade: bool, deterministic: bool
     ) -> None:
         if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
             raise InvalidRequestError(
@@ -42,7 +43,8 @@ class CpuAttention:
                 f"most {MAX_HEAD_DIM}; cpu_isa='torch' has no such limit",
                 "head_dim",
             )
-        self._library, self._config, self._cascade = library, config, cascade
+        self._empty, self._library = replays.empty, replays.library
+        self._config, self._cascade = config, cascade
         self._shape = AttentionShape(
             activation=TYPES[config.dtype],
             cache=INT8 if config.quantize_cache else TYPES[config.dtype],
@@ -55,8 +57,8 @@ class CpuAttention:
         )
         self._reference = ctypes.byref(self._shape)
         # One plan, filled anew for each step: on a CPU no two steps are in flight.
-        self._plan = library.new_plan()
-        weakref.finalize(self, library.free_plan, self._plan)
+        self._plan = self._library.new_plan()
+        weakref.finalize(self, self._library.free_plan, self._plan)
 
     @property
     def capturable(self) -> bool:
@@ -76,7 +78,7 @@ class CpuAttention:
     ) -> Tensor:
         config = self._config
         num_tokens = qkv.shape[0]
-        q = torch.empty(num_tokens, config.num_heads, config.head_dim, dtype=config.dtype)
+        q = self._empty(num_tokens, config.num_heads, config.head_dim, dtype=config.dtype)
         self._library.write_kv(
             self._reference,
             num_tokens,
@@ -107,7 +109,7 @@ class CpuAttention:
         return self._plan  # type: ignore[no-any-return]
 
     def run(self, q: Tensor, cache: Tensor, metadata: int, window: int | None) -> Tensor:
-        out = torch.empty_like(q)
+        out = self._empty(*q.shape, dtype=q.dtype)
         self._library.attend(
             self._reference,
             metadata,

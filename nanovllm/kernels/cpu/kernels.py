@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
 from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight, pointer
+from nanovllm.kernels.cpu.prefault import prefault
+from nanovllm.kernels.cpu.replay import Replays
 from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
 from nanovllm.kernels.kernels import Choice, Draws, Penalties, QuantizedWeight, WeightSpec
 from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
@@ -32,6 +34,7 @@ class CpuKernels:
         dtype: float32 or bfloat16.
         cascade: See `CpuAttention`.
         deterministic: Whether a row's result may not depend on the other rows of a step.
+        eager: Whether all kernels are called one by one, and none are replayed.
     """
 
     def __init__(
@@ -40,9 +43,11 @@ class CpuKernels:
         dtype: torch.dtype,
         cascade: bool = True,
         deterministic: bool = False,
+        eager: bool = False,
     ) -> None:
-        self._library, self._dtype, self._type = library, dtype, TYPES[dtype]
-        self._cascade, self._deterministic = cascade, deterministic
+        self._replays = Replays(library, not eager)
+        self._library, self._dtype, self._type = self._replays.library, dtype, TYPES[dtype]
+        self._cascade, self._deterministic, self._eager = cascade, deterministic, eager
         self._arena = Arena()
 
     @property
@@ -50,7 +55,7 @@ class CpuKernels:
         return self._library.isa
 
     def with_dtype(self, dtype: torch.dtype) -> "CpuKernels":
-        return CpuKernels(self._library, dtype, self._cascade, self._deterministic)
+        return CpuKernels(self._library, dtype, self._cascade, self._deterministic, self._eager)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -67,11 +72,15 @@ class CpuKernels:
     ) -> PackedWeight:
         parts = iter(parts)
         first = next(parts)
-        weight = PackedWeight(spec, self._dtype, first, bias is not None, self._arena)
+        has_bias = bias is not None
+        weight = PackedWeight(spec, self._dtype, first, has_bias, self._arena, self.isa)
         weight.fill(self._library, itertools.chain([first], parts), bias)
+        weight.compact(self._library, self._arena)
         return weight
 
     def repack(self, weight: PackedWeight, matrix: Tensor) -> None:
+        if not weight.spec.replaceable:
+            raise ValueError("only a weight that was packed as replaceable can be replaced")
         weight.fill(self._library, [matrix], None)
 
     def linear(self, x: Tensor, weight: PackedWeight) -> Tensor:
@@ -84,7 +93,7 @@ class CpuKernels:
         return self._linear_into(x, weight, total, add=True)
 
     def _linear(self, x: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(x.shape[0], weight.width, dtype=dtype)
+        out = self._replays.empty(x.shape[0], weight.width, dtype=dtype)
         return self._linear_into(x, weight, out, add=False)
 
     def _linear_into(self, x: Tensor, weight: PackedWeight, out: Tensor, add: bool) -> Tensor:
@@ -119,8 +128,8 @@ class CpuKernels:
         return self._norm(x, residual, weight, eps), residual
 
     def _norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x)
         rows, width = x.shape
+        out = self._replays.empty(rows, width, dtype=self._dtype)
         self._library.add_rms_norm(
             self._type,
             x.data_ptr(),
@@ -135,14 +144,25 @@ class CpuKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=self._dtype)
+        out = self._replays.empty(rows, width, dtype=self._dtype)
         self._library.silu_mul(self._type, gate_up.data_ptr(), rows, width, out.data_ptr())
         return out
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         if config.backend not in ("auto", "cpu"):
             return select_attention(config, torch.device("cpu"))
-        return CpuAttention(self._library, config, self._cascade, self._deterministic)
+        return CpuAttention(self._replays, config, self._cascade, self._deterministic)
+
+    def replay(
+        self,
+        key: Hashable,
+        compute: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        return self._replays.run(key, compute, inputs)
+
+    def prefault(self, tensors: Sequence[Tensor], num_bytes: int) -> None:
+        prefault(self._library, tensors, num_bytes)
 
     def local_attention(
         self,
@@ -155,7 +175,7 @@ class CpuKernels:
         num_tokens, width = qkv.shape
         head_dim = width // (num_heads + 2 * num_kv_heads)
         cos, sin = (None, None) if rotary is None else rotary
-        out = torch.empty(num_tokens, num_heads * head_dim, dtype=self._dtype)
+        out = self._replays.empty(num_tokens, num_heads * head_dim, dtype=self._dtype)
         self._library.local_attention(
             self._type,
             qkv.data_ptr(),

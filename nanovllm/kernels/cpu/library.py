@@ -19,14 +19,15 @@ class Weights(Structure):
         ("activation", c_int32),
         ("group_size", c_int32),
         ("gated", c_int32),
+        ("has_zeros", c_int32),
         ("columns", c_int64),
         ("depth", c_int64),
         ("padded_depth", c_int64),
         ("num_tiles", c_int64),
         ("data", c_void_p),
         ("scales", c_void_p),
-        ("zeros", c_void_p),
         ("bias", c_void_p),
+        ("blocks", c_void_p),
     )
 
 
@@ -70,6 +71,8 @@ class Library:
             return function  # type: ignore[no-any-return]
 
         self.pack = bind("pack", weights, pointer, pointer, pointer, count, count, count, count)
+        self.plan_blocks = bind("plan_blocks", weights, pointer, result=c_int64)
+        self.compact = bind("compact", weights, weights)
         self.embed = bind("embed", weights, pointer, count, pointer)
         self.linear = bind("linear", weights, pointer, count, pointer, flag, flag, flag)
         self.add_rms_norm = bind(
@@ -104,9 +107,16 @@ class Library:
         self.causal_windows = bind(
             "causal_windows", *signal, *[pointer] * 2, count, pointer, count, count, pointer
         )
+        self.replay = bind("replay", pointer, count)
+        self.touch = bind("touch", pointer, count)
         self._start_threads = bind("start_threads", flag, POINTER(c_int32), result=c_int32)
         self._num_threads = bind("num_threads", result=c_int32)
         self._enable_amx = bind("enable_amx", result=c_int32)
+
+    def again(self, name: str) -> int:
+        """Address of what calls a kernel by its arguments as words, for `replay`."""
+        function = getattr(self._library, f"nanovllm_{name}_again")
+        return ctypes.cast(function, c_void_p).value or 0
 
     @property
     def num_threads(self) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import mmap
 from collections.abc import Iterable
 
@@ -12,7 +13,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.cpu.library import Library, Weights
 from nanovllm.kernels.kernels import QuantizedWeight, WeightSpec
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+FLOAT32, BFLOAT16, INT8, INT4, COMPACT = range(5)
 """Formats; see csrc/weights.h."""
 
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
@@ -23,20 +24,30 @@ MAX_INT4_GROUP = 256
 """The kernels hold the sum of a group's activations in 16 bits."""
 
 _DEPTH_MULTIPLE = {FLOAT32: 1, BFLOAT16: 32, INT8: 64}
+_PANEL_TILES, _BLOCK_DEPTH = 4, 16  # see csrc/compact.h
 _BITS = {FLOAT32: 32, BFLOAT16: 16, INT8: 8, INT4: 4}
 
 
 def zeroed(num_bytes: int) -> Tensor:
     """Zeroed bytes, aligned to pages, huge ones where the system gives them at the first touch."""
-    return torch.frombuffer(_anonymous(num_bytes), dtype=torch.uint8, count=num_bytes)
+    return torch.frombuffer(anonymous(num_bytes), dtype=torch.uint8, count=num_bytes)
 
 
-def _anonymous(num_bytes: int) -> mmap.mmap:
+def anonymous(num_bytes: int) -> mmap.mmap:
+    """The same, as the system gives it."""
     # Private: huge pages are seldom given to shared memory.
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # a system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def compact_bytes(isa: str) -> float:
+    """Size from which on a matrix of bf16 is kept in 12 bits a weight, by instruction set.
+
+    Smaller ones stay in the caches, and with shorter vectors arithmetic would be the limit.
+    """
+    return 1 << 20 if isa.startswith(("amx", "avx512")) else math.inf
 
 
 class Arena:
@@ -49,7 +60,7 @@ class Arena:
     def take(self, num_bytes: int) -> Tensor:
         """Bytes at a multiple of a cache line."""
         if self._piece is None or self._used + num_bytes > len(self._piece):
-            self._piece, self._used = _anonymous(max(num_bytes, ARENA_BYTES)), 0
+            self._piece, self._used = anonymous(max(num_bytes, ARENA_BYTES)), 0
         first = self._used
         self._used += _round_up(num_bytes, 64)
         return torch.frombuffer(self._piece, dtype=torch.uint8, count=num_bytes, offset=first)
@@ -64,6 +75,7 @@ class PackedWeight:
         like: Its first part, which says how the others are stored.
         has_bias: Whether to make room for a bias.
         arena: Where to take the memory.
+        isa: What reads it.
     """
 
     def __init__(
@@ -73,6 +85,7 @@ class PackedWeight:
         like: Tensor | QuantizedWeight,
         has_bias: bool,
         arena: Arena,
+        isa: str,
     ) -> None:
         self._form = kind, group = _form(like, activation)
         self.spec = spec
@@ -81,14 +94,19 @@ class PackedWeight:
         part_rows = spec.rows // 2 if spec.gated else spec.rows
         self.num_tiles = -(-part_rows // TILE) * (2 if spec.gated else 1)
         columns = self.num_tiles * TILE
-        self.data = arena.take(columns * depth * _BITS[kind] // 8)
-        self.scales = self.zeros = self.bias = None
+        # A group of int4 has its scales, and its zero points if there are some, beside its codes.
+        has_zeros = isinstance(like, QuantizedWeight) and like.zeros is not None
+        num_bytes = columns * depth * _BITS[kind] // 8
+        if kind == INT4:
+            num_bytes += columns * depth // group * (3 if has_zeros else 2)
+        large = kind == BFLOAT16 and num_bytes >= compact_bytes(isa)
+        self._becomes_compact = large and not spec.replaceable
+        self.data = zeroed(num_bytes) if self._becomes_compact else arena.take(num_bytes)
+        self.scales: Tensor | None = None
+        self.bias: Tensor | None = None
+        self.blocks: Tensor | None = None
         if kind == INT8:
             self.scales = torch.zeros(columns, dtype=torch.float32)
-        elif isinstance(like, QuantizedWeight):
-            self.scales = arena.take(columns * depth // group * 2)
-            if like.zeros is not None:
-                self.zeros = arena.take(columns * depth // group)
         if has_bias:
             self.bias = torch.zeros(columns, dtype=torch.float32)
         self.struct = Weights(
@@ -96,13 +114,13 @@ class PackedWeight:
             activation=TYPES[activation],
             group_size=group,
             gated=spec.gated,
+            has_zeros=has_zeros,
             columns=spec.rows,
             depth=spec.depth,
             padded_depth=depth,
             num_tiles=self.num_tiles,
             data=self.data.data_ptr(),
             scales=pointer(self.scales),
-            zeros=pointer(self.zeros),
             bias=pointer(self.bias),
         )
         self.reference = ctypes.byref(self.struct)
@@ -112,7 +130,7 @@ class PackedWeight:
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        tensors = (self.data, self.scales, self.zeros, self.bias)
+        tensors = (self.data, self.scales, self.bias, self.blocks)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def fill(
@@ -137,7 +155,7 @@ class PackedWeight:
                 zeros = None if part.zeros is None else part.zeros.contiguous()
             else:
                 codes = part.to(self._dtype).contiguous()
-            if zeros is not None and self.zeros is None:
+            if zeros is not None and not self.struct.has_zeros:
                 raise InvalidRequestError(
                     "matrices that read the same input must all have the same zero points or none"
                 )
@@ -148,6 +166,19 @@ class PackedWeight:
             if bias is not None and self.bias is not None:
                 self.bias[_packed_columns(rows, *place)] = bias[first : first + rows].float()
             first += rows
+
+    def compact(self, library: Library, arena: Arena) -> None:
+        """Move a large matrix of bf16 into the arena, in a form that takes less."""
+        if not self._becomes_compact:
+            return
+        dense = Weights.from_buffer_copy(self.struct)
+        num_blocks = -(-self.num_tiles // _PANEL_TILES) * (dense.padded_depth // _BLOCK_DEPTH)
+        self.blocks = torch.empty(num_blocks + 1, dtype=torch.int64)
+        data = arena.take(library.plan_blocks(ctypes.byref(dense), self.blocks.data_ptr()))
+        self.struct.format, self.struct.data = COMPACT, data.data_ptr()
+        self.struct.blocks = self.blocks.data_ptr()
+        library.compact(ctypes.byref(dense), self.reference)
+        self.data = data
 
 
 def _form(part: Tensor | QuantizedWeight, activation: torch.dtype) -> tuple[int, int]:

@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "pool.h"
+#include "replay.h"
 
 namespace nanovllm {
 namespace {
@@ -523,6 +524,7 @@ NANOVLLM_API void nanovllm_write_kv(const AttentionShape* shape, int64_t num_tok
   if (shape->activation == kFloat32) call(static_cast<float*>(q));
   else call(static_cast<Bf16*>(q));
 }
+NANOVLLM_REPLAYABLE(nanovllm_write_kv)
 
 // out = softmax(q K^T scale) V over what the plan says; q and out are [num_tokens, num_heads,
 // head_dim]. A query sees the `window` positions up to its own, all if that is 0.
@@ -536,3 +538,4 @@ NANOVLLM_API void nanovllm_attend(const AttentionShape* shape, const void* plan,
   if (shape->activation == kFloat32) call(static_cast<float*>(out));
   else call(static_cast<Bf16*>(out));
 }
+NANOVLLM_REPLAYABLE(nanovllm_attend)

@@ -10,6 +10,7 @@
 
 #include "amx.h"
 #include "simd.h"
+#include "weights.h"
 
 namespace nanovllm {
 
@@ -17,6 +18,11 @@ constexpr int kTile = 16;                     // columns of a tile
 constexpr int kSplits = kTile / kWidth;       // vectors in a row of a tile
 constexpr int kMaxColumnTiles = 4;            // tiles that a panel has
 constexpr int kPanel = kTile * kMaxColumnTiles;
+constexpr long kLine = 64;                    // bytes of a cache line
+
+inline int tiles_of_panel(const Weights& w, long panel) {
+  return int(std::min<long>(kMaxColumnTiles, w.num_tiles - panel * kMaxColumnTiles));
+}
 
 template <class T>
 constexpr int kPack = 4 / sizeof(T);
@@ -170,6 +176,21 @@ inline void dot_rows(const T* a, long a_stride, const T* const* tiles, int num_t
   }
 }
 
+// Calls `body` with the number of rows, up to kDotRows, as a constant.
+template <class Body>
+inline void for_rows(long rows, Body&& body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+#if defined(NANOVLLM_AVX512)
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+#endif
+  }
+}
+
 // c[rows, 16 * num_tiles] (+)= a[rows, segments * length] x tiles.
 //
 // The depth may lie in several segments, as values do in blocks: segment s of column tile j is at
@@ -180,27 +201,20 @@ inline void multiply_vectors(const T* a, long a_stride, long rows, const T* cons
                              int num_tiles, int tile_stride, int segments, long length,
                              Accumulator<T>* c, long c_stride, bool accumulate, Ahead& ahead) {
   // Blocks of about equal size: one or two rows at the end would wait for their own sums. A step
-  // reads a line of each tile, so that it takes as many blocks as tiles to fetch what they read.
-  const bool fetching = ahead.at != ahead.end;
-  const long wanted = fetching ? std::min<long>(kDotTiles, rows / 2) : 1;
-  const long blocks = std::max((rows + kDotRows - 1) / kDotRows, wanted);
+  // reads a line of each tile, which is as much as all blocks together fetch.
+  const long blocks = (rows + kDotRows - 1) / kDotRows;
+  const long lines = ahead.at == ahead.end ? 0 : (kDotTiles + blocks - 1) / blocks;
   for (long r = 0, block = 0; block < blocks; block++) {
     const long count = (rows - r + blocks - block - 1) / (blocks - block);
-    const auto run = [&](auto num_rows) {
-      const auto rows_of = fetching ? dot_rows<T, num_rows(), 1> : dot_rows<T, num_rows(), 0>;
+    for_rows(count, [&](auto num_rows) {
+      constexpr int R = num_rows();
+      const auto rows_of = lines > 2    ? dot_rows<T, R, 4>
+                           : lines == 2 ? dot_rows<T, R, 2>
+                           : lines == 1 ? dot_rows<T, R, 1>
+                                        : dot_rows<T, R, 0>;
       rows_of(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments, length,
               c + r * c_stride, c_stride, accumulate, ahead);
-    };
-    switch (count) {
-      case 1: run(std::integral_constant<int, 1>{}); break;
-      case 2: run(std::integral_constant<int, 2>{}); break;
-      case 3: run(std::integral_constant<int, 3>{}); break;
-      case 4: run(std::integral_constant<int, 4>{}); break;
-#if defined(NANOVLLM_AVX512)
-      case 5: run(std::integral_constant<int, 5>{}); break;
-      case 6: run(std::integral_constant<int, 6>{}); break;
-#endif
-    }
+    });
     r += count;
   }
 }

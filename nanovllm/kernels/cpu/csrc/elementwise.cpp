@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "pool.h"
+#include "replay.h"
 #include "simd.h"
 #include "weights.h"
 
@@ -77,6 +78,7 @@ NANOVLLM_API void nanovllm_add_rms_norm(int32_t type, const void* x, void* resid
   if (type == kFloat32) call(static_cast<float*>(out));
   else call(static_cast<Bf16*>(out));
 }
+NANOVLLM_REPLAYABLE(nanovllm_add_rms_norm)
 
 // out[rows, width] = SiLU(gate) * up of gate_up[rows, 2 width].
 NANOVLLM_API void nanovllm_silu_mul(int32_t type, const void* gate_up, int64_t rows, int64_t width,
@@ -87,3 +89,4 @@ NANOVLLM_API void nanovllm_silu_mul(int32_t type, const void* gate_up, int64_t r
     silu_mul(static_cast<const Bf16*>(gate_up), rows, width, static_cast<Bf16*>(out));
   }
 }
+NANOVLLM_REPLAYABLE(nanovllm_silu_mul)

@@ -8,9 +8,10 @@
 
 #include <algorithm>
 
-#include "dot.h"
+#include "compact.h"
+#include "int4.h"
 #include "pool.h"
-#include "weights.h"
+#include "replay.h"
 
 namespace nanovllm {
 namespace {
@@ -21,6 +22,8 @@ constexpr long kExpandedRows = 768;     // the same where int4 is expanded for A
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
 constexpr long kTiledDepthBlock = 512;  // two tiles' slice in L1
+constexpr long kExpandingRows = 4;      // of many: more would leave no registers for it
+constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
 constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
 
 // Activations as a kernel reads them.
@@ -96,9 +99,18 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
   return {data, stride, scales, sums, groups};
 }
 
-// A panel in memory, but for its scales.
+// A panel in memory.
 Ahead bytes_of_panel(const Weights& w, long tile) {
-  const long tile_bytes = w.padded_depth * kTile * bits_of(w.format) / 8;
+  if (w.format == kCompact) {
+    if (tile >= w.num_tiles) return {};
+    const Block* first = blocks_of_panel(w, tile / kMaxColumnTiles);
+    const Block* end = first + w.padded_depth / kBlockDepth;
+    return {static_cast<const char*>(w.data) + first->line * kLine,
+            static_cast<const char*>(w.data) + end->line * kLine};
+  }
+  const long tile_bytes = w.format == kInt4
+                              ? w.padded_depth / w.group_size * Int4Panel::tile_bytes(w)
+                              : w.padded_depth * kTile * bits_of(w.format) / 8;
   const char* at = static_cast<const char*>(w.data) + tile * tile_bytes;
   return {at, at + std::clamp<long>(w.num_tiles - tile, 0, kMaxColumnTiles) * tile_bytes};
 }
@@ -123,7 +135,7 @@ void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, Panel& pan
   auto* sums = reinterpret_cast<Accumulator<T>*>(panel.sums);
   const long step = tiled ? kTiledDepthBlock : kDepthBlock<T>;
   for (long k = 0; k < w.padded_depth; k += step) {
-    const long depth = std::min(step, w.padded_depth - k);
+    const long depth = std::min<long>(step, w.padded_depth - k);
     const T* tiles[kMaxColumnTiles];
     for (int j = 0; j < panel.num_tiles; j++) tiles[j] = tile_of<T>(w, panel.tile + j) + k * kTile;
     multiply(tiled, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
@@ -131,11 +143,34 @@ void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, Panel& pan
   }
 }
 
+// The same of a compact weight. The first rows expand it in passing, for those that follow.
+void multiply_compact_panel(const Weights& w, const Input<Bf16>& in, bool tiled, Panel& panel) {
+  constexpr long kMost = kDepthBlock<Bf16>;
+  alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles * kMost * kTile];
+  const long step = tiled ? kTiledDepthBlock : kMost;
+  const long first = tiled ? 0 : panel.rows <= kDotRows ? panel.rows : kExpandingRows;
+  const long others = panel.rows - first;
+  CompactSlice slice(w, panel.tile / kMaxColumnTiles, expanded, step * kTile);
+  const Bf16* tiles[kMaxColumnTiles];
+  for (int j = 0; j < panel.num_tiles; j++) tiles[j] = expanded + j * slice.tile_size;
+  for (long k = 0; k < w.padded_depth; k += step, slice.blocks += step / kBlockDepth) {
+    slice.depth = std::min<long>(step, w.padded_depth - k);
+    const Bf16* x = in.data + panel.row * in.stride + k;
+    const auto multiply_first = others ? multiply_compact<true> : multiply_compact<false>;
+    if (first) multiply_first(slice, x, in.stride, first, panel.sums, kPanel, k > 0);
+    else expand(slice);
+    if (others) {
+      multiply(tiled, x + first * in.stride, in.stride, others, tiles, panel.num_tiles, 0, 1,
+               slice.depth, panel.sums + first * kPanel, kPanel, k > 0, &panel.ahead);
+    }
+  }
+}
+
 // int8, one group a row.
 void multiply_int8(const Weights& w, const Input<int8_t>& in, bool tiled, Panel& panel) {
   multiply_panel(w, in, tiled, panel);
   const auto* sums = reinterpret_cast<const int32_t*>(panel.sums);
-  const float* scales = static_cast<const float*>(w.scales) + panel.tile * kTile;
+  const float* scales = w.scales + panel.tile * kTile;
   for (long r = 0; r < panel.rows; r++) {
     const float x_scale = in.scales[panel.row + r];
     const int32_t offset = kInt8Zero * in.sums[panel.row + r];
@@ -145,19 +180,6 @@ void multiply_int8(const Weights& w, const Input<int8_t>& in, bool tiled, Panel&
             __builtin_convertvector(total, Floats) * x_scale * load(scales + j));
     }
   }
-}
-
-struct Int4Tile {
-  const uint8_t* codes;
-  const uint16_t* scales;
-  const uint8_t* zeros;
-};
-
-Int4Tile int4_tile(const Weights& w, long tile) {
-  const long groups = w.padded_depth / w.group_size;
-  return {static_cast<const uint8_t*>(w.data) + tile * w.padded_depth / 2 * kTile,
-          static_cast<const uint16_t*>(w.scales) + tile * groups * kTile,
-          w.zeros ? w.zeros + tile * groups * kTile : nullptr};
 }
 
 // 16-bit products suffice: a zero point is below 16, a sum of 256 int8 below 2^15.
@@ -170,60 +192,62 @@ inline Ints zero_product(Ints zero, int32_t sum) {
 #endif
 }
 
-inline Ints load_zero(const Int4Tile& tile, long offset) {
-  if (!tile.zeros) return Ints{} + kInt4Zero;
-  return widen(reinterpret_cast<const int8_t*>(tile.zeros) + offset);
+inline Ints load_zero(const Int4Panel& panel, bool has_zeros, long group, long tile, int lane) {
+  if (!has_zeros) return Ints{} + kInt4Zero;
+  return widen(reinterpret_cast<const int8_t*>(panel.zeros(group, tile)) + lane);
 }
 
-// R rows times C tiles of int4: exact within a group, then scaled into floats.
-// Meanwhile kAhead cache lines are fetched every step of eight, from `ahead` on.
-template <int R, int C, int kAhead = 0>
-inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles, long group_size,
-                       float* c, [[maybe_unused]] const char* ahead = nullptr) {
+// R rows times C tiles of int4: exact within a group, then scaled into floats. Meanwhile a line is
+// fetched every step from `next` on, or if that is null, what comes soon.
+template <int R, int C>
+inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const Input<int8_t>& in,
+                       long row, float* c, const char* next) {
   Floats acc[R][C * kSplits] = {};
-  for (long g = 0; g < in.groups; g++) {
+  const long group_size = w.group_size, stride = panel.stride(), groups = in.groups;
+  const bool has_zeros = w.has_zeros;
+  const int8_t* x = in.data + row * in.stride;
+  for (long g = 0; g < groups; g++, x += group_size) {
     Ints exact[R][C * kSplits];
 #pragma GCC unroll 16
     for (int j = 0; j < C * kSplits; j++) {
-      const long offset = g * kTile + j % kSplits * kWidth;
-      const Ints zero = load_zero(tiles[j / kSplits], offset);
+      const Ints zero = load_zero(panel, has_zeros, g, tile + j / kSplits, j % kSplits * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        exact[r][j] = -zero_product(zero, in.sums[(row + r) * in.groups + g]);
+        exact[r][j] = -zero_product(zero, in.sums[(row + r) * groups + g]);
       }
     }
-    const long depth = g * group_size;
-    for (long k = depth; k < depth + group_size; k += 8) {
-#pragma GCC unroll 4
-      for (int line = 0; line < kAhead; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    const char* line = panel.codes(g, tile);
+    for (long k = 0; k < group_size; k += Int4Panel::kStep, line += stride) {
+      if (next) {
+        __builtin_prefetch(next, 0, 2);
+        next += 64;
+      } else {
+        for (int j = 0; j < C; j++) __builtin_prefetch(line + kInt4Ahead + j * 64);
+      }
       Words codes[C * kSplits];
 #pragma GCC unroll 16
-      for (int j = 0; j < C * kSplits; j++) {
-        codes[j] = load_raw<Words>(tiles[j / kSplits].codes + k / 2 * kTile +
-                                   j % kSplits * kVectorBytes);
-      }
+      for (int j = 0; j < C * kSplits; j++) codes[j] = load_raw<Words>(line + j * kVectorBytes);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; half++) {
-        Words w[C * kSplits];
+        Words weights[C * kSplits];
 #pragma GCC unroll 16
-        for (int j = 0; j < C * kSplits; j++) w[j] = (codes[j] >> (4 * half)) & 0x0f0f0f0fu;
+        for (int j = 0; j < C * kSplits; j++) weights[j] = (codes[j] >> (4 * half)) & 0x0f0f0f0fu;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-          const Words x = splat_word(word_at(in.data + (row + r) * in.stride + k + 4 * half));
+          const Words four = splat_word(word_at(x + r * in.stride + k + 4 * half));
 #pragma GCC unroll 16
           for (int j = 0; j < C * kSplits; j++) {
-            exact[r][j] = multiply_add(exact[r][j], int8_t{}, x, w[j]);
+            exact[r][j] = multiply_add(exact[r][j], int8_t{}, four, weights[j]);
           }
         }
       }
     }
 #pragma GCC unroll 16
     for (int j = 0; j < C * kSplits; j++) {
-      const Floats scale =
-          load_half(tiles[j / kSplits].scales + g * kTile + j % kSplits * kWidth);
+      const Floats scale = load_half(panel.scales(g, tile + j / kSplits) + j % kSplits * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const float x_scale = in.scales[(row + r) * in.groups + g];
+        const float x_scale = in.scales[(row + r) * groups + g];
         acc[r][j] += __builtin_convertvector(exact[r][j], Floats) * (scale * x_scale);
       }
     }
@@ -235,49 +259,27 @@ inline void int4_block(const Input<int8_t>& in, long row, const Int4Tile* tiles,
   }
 }
 
-template <int R, int C>
-inline void int4_rows(const Input<int8_t>& in, long row, const Int4Tile* tiles, int num_tiles,
-                      long group_size, float* c, Ahead& upcoming) {
-  int j = 0;
-  for (; j + C <= num_tiles; j += C) {
-    // One row or two are read at the memory's speed: they fetch as much as they read.
-    constexpr int kLines = R <= 2 ? C : 1;
-    const char* ahead = upcoming.take(in.groups * group_size / 8 * kLines);
-    if (ahead) int4_block<R, C, kLines>(in, row, tiles + j, group_size, c + j * kTile, ahead);
-    else int4_block<R, C>(in, row, tiles + j, group_size, c + j * kTile);
-  }
-  if constexpr (C > 1) {
-    for (; j < num_tiles; j++) {
-      int4_block<R, 1>(in, row, tiles + j, group_size, c + j * kTile);
-    }
-  }
-}
-
-// The scales of the panel that comes next: they lie apart, in runs too short to be foreseen.
-void fetch_scales(const Weights& w, long tile) {
-  const long groups = w.padded_depth / w.group_size;
-  const long count = std::clamp<long>(w.num_tiles - tile, 0, kMaxColumnTiles) * groups * kTile;
-  const char* scales = static_cast<const char*>(w.scales) + tile * groups * kTile * 2;
-  for (long i = 0; i < count * 2; i += 64) __builtin_prefetch(scales + i, 0, 2);
-  if (!w.zeros) return;
-  for (long i = 0; i < count; i += 64) __builtin_prefetch(w.zeros + tile * groups * kTile + i, 0, 2);
-}
-
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
 #if defined(NANOVLLM_AVX512)
   constexpr int kRows = 6, kFewTiles = 4, kTiles = 2;
 #else
   constexpr int kRows = 2, kFewTiles = 1, kTiles = 1;
 #endif
-  Int4Tile tiles[kMaxColumnTiles];
-  for (int j = 0; j < panel.num_tiles; j++) tiles[j] = int4_tile(w, panel.tile + j);
-  if (panel.rows <= kFewRows) fetch_scales(w, panel.next);
+  const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
   long r = 0;
   const auto block = [&](auto rows, auto num_tiles) {
     constexpr int R = decltype(rows)::value, C = decltype(num_tiles)::value;
     for (; r + R <= panel.rows; r += R) {
-      int4_rows<R, C>(in, panel.row + r, tiles, panel.num_tiles, w.group_size,
-                      panel.sums + r * kPanel, panel.ahead);
+      float* sums = panel.sums + r * kPanel;
+      int j = 0;
+      for (; j + C <= panel.num_tiles; j += C) {
+        const long steps = w.padded_depth / Int4Panel::kStep;
+        const char* next = panel.rows > 2 ? panel.ahead.take(steps) : nullptr;
+        int4_block<R, C>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
+      }
+      for (; j < panel.num_tiles; j++) {
+        int4_block<R, 1>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
+      }
     }
   };
   block(std::integral_constant<int, kRows>{}, std::integral_constant<int, kTiles>{});
@@ -290,14 +292,15 @@ void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
 constexpr long kExpandedDepth = 512;  // depth expanded at a time
 constexpr long kMinExpandedRows = 16;
 
-// Expands `depth` of a tile of int4 to bf16.
-void expand_int4(const Int4Tile& tile, long first, long depth, long group_size, Bf16* out) {
-  for (long k = first; k < first + depth; k += 8, out += 8 * kTile) {
-    const long group = k / group_size * kTile;
+// Expands `depth` inputs of a tile of int4 to bf16.
+void expand_int4(const Weights& w, const Int4Panel panel, int tile, long first, long depth, Bf16* out) {
+  for (long k = first; k < first + depth; k += Int4Panel::kStep, out += Int4Panel::kStep * kTile) {
+    const long group = k / w.group_size, step = k % w.group_size / Int4Panel::kStep;
+    const char* line = panel.codes(group, tile) + step * panel.stride();
     for (int lane = 0; lane < kTile; lane += kWidth) {
-      const Words codes = load_raw<Words>(tile.codes + k / 2 * kTile + lane * 4);
-      const Ints zero = load_zero(tile, group + lane);
-      const Floats scale = load_half(tile.scales + group + lane);
+      const Words codes = load_raw<Words>(line + lane * 4);
+      const Ints zero = load_zero(panel, w.has_zeros, group, tile, lane);
+      const Floats scale = load_half(panel.scales(group, tile) + lane);
       for (int pair = 0; pair < 4; pair++) {
         // Byte i of a word holds elements i and i + 4.
         const int shift = 16 * (pair % 2) + 4 * (pair / 2);
@@ -315,11 +318,12 @@ void expand_int4(const Int4Tile& tile, long first, long depth, long group_size, 
 
 void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
   alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles][kExpandedDepth * kTile];
+  const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
   const Bf16* tiles[kMaxColumnTiles];
   for (long k = 0; k < w.padded_depth; k += kExpandedDepth) {
-    const long depth = std::min(kExpandedDepth, w.padded_depth - k);
+    const long depth = std::min<long>(kExpandedDepth, w.padded_depth - k);
     for (int j = 0; j < panel.num_tiles; j++) {
-      expand_int4(int4_tile(w, panel.tile + j), k, depth, w.group_size, expanded[j]);
+      expand_int4(w, weights, j, k, depth, expanded[j]);
       tiles[j] = expanded[j];
     }
     multiply(true, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
@@ -361,9 +365,9 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
   session.parallel(panels * blocks, [&](long item) {
     const long tile = item / blocks * kMaxColumnTiles, row = item % blocks * block_rows;
     Panel panel{row, std::min(block_rows, rows - row), tile,
-                int(std::min<long>(kMaxColumnTiles, w.num_tiles - tile)), block_sums,
+                tiles_of_panel(w, item / blocks), block_sums,
                 tile + num_threads() * kMaxColumnTiles, {}};
-    if (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4)) {
+    if (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4))) {
       panel.ahead = bytes_of_panel(w, panel.next);
     }
     multiply(panel);
@@ -378,8 +382,12 @@ void run_plain(Session& session, const Weights& w, const In* x, long rows, Outpu
   if (tiled || w.depth != w.padded_depth || !std::is_same_v<T, In>) {
     in = pad_rows<In, T>(session, x, rows, w.depth, w.padded_depth);
   }
-  run_panels(session, w, rows, kBlockRows, out,
-             [&](Panel& panel) { multiply_panel(w, in, tiled, panel); });
+  run_panels(session, w, rows, kBlockRows, out, [&](Panel& panel) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+      if (w.format == kCompact) return multiply_compact_panel(w, in, tiled, panel);
+    }
+    multiply_panel(w, in, tiled, panel);
+  });
 }
 
 template <class In, class Out>
@@ -412,7 +420,8 @@ void run(const Weights& w, const In* x, long rows, Output<Out> out, bool always)
   Session session;
   switch (w.format) {
     case kFloat32: return run_plain<float>(session, w, x, rows, out, always);
-    case kBFloat16: return run_plain<Bf16>(session, w, x, rows, out, always);
+    case kBFloat16:
+    case kCompact: return run_plain<Bf16>(session, w, x, rows, out, always);
     case kInt8: return run_int8(session, w, x, rows, out, always);
     default: return run_int4(session, w, x, rows, out, always);
   }
@@ -437,3 +446,4 @@ NANOVLLM_API void nanovllm_linear(const Weights* w, const void* x, int64_t rows,
   else if (float_out) run(*w, halves, rows, to_floats, one_path);
   else run(*w, halves, rows, Output<Bf16>{static_cast<Bf16*>(out), add != 0}, one_path);
 }
+NANOVLLM_REPLAYABLE(nanovllm_linear)

@@ -10,6 +10,7 @@
 
 #include "dot.h"
 #include "pool.h"
+#include "replay.h"
 #include "weights.h"
 
 namespace nanovllm {
@@ -175,3 +176,4 @@ NANOVLLM_API void nanovllm_local_attention(int32_t type, const void* qkv, const 
   if (type == kFloat32) run(static_cast<const float*>(qkv), static_cast<float*>(out));
   else run(static_cast<const Bf16*>(qkv), static_cast<Bf16*>(out));
 }
+NANOVLLM_REPLAYABLE(nanovllm_local_attention)

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
-#include "dot.h"
+#include "compact.h"
+#include "int4.h"
 #include "pool.h"
-#include "weights.h"
 
 namespace nanovllm {
 namespace {
@@ -40,29 +40,29 @@ void scatter_row(const char* row, long depth, int bytes, uint32_t* words, long c
 }
 
 // Byte i of an int4 word holds element i in its low half and element i + 4 in its high half.
-void scatter_nibbles(const uint8_t* codes, long depth, uint8_t zero, uint32_t* words, long column,
-                     long padded_depth) {
-  uint32_t* out = words + word_index(column, padded_depth, 0, 8);
-  for (long k = 0; k < padded_depth; k += 8, out += kTile) {
-    uint32_t word = 0;
-    for (int i = 0; i < 8; i++) {
-      const uint32_t code = k + i < depth ? codes[k + i] : zero;
-      word |= code << (8 * (i % 4) + 4 * (i / 4));
-    }
-    *out = word;
+uint32_t word_of_codes(const uint8_t* codes, long count) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; i++) {
+    const uint32_t code = i < count ? codes[i] : kInt4Zero;
+    word |= code << (8 * (i % 4) + 4 * (i / 4));
   }
+  return word;
 }
 
-float code_at(const Weights& w, long column, long k) {
-  const auto* words = static_cast<const uint32_t*>(w.data);
-  const int pack = pack_of(w.format);
-  const uint32_t word = words[word_index(column, w.padded_depth, k, pack)];
-  const int i = int(k % pack);
-  switch (w.format) {
-    case kFloat32: return bit_cast<float>(word);
-    case kBFloat16: return to_float(Bf16{uint16_t(word >> (16 * i))});
-    case kInt8: return float(int32_t((word >> (8 * i)) & 255) - kInt8Zero);
-    default: return float((word >> (8 * (i % 4) + 4 * (i / 4))) & 15);
+// One row of int4 with its scales and zero points, which may be null, [source_groups].
+void pack_int4_row(const Weights& w, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros,
+                   long column) {
+  const Int4Panel panel(w, column / kPanel);
+  const long tile = column % kPanel / kTile, lane = column % kTile;
+  for (long g = 0; g * w.group_size < w.padded_depth; g++) {
+    char* out = const_cast<char*>(panel.codes(g, tile)) + lane * 4;
+    for (long k = g * w.group_size; k < (g + 1) * w.group_size; k += Int4Panel::kStep) {
+      const uint32_t word = word_of_codes(codes + k, w.depth - k);
+      std::memcpy(out, &word, 4);
+      out += panel.stride();
+    }
+    const_cast<uint16_t*>(panel.scales(g, tile))[lane] = scales[g];
+    if (w.has_zeros) const_cast<uint8_t*>(panel.zeros(g, tile))[lane] = zeros ? zeros[g] : kInt4Zero;
   }
 }
 
@@ -71,23 +71,44 @@ float half_to_float(uint16_t half) {
   return load_half(padded)[0];
 }
 
+float int4_at(const Weights& w, long column, long k) {
+  const Int4Panel panel(w, column / kPanel);
+  const long group = k / w.group_size, tile = column % kPanel / kTile, lane = column % kTile;
+  const long step = k % w.group_size / Int4Panel::kStep;
+  const uint32_t word = word_at(panel.codes(group, tile) + step * panel.stride() + lane * 4);
+  const int i = int(k % Int4Panel::kStep);
+  const int code = word >> (8 * (i % 4) + 4 * (i / 4)) & 15;
+  const int zero = w.has_zeros ? panel.zeros(group, tile)[lane] : kInt4Zero;
+  return float(code - zero) * half_to_float(panel.scales(group, tile)[lane]);
+}
+
+float weight_at(const Weights& w, long column, long k) {
+  if (w.format == kInt4) return int4_at(w, column, k);
+  if (w.format == kCompact) {
+    const long panel = column / kPanel;
+    const Block& block = blocks_of_panel(w, panel)[k / kBlockDepth];
+    const uint8_t* bytes = static_cast<const uint8_t*>(w.data) + block.line * kLine;
+    return to_float(
+        weight_of_block(block, bytes, tiles_of_panel(w, panel), k % kBlockDepth, column % kPanel));
+  }
+  const auto* words = static_cast<const uint32_t*>(w.data);
+  const int pack = pack_of(w.format);
+  const uint32_t word = words[word_index(column, w.padded_depth, k, pack)];
+  const int i = int(k % pack);
+  switch (w.format) {
+    case kFloat32: return bit_cast<float>(word);
+    case kBFloat16: return to_float(Bf16{uint16_t(word >> (16 * i))});
+    default: return float(int32_t((word >> (8 * i)) & 255) - kInt8Zero) * w.scales[column];
+  }
+}
+
 // One row of a packed weight, expanded.
 template <class Out>
 void expand_row(const Weights& w, long column, Out* out) {
-  const long groups = w.format == kInt4 ? w.padded_depth / w.group_size : 1;
   alignas(64) float chunk[kWidth];
   for (long k = 0; k < w.depth; k += kWidth) {
     const long count = std::min<long>(kWidth, w.depth - k);
-    for (long i = 0; i < count; i++) {
-      float value = code_at(w, column, k + i);
-      if (w.format == kInt8) value *= static_cast<const float*>(w.scales)[column];
-      if (w.format == kInt4) {
-        const long g = (column / kTile * groups + (k + i) / w.group_size) * kTile + column % kTile;
-        value -= w.zeros ? w.zeros[g] : kInt4Zero;
-        value *= half_to_float(static_cast<const uint16_t*>(w.scales)[g]);
-      }
-      chunk[i] = value;
-    }
+    for (long i = 0; i < count; i++) chunk[i] = weight_at(w, column, k + i);
     store(out + k, load(chunk), count);
   }
 }
@@ -106,7 +127,6 @@ NANOVLLM_API void nanovllm_pack(const Weights* w, const void* source, const void
   Session session;
   const Place place{long(first), long(step), long(phase)};
   auto* words = static_cast<uint32_t*>(const_cast<void*>(w->data));
-  const long groups = w->format == kInt4 ? w->padded_depth / w->group_size : 1;
   const long source_groups = w->format == kInt4 ? (w->depth + w->group_size - 1) / w->group_size : 1;
   const int bytes = w->format == kFloat32 ? 4 : w->format == kBFloat16 ? 2 : 1;
   // Sixteen rows at a time, so that two threads do not write to one tile's cache lines.
@@ -114,23 +134,15 @@ NANOVLLM_API void nanovllm_pack(const Weights* w, const void* source, const void
     for (long i = block * kTile; i < std::min<long>(rows, (block + 1) * kTile); i++) {
       const long column = place.column(i);
       const char* row = static_cast<const char*>(source) + i * w->depth * bytes;
-      if (w->format != kInt4) {
-        scatter_row(row, w->depth, bytes, words, column, w->padded_depth);
-        if (w->format == kInt8) {
-          static_cast<float*>(const_cast<void*>(w->scales))[column] =
-              static_cast<const float*>(scales)[i];
-        }
+      if (w->format == kInt4) {
+        pack_int4_row(*w, reinterpret_cast<const uint8_t*>(row),
+                      static_cast<const uint16_t*>(scales) + i * source_groups,
+                      zeros ? zeros + i * source_groups : nullptr, column);
         continue;
       }
-      scatter_nibbles(reinterpret_cast<const uint8_t*>(row), w->depth, kInt4Zero, words, column,
-                      w->padded_depth);
-      for (long g = 0; g < source_groups; g++) {
-        const long at = (column / kTile * groups + g) * kTile + column % kTile;
-        static_cast<uint16_t*>(const_cast<void*>(w->scales))[at] =
-            static_cast<const uint16_t*>(scales)[i * source_groups + g];
-        if (w->zeros) {
-          const_cast<uint8_t*>(w->zeros)[at] = zeros ? zeros[i * source_groups + g] : kInt4Zero;
-        }
+      scatter_row(row, w->depth, bytes, words, column, w->padded_depth);
+      if (w->format == kInt8) {
+        const_cast<float*>(w->scales)[column] = static_cast<const float*>(scales)[i];
       }
     }
   });

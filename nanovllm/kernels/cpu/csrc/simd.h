@@ -34,6 +34,7 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
 typedef int8_t QuarterInts __attribute__((vector_size(kVectorBytes / 4)));
 
@@ -94,6 +95,39 @@ inline void store_narrow(int8_t* p, Ints x) {
 }
 
 inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(p), Floats); }
+
+// Byte `index` of a table of 16, which every 16 bytes repeat.
+inline Bytes look_up(Bytes table, Bytes index) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Bytes>(_mm512_shuffle_epi8(bit_cast<__m512i>(table), bit_cast<__m512i>(index)));
+#elif defined(__AVX2__)
+  return bit_cast<Bytes>(_mm256_shuffle_epi8(bit_cast<__m256i>(table), bit_cast<__m256i>(index)));
+#elif defined(__aarch64__)
+  return bit_cast<Bytes>(vqtbl1q_u8(bit_cast<uint8x16_t>(table), bit_cast<uint8x16_t>(index)));
+#else
+  Bytes found;
+  for (int i = 0; i < kVectorBytes; i++) found[i] = table[index[i]];
+  return found;
+#endif
+}
+
+// Bytes of a and b in turns: of the first 8, or the second, of each 16.
+inline Bytes interleave(Bytes a, Bytes b, bool second) {
+#if defined(NANOVLLM_AVX512)
+  const auto x = bit_cast<__m512i>(a), y = bit_cast<__m512i>(b);
+  return bit_cast<Bytes>(second ? _mm512_unpackhi_epi8(x, y) : _mm512_unpacklo_epi8(x, y));
+#elif defined(__AVX2__)
+  const auto x = bit_cast<__m256i>(a), y = bit_cast<__m256i>(b);
+  return bit_cast<Bytes>(second ? _mm256_unpackhi_epi8(x, y) : _mm256_unpacklo_epi8(x, y));
+#elif defined(__aarch64__)
+  const auto x = bit_cast<uint8x16_t>(a), y = bit_cast<uint8x16_t>(b);
+  return bit_cast<Bytes>(second ? vzip2q_u8(x, y) : vzip1q_u8(x, y));
+#else
+  Bytes mixed;
+  for (int i = 0; i < 8; i++) mixed[2 * i] = a[8 * second + i], mixed[2 * i + 1] = b[8 * second + i];
+  return mixed;
+#endif
+}
 
 // The nearest integers, for magnitudes below 2^22.
 inline Ints round_to_ints(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }

@@ -1,0 +1,182 @@
+// bf16 weights in 12 bits, to the bit: where few rows are multiplied, they wait for the memory.
+//
+// A trained matrix uses few exponents. Of each weight the low byte (an exponent bit and the mantissa)
+// is kept as it is; the high byte (sign and seven exponent bits) becomes a code of four bits, the sign
+// and the distance, up to 7, from the least exponent of its *block*. That is a range of 2^16 in
+// magnitude; a block that needs more stays as it is. After "DFloat11" (Zhang et al. 2025), but with
+// codes of one length, so that vectors read them.
+//
+// A block is 16 inputs of a panel. Of four rows of a tile, A to D, there are three lines of 64 bytes:
+// codes of A and B in low halves, of C and D in high halves; low bytes of A and B; low bytes of C and
+// D. Within each 16 bytes, those of A (C) come before those of B (D). These groups follow each other
+// by tile, and then by depth.
+#pragma once
+
+#include "dot.h"
+#include "weights.h"
+
+namespace nanovllm {
+
+constexpr long kBlockDepth = 16;
+constexpr long kGroupDepth = 8;  // of four rows of a tile
+constexpr long kGroupBytes = 3 * kLine;
+constexpr long kDenseTileBytes = kBlockDepth * kTile * 2;
+// From what is read to what is fetched: far enough to come in time, near enough to be of this panel.
+constexpr long kCompactAhead = 6144;
+
+inline const Block* blocks_of_panel(const Weights& w, long panel) {
+  return w.blocks + panel * (w.padded_depth / kBlockDepth);
+}
+
+// The high byte that a code stands for.
+inline uint8_t high_byte(const Block& block, int code) {
+  return uint8_t((block.exponent + (code & 7)) | (code & 8) << 4);
+}
+
+inline Bytes high_bytes(const Block& block) {
+  Bytes table;
+  for (int i = 0; i < kVectorBytes; i++) table[i] = high_byte(block, i % 16);
+  return table;
+}
+
+// One weight of a block, by its input and output within the block.
+inline Bf16 weight_of_block(const Block& block, const uint8_t* bytes, long num_tiles, long k,
+                            long column) {
+  const long tile = column / kTile, lane = column % kTile;
+  if (block.dense) {
+    return load_raw<Bf16>(bytes + tile * kDenseTileBytes + (k / 2 * kTile + lane) * 4 + k % 2 * 2);
+  }
+  const uint8_t* group = bytes + (k / kGroupDepth * num_tiles + tile) * kGroupBytes;
+  const long row = k % kGroupDepth / 2, byte = lane / 4 * 16 + row % 2 * 8 + lane % 4 * 2 + k % 2;
+  const int code = group[byte] >> (row / 2 * 4) & 15;
+  return {uint16_t(high_byte(block, code) << 8 | group[(1 + row / 2) * kLine + byte])};
+}
+
+// Vector `part` of four rows of a tile, from a group at `bytes`.
+inline void expand_rows(Bytes table, const uint8_t* bytes, int part, Words rows[4]) {
+  const Bytes codes = load_raw<Bytes>(bytes + part * kVectorBytes);
+#pragma GCC unroll 2
+  for (int pair = 0; pair < 2; pair++) {
+    const Bytes low = load_raw<Bytes>(bytes + (1 + pair) * kLine + part * kVectorBytes);
+    const Bytes high = look_up(table, pair ? codes >> 4 : codes & 15);
+    rows[2 * pair] = bit_cast<Words>(interleave(low, high, false));
+    rows[2 * pair + 1] = bit_cast<Words>(interleave(low, high, true));
+  }
+}
+
+// Part of a compact panel, and where its tiles may be kept as those of a dense weight.
+struct CompactSlice {
+  CompactSlice(const Weights& w, long panel, Bf16* expanded, long tile_size)
+      : bytes(static_cast<const uint8_t*>(w.data)), blocks(blocks_of_panel(w, panel)), depth(0),
+        num_tiles(tiles_of_panel(w, panel)), expanded(expanded), tile_size(tile_size) {}
+
+  const uint8_t* bytes;
+  const Block* blocks;
+  long depth;
+  int num_tiles;
+  Bf16* expanded;
+  long tile_size;  // elements from one tile of `expanded` to the next
+};
+
+// Expands a slice without a product.
+inline void expand(const CompactSlice slice) {
+  for (long k = 0; k < slice.depth; k += kBlockDepth) {
+    const Block block = slice.blocks[k / kBlockDepth];
+    const uint8_t* bytes = slice.bytes + block.line * kLine;
+    const Bytes table = high_bytes(block);
+    for (long g = 0; g < kBlockDepth; g += kGroupDepth) {
+      for (int j = 0; j < slice.num_tiles; j++) {
+        const uint8_t* group = bytes + (g / kGroupDepth * slice.num_tiles + j) * kGroupBytes;
+        Bf16* out = slice.expanded + j * slice.tile_size + (k + g) * kTile;
+        for (int line = 0; line < 3; line++) __builtin_prefetch(group + kCompactAhead + line * kLine);
+        if (block.dense) {
+          std::memcpy(out, bytes + j * kDenseTileBytes + g * kTile * 2, 4 * kLine);
+          continue;
+        }
+        for (int part = 0; part < kSplits; part++) {
+          Words rows[4];
+          expand_rows(table, group, part, rows);
+          for (int i = 0; i < 4; i++) {
+            std::memcpy(out + 2 * i * kTile + part * kWidth * 2, &rows[i], kVectorBytes);
+          }
+        }
+      }
+    }
+  }
+}
+
+// R rows times C tiles of a slice, in the order of `multiply`. With kKeep the tiles are kept.
+template <int R, int C, bool kKeep>
+inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long a_stride, float* c,
+                        long c_stride, bool accumulate) {
+  Floats acc[R][C * kSplits];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      acc[r][j] = accumulate ? load(c + r * c_stride + j * kWidth) : Floats{};
+    }
+  }
+  const Block* block = slice.blocks;
+  for (long k = 0; k < slice.depth; k += kBlockDepth, block++) {
+    const uint8_t* bytes = slice.bytes + block->line * kLine;
+    const Bytes table = high_bytes(*block);
+    const bool is_dense = block->dense;
+#pragma GCC unroll 2
+    for (long g = 0; g < kBlockDepth; g += kGroupDepth) {
+#pragma GCC unroll 4
+      for (int j = 0; j < C; j++) {
+        const uint8_t* group = bytes + (g / kGroupDepth * slice.num_tiles + tile + j) * kGroupBytes;
+        const uint8_t* dense = bytes + (tile + j) * kDenseTileBytes + g * kTile * 2;
+        for (int line = 0; line < 3; line++) __builtin_prefetch(group + kCompactAhead + line * kLine);
+#pragma GCC unroll 4
+        for (int part = 0; part < kSplits; part++) {
+          Words rows[4];
+          if (is_dense) {
+            for (int i = 0; i < 4; i++) {
+              rows[i] = load_raw<Words>(dense + i * kLine + part * kVectorBytes);
+            }
+          } else {
+            expand_rows(table, group, part, rows);
+          }
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            if constexpr (kKeep) {
+              Bf16* kept = slice.expanded + (tile + j) * slice.tile_size + (k + g + 2 * i) * kTile;
+              std::memcpy(kept + part * kWidth * 2, &rows[i], kVectorBytes);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+              const Words x = splat_word(word_at(a + r * a_stride + k + g + 2 * i));
+              Floats& total = acc[r][j * kSplits + part];
+              total = multiply_add(total, Bf16{}, x, rows[i]);
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) store(c + r * c_stride + j * kWidth, acc[r][j]);
+  }
+}
+
+// Up to kDotRows rows times all tiles of a slice.
+template <bool kKeep>
+inline void multiply_compact(const CompactSlice& slice, const Bf16* a, long a_stride, long rows,
+                             float* c, long c_stride, bool accumulate) {
+  for_rows(rows, [&](auto num_rows) {
+    constexpr int R = num_rows();
+    int j = 0;
+    for (; j + kDotTiles <= slice.num_tiles; j += kDotTiles) {
+      compact_dot<R, kDotTiles, kKeep>(slice, j, a, a_stride, c + j * kTile, c_stride, accumulate);
+    }
+    for (; j < slice.num_tiles; j++) {
+      compact_dot<R, 1, kKeep>(slice, j, a, a_stride, c + j * kTile, c_stride, accumulate);
+    }
+  });
+}
+
+}  // namespace nanovllm
