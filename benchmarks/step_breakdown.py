@@ -1,6 +1,9 @@
 """Where the time of a step goes: each stage's share of a batch of equal requests.
 
 python benchmarks/step_breakdown.py --num-seqs 64 --output-len 128
+
+`--kernels` tells the kernels of a CPU apart. They are then called one by one from Python and not
+replayed, so the step as a whole takes longer.
 """
 
 import argparse
@@ -13,24 +16,26 @@ from typing import Any
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench.machine import inspect_machine
+from nanovllm.kernels.cpu.kernels import CpuKernels
+from nanovllm.kernels.cpu.replay import REPLAYABLE
 
 STAGES = (
     ("schedule", "engine.scheduler", "schedule"),
     ("lay rows out", "_runner", "_lay_out"),
     ("plan attention", "_runner", "_rows_context"),
-    ("write the KV cache", "_runner._backend", "write"),
-    ("attend", "_runner._backend", "run"),
     ("rest of the model", "_runner", "_compute"),
-    ("logits", "_runner.model", "compute_logits"),
     ("sampling", "_runner", "_tail"),
     ("collect", "_runner", "collect"),
     ("commit", "engine.scheduler", "commit"),
     ("detokenise", "_outputs", "process"),
 )
-NESTED = {
-    "rest of the model": ("write the KV cache", "attend", "logits"),
-}
-"""Stages that are inside others, whose time is theirs alone."""
+PARTS = (
+    ("layers", "_runner.model.model", "run"),
+    ("logits", "_runner.model", "compute_logits"),
+)
+KERNELS = tuple((name, "_runner.kernels._library", name) for name in REPLAYABLE)
+IN_MODEL = ("layers", "logits", *REPLAYABLE)
+"""Stages inside "rest of the model", whose time is theirs alone."""
 
 
 class Stopwatch:
@@ -52,10 +57,12 @@ class Stopwatch:
         object.__setattr__(owner, method, timed)
 
 
-def measure(llm: LLM, num_seqs: int, prompt_len: int, output_len: int) -> dict[str, Any]:
+def measure(
+    llm: LLM, num_seqs: int, prompt_len: int, output_len: int, kernels: bool = False
+) -> dict[str, Any]:
     """Run the requests and return milliseconds per step by stage."""
     watch = Stopwatch()
-    for stage, path, method in STAGES:
+    for stage, path, method in (*STAGES, *(KERNELS if kernels else PARTS)):
         owner: Any = llm
         for name in path.split("."):
             owner = getattr(owner, name)
@@ -70,8 +77,7 @@ def measure(llm: LLM, num_seqs: int, prompt_len: int, output_len: int) -> dict[s
     wall = time.perf_counter() - start
     steps = llm.engine.stats().num_steps - steps
     seconds = dict(watch.seconds)
-    for outer, inner in NESTED.items():
-        seconds[outer] -= sum(seconds[stage] for stage in inner)
+    seconds["rest of the model"] -= sum(seconds.get(stage, 0.0) for stage in IN_MODEL)
     seconds["everything else"] = wall - sum(seconds.values())
     return {
         "num_steps": steps,
@@ -86,10 +92,13 @@ def main() -> None:
     parser.add_argument("--num-seqs", type=int, default=64)
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    with LLM(args.model, max_num_seqs=args.num_seqs) as llm:
-        result = measure(llm, args.num_seqs, args.prompt_len, args.output_len)
+    with LLM(args.model, max_num_seqs=args.num_seqs, enforce_eager=args.kernels) as llm:
+        if args.kernels and not isinstance(llm._runner.kernels, CpuKernels):
+            parser.error("--kernels needs our CPU kernels")
+        result = measure(llm, args.num_seqs, args.prompt_len, args.output_len, args.kernels)
     result["machine"] = asdict(inspect_machine())
     if args.json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
