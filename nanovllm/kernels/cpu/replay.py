@@ -33,6 +33,7 @@ _VIEWS = {
     *("expand", "transpose", "as_strided"),
 }
 _LOOKS = {"__get__", "__len__", "size", "dim", "numel", "stride", "data_ptr", "is_contiguous"}
+_OF_VIEWS = int, slice, type(None), type(...)  # what indices of views are made of
 _MAX_ARGUMENTS = 11  # see csrc/replay.h
 
 
@@ -51,11 +52,9 @@ class _OnlyKernels(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__
-        parts = args[1] if name == "__getitem__" else ()
-        is_copy = any(
-            not isinstance(part, (int, slice, type(None), type(...)))
-            for part in (parts if isinstance(parts, tuple) else (parts,))
-        )
+        index = args[1] if name == "__getitem__" else None
+        parts = index if isinstance(index, tuple) else (index,)
+        is_copy = not all(isinstance(part, _OF_VIEWS) for part in parts)
         if name not in _VIEWS | _LOOKS or is_copy:
             raise _NotReplayableError(name)
         return func(*args, **(kwargs or {}))
