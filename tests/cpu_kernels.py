@@ -9,7 +9,9 @@ activations, which are rounded to 1/127 of the largest of a row or group.
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,25 @@ def kernels_for(isa: str, dtype: torch.dtype, deterministic: bool = False) -> Cp
 def is_fast(isa: str) -> bool:
     """Whether an instruction set is worth large shapes."""
     return isa not in ("portable", "amx-emulated")
+
+
+def finish_prefault(pid: int | str = "self") -> None:
+    """Wait until a process has taken the memory that it takes in the background, on Linux.
+
+    Raises:
+        TimeoutError: It is not done after a minute.
+    """
+    if not Path("/proc/self/task").is_dir():
+        return
+    for _ in range(6000):
+        names = []
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended
+                names.append((task / "comm").read_text().strip())
+        if "prefault" not in names:
+            return
+        time.sleep(0.01)
+    raise TimeoutError("memory is still being taken")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from tests.cpu_kernels import finish_prefault
 from tests.server_client import CHAT, HI, TEXT
 from tests.serving import Server, asking, idle, serve
 
@@ -142,11 +143,14 @@ def _nobody_notices(request: pytest.FixtureRequest) -> Iterator[None]:
     server: Server = request.getfixturevalue("server")
     process = psutil.Process(server.process.pid)
     family = {process, *process.children(recursive=True)}
+    for member in family:
+        finish_prefault(member.pid)
     memory = sum(member.memory_info().rss for member in family)
     with asking(server) as answers:
         yield
     assert max(answers) < BLOCKED_AT_MOST, sorted(answers)[-3:]
-    assert sorted(answers)[len(answers) * 99 // 100] < 0.5, sorted(answers)[-3:]
+    slow = [answer for answer in answers if answer > 0.5]
+    assert len(slow) <= max(1, len(answers) // 100), slow
     assert idle(server)
     assert {process, *process.children(recursive=True)} == family
     assert sum(member.memory_info().rss for member in family) < memory + MEMORY_AT_MOST

@@ -19,6 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 
 import nanovllm
+from tests.cpu_kernels import finish_prefault
 from tests.serving import Server, asking
 
 KEY = "sk-test"
@@ -51,6 +52,8 @@ def _still_serves(server: Server) -> Iterator[None]:
     """After every attack: the same process, no larger, answers, and holds nothing for anybody."""
     process = psutil.Process(server.process.pid)
     family = {process, *process.children(recursive=True)}
+    for member in family:
+        finish_prefault(member.pid)
     memory = sum(member.memory_info().rss for member in family)
     yield
     assert post(server, TEXT, prompt="Once", max_tokens=2)[0] == 200

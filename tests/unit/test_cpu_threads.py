@@ -96,17 +96,14 @@ print(json.dumps([affinities(tasks() - before), is_right()]))
 def test_generation_starts_no_thread_and_torch_computes_with_one() -> None:
     """The pool's threads are the only ones at work: torch's would take their cores."""
     script = """
-import threading
 from nanovllm import LLM, SamplingParams
 from nanovllm.runners.text import TextRunner
+from tests.cpu_kernels import finish_prefault
 before = tasks()
 library.start_threads(2)
 pool = tasks() - before
 llm = LLM(cpu_threads=2)
-# The one that takes the cache's memory ends by itself.
-for thread in threading.enumerate():
-    if thread.name == "prefault":
-        thread.join()
+finish_prefault()  # its thread ends by itself
 in_use, launched = set(), TextRunner._launch
 def launch(self, batch):
     result = launched(self, batch)

@@ -108,7 +108,8 @@ class Library:
             "causal_windows", *signal, *[pointer] * 2, count, pointer, count, count, pointer
         )
         self.replay = bind("replay", pointer, count)
-        self.touch = bind("touch", pointer, count)
+        self.start_prefault = bind("start_prefault", POINTER(pointer), count, count, result=pointer)
+        self.stop_prefault = bind("stop_prefault", pointer)
         self._start_threads = bind("start_threads", flag, POINTER(c_int32), result=c_int32)
         self._num_threads = bind("num_threads", result=c_int32)
         self._enable_amx = bind("enable_amx", result=c_int32)
