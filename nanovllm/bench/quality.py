@@ -182,7 +182,8 @@ def hidden_states(llm: "LLM", window: list[int]) -> "Tensor":
     """What the model ends with at each position: `[len(window), hidden_size]`."""
     import torch
 
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    # Scores of the prompt: otherwise its other positions would end in the last layer.
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=0)
     with _recorded(llm) as chunks:
         llm.generate([window], params, use_tqdm=False)
     return torch.cat(chunks)

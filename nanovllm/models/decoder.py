@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.kernels import Kernels
@@ -23,12 +24,8 @@ from nanovllm.models.sharding import Sharding
 Part = tuple[Tensor, ...]
 """What goes into a part of the layers, or comes out of it."""
 
-Keep = Callable[[Tensor, Tensor, ForwardContext], tuple[Tensor, Tensor, ForwardContext]]
-"""Picks the tokens that are wanted behind the last layer, once its attention has seen them all.
-
-It takes what attention makes of the tokens, their residual stream and the step, and returns the
-same of fewer.
-"""
+Keep = Callable[[Tensor], Tensor]
+"""Picks the tokens that are wanted behind the last layer: `[num_tokens, ...]` to those of fewer."""
 
 
 class Traits:
@@ -180,7 +177,8 @@ class Layers(nn.Module):
             residual: Embeddings `[num_tokens, hidden_size]`; overwritten by some kernels.
             rotary: Cosines and sines of the tokens' positions; None is no positions.
             ctx: The step.
-            keep: Which tokens are wanted; all of them if it is None.
+            keep: Which tokens are wanted; all of them if it is None. The others go no further than
+                to the last layer's attention.
 
         Returns:
             `[num_kept_tokens, hidden_size]`, after the final norm.
@@ -188,8 +186,10 @@ class Layers(nn.Module):
         if keep is None:
             return self._replay(self._compute, (residual,), rotary, ctx)[0]
         x, residual = self._replay(self._attend, (residual,), rotary, ctx)
-        x, residual, ctx = keep(x, residual, ctx)
-        return self._replay(self._finish, (x, residual), None, ctx)[0]
+        if ctx.lora is not None:
+            ctx = ctx.of_rows(keep(torch.arange(len(x), device=x.device)))
+        x, residual = keep(x), keep(residual)
+        return self._replay(self._finish, (x, residual), None, ctx)[0] if len(x) else residual
 
     @property
     def _stack(self) -> list[DecoderLayer]:
@@ -227,14 +227,14 @@ class Layers(nn.Module):
         """Compute a part of `run`, by `Kernels.replay` unless more than the inputs changes."""
         if ctx.lora is not None or ctx.parallel is not None:
             return part(inputs, rotary, ctx)
-        num_inputs = len(inputs)
+        num_inputs, has_cache = len(inputs), self._has_cache and part != self._finish
 
         def compute(*tensors: Tensor) -> Part:
             inputs, others = tensors[:num_inputs], tensors[num_inputs:]
-            step = replace(ctx, cache_slots=others[-1]) if self._has_cache else ctx
+            step = replace(ctx, cache_slots=others[-1]) if has_cache else ctx
             return part(inputs, others[:2] if rotary else None, step)
 
-        slots = (ctx.cache_slots,) if self._has_cache else ()
+        slots = (ctx.cache_slots,) if has_cache else ()
         tensors = *inputs, *(rotary or ()), *slots
         return ctx.kernels.replay((self._key, part.__name__), compute, tensors)
 
@@ -257,10 +257,23 @@ class CausalLayers(Layers):
         super().__init__(config, attentions, traits)
         self.rotary = None if config.no_rope else RotaryEmbedding(config.rope)
 
-    def forward(self, residual: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
-        """Compute hidden states `[num_tokens, hidden_size]` of embeddings, which are spent."""
+    def forward(
+        self,
+        residual: Tensor,
+        positions: Tensor,
+        ctx: ForwardContext,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """Compute hidden states `[num_wanted, hidden_size]` of embeddings, which are spent.
+
+        Args:
+            residual: The embeddings `[num_tokens, hidden_size]`.
+            positions: `[num_tokens]`.
+            ctx: The step.
+            wanted: Which tokens' hidden states are, `[num_wanted]`; None is all.
+        """
         rotary = self.rotary(positions) if self.rotary else None
-        return self.run(residual, rotary, ctx)
+        return self.run(residual, rotary, ctx, None if wanted is None else lambda x: x[wanted])
 
 
 class Decoder(CausalLayers):
@@ -306,19 +319,26 @@ class CausalLM(Traits, nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Embedding(config.vocab_size, config.hidden_size, vocab)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        ctx: ForwardContext,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Compute hidden states.
 
         Args:
             token_ids: `[num_tokens]`.
             positions: `[num_tokens]`.
             ctx: The step.
+            wanted: Which tokens' hidden states are, `[num_wanted]`; None is all.
 
         Returns:
-            `[num_tokens, hidden_size]`, after the final norm.
+            `[num_wanted, hidden_size]`, after the final norm.
         """
         embeddings = self.model.embed(token_ids, ctx)
-        return self.model(embeddings, positions, ctx)  # type: ignore[no-any-return]
+        return self.model(embeddings, positions, ctx, wanted)  # type: ignore[no-any-return]
 
     def compute_logits(
         self, hidden: Tensor, kernels: Kernels, parallel: TensorParallel | None = None

@@ -66,6 +66,8 @@ class StepRows:
         emits: Whether a row yields a result, `[num_rows]`.
         token_slots: Slot of each token, on the device, `[num_tokens]`.
         positions: Position of each token, on the device, `[num_tokens]`.
+        wanted: Index of the last token of each row that yields a result, on the device; None if
+            there is no other token.
     """
 
     slots: IntArray
@@ -76,6 +78,7 @@ class StepRows:
     emits: npt.NDArray[np.bool_]
     token_slots: Tensor
     positions: Tensor
+    wanted: Tensor | None
 
 
 class ModelRunner(ABC, Generic[ModelT]):
@@ -281,15 +284,18 @@ class ModelRunner(ABC, Generic[ModelT]):
     ) -> StepRows:
         token_ends = lengths.cumsum()
         shifts = np.repeat(starts - (token_ends - lengths), lengths)
+        last_tokens = token_ends - 1
+        wanted = last_tokens[emits]
         return StepRows(
             slots=slots,
             starts=starts,
             lengths=lengths,
             ends=starts + lengths,
-            last_tokens=token_ends - 1,
+            last_tokens=last_tokens,
             emits=emits,
             token_slots=self._to_device(np.repeat(slots, lengths)),
             positions=self._to_device(np.arange(len(shifts)) + shifts),
+            wanted=self._to_device(wanted) if len(wanted) < len(shifts) else None,
         )
 
     def _rows_context(self, rows: StepRows) -> ForwardContext:

@@ -196,11 +196,8 @@ class SpeechRunner(ModelRunner[VoxCPM]):
         return num_decodes if (batch.starts[:num_decodes] >= num_known).all() else 0
 
     def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
-        hidden = self.model(*self._inputs(rows), rows.positions, ctx)
-        if not rows.emits.any():
-            return None
-        last = self._to_device(rows.last_tokens[rows.emits])
-        return hidden[0][last], hidden[1][last]
+        lm, residual = self.model(*self._inputs(rows), rows.positions, ctx, rows.wanted)
+        return (lm, residual) if rows.emits.any() else None
 
     def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
         is_audio = torch.ones_like(slots, dtype=torch.bool)

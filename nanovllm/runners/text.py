@@ -176,12 +176,15 @@ class TextRunner(ModelRunner[CausalLM]):
 
     def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
         token_ids = self._token_ids[rows.token_slots, rows.positions]
-        hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx)
-        self._score_prompts(hidden, rows)
+        scores = any(self._slots[slot].scores_prompt for slot in rows.slots.tolist())
+        wanted = None if scores else rows.wanted
+        hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx, wanted)
+        if scores:
+            self._score_prompts(hidden, rows)
+            hidden = hidden if rows.wanted is None else hidden[rows.wanted]
         if not rows.emits.any():
             return None
-        last = hidden[self._to_device(rows.last_tokens[rows.emits])]
-        return (self.model.compute_logits(last, ctx.kernels, ctx.parallel),)
+        return (self.model.compute_logits(hidden, ctx.kernels, ctx.parallel),)
 
     def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
         token_ids = self._token_ids[slots, positions.clamp(min=0)]
@@ -277,12 +280,9 @@ class TextRunner(ModelRunner[CausalLM]):
 
     def _score_prompts(self, hidden: Tensor, rows: StepRows) -> None:
         """Score the prompt tokens that this step's positions predict, slice by slice."""
-        slots = rows.slots.tolist()
-        if not any(self._slots[slot].scores_prompt for slot in slots):
-            return
         first = 0
-        ends, lasts = rows.ends.tolist(), rows.last_tokens.tolist()
-        for slot, end, last in zip(slots, ends, lasts, strict=True):
+        columns = (column.tolist() for column in (rows.slots, rows.ends, rows.last_tokens))
+        for slot, end, last in zip(*columns, strict=True):
             state = self._slots[slot]
             start = end - (last + 1 - first)
             first, offset = last + 1, first - start  # token = offset + position

@@ -469,11 +469,27 @@ def test_options_of_an_engine_change_nothing_in_that(
 def test_attention_of_torch_is_computed(
     checkpoint: Directory, plain: Callable[..., Scores], log: Log
 ) -> None:
+    """What follows the last layer's is repeated all the same where only some rows are wanted."""
     model = checkpoint("qwen3")
     expected = plain(model, attention_backend="sdpa")
     assert generate(model, attention_backend="sdpa") == expected
+    assert not all(log.recorded)
+    assert log.num_run
+    log.recorded.clear()
+    with LLM(str(model), **OPTIONS, attention_backend="sdpa") as llm:
+        llm.generate([[1]] * 3, GREEDY, use_tqdm=False)  # all rows are wanted
     assert not any(log.recorded)
-    assert not log.num_run
+
+
+def test_what_follows_the_last_attention_is_written_down_by_its_rows_alone(
+    checkpoint: Directory, log: Log
+) -> None:
+    """Not by the tokens of the step, too: there were as many recordings as pairs of both."""
+    with LLM(str(checkpoint("qwen3")), **OPTIONS) as llm:
+        for length in range(5, 35):
+            llm.generate([[length] * length], GREEDY, use_tqdm=False)
+    # Of each length what comes before, of one row what follows and the whole.
+    assert len(log.recorded) == 30 + 2
 
 
 def test_the_kernels_of_torch_compute_as_ever(checkpoint: Directory, log: Log) -> None:

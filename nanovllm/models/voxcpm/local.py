@@ -52,14 +52,7 @@ class LocalLayers(Layers):
             self._table = self._rotary(torch.arange(self._length, device=x.device))
         return self.run(x.flatten(0, 1), self._table, ctx, self._keep)
 
-    def _keep(
-        self, x: Tensor, residual: Tensor, ctx: ForwardContext
-    ) -> tuple[Tensor, Tensor, ForwardContext]:
-        if ctx.lora is not None:
-            ctx = ctx.of_rows(self._kept_of(torch.arange(len(x), device=x.device)))
-        return self._kept_of(x), self._kept_of(residual), ctx
-
-    def _kept_of(self, x: Tensor) -> Tensor:
+    def _keep(self, x: Tensor) -> Tensor:
         kept = x.view(-1, self._length, *x.shape[1:])[:, self._kept]
         return kept.flatten(0, 1).contiguous()
 

@@ -67,6 +67,7 @@ class VoxCPM(nn.Module):
         patches: Tensor,
         positions: Tensor,
         ctx: ForwardContext,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute hidden states.
 
@@ -76,25 +77,27 @@ class VoxCPM(nn.Module):
             patches: The patches in the order of their positions, `[num_patches, P, D]`.
             positions: `[num_tokens]`.
             ctx: The step.
+            wanted: Which tokens' hidden states are, `[num_wanted]`; None is all.
 
         Returns:
             Hidden states of the base model, quantized at patches, and of the residual model, each
-            `[num_tokens, hidden_size]`.
+            `[num_wanted, hidden_size]`.
         """
         speech = self._embed_patches(patches, is_audio, ctx)
         if speech is None:
             lm = self.base_lm(self.base_lm.embed(token_ids, ctx), positions, ctx)
-            fused = self._fuse(lm, torch.zeros_like(lm), ctx)
-            return lm, self.residual_lm(fused, positions, ctx)
-        here = is_audio[:, None]
-        if len(patches) == len(token_ids):
-            embeddings = speech.clone()
+            speech = torch.zeros_like(lm)
         else:
-            embeddings = torch.where(here, speech, self.base_lm.embed(token_ids, ctx))
-        hidden = self.base_lm(embeddings, positions, ctx)
-        # Tokens are quantized for nothing: it is cheaper than to wait for where the patches are.
-        lm = torch.where(here, self.fsq_layer(hidden, ctx), hidden)
-        return lm, self.residual_lm(self._fuse(lm, speech, ctx), positions, ctx)
+            here = is_audio[:, None]
+            if len(patches) == len(token_ids):
+                embeddings = speech.clone()
+            else:
+                embeddings = torch.where(here, speech, self.base_lm.embed(token_ids, ctx))
+            hidden = self.base_lm(embeddings, positions, ctx)
+            # Tokens are quantized for nothing: cheaper than to wait for where the patches are.
+            lm = torch.where(here, self.fsq_layer(hidden, ctx), hidden)
+        residual = self.residual_lm(self._fuse(lm, speech, ctx), positions, ctx, wanted)
+        return lm if wanted is None else lm[wanted], residual
 
     def _embed_patches(
         self, patches: Tensor, is_audio: Tensor, ctx: ForwardContext
