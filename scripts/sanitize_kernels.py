@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = [
     "tests/unit/test_cpu_linear.py",
     "tests/unit/test_cpu_compact.py",
+    "tests/unit/test_cpu_replay.py",
     "tests/unit/test_cpu_prefault.py",
     "tests/unit/test_cpu_attention.py",
     "tests/unit/test_cpu_elementwise.py",

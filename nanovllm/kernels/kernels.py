@@ -181,6 +181,9 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, ...]:
         """Compute something whose kernels may be written down once and then repeated as they were.
 
+        Where they read and write beyond the inputs (weights, caches, plans) is written down, too:
+        all of it has to be there as long as these kernels.
+
         Args:
             key: Stands for the computation, which is the same each time.
             compute: Calls kernels. From one time to the next, all that they read and write stays at

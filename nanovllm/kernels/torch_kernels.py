@@ -172,7 +172,7 @@ def draw(logits: Tensor, draws: Draws) -> Tensor:
         probs = logits.softmax(-1)
         floor = draws.min_p[:, None] * probs.max(-1, keepdim=True).values
         logits = logits.masked_fill(probs < floor, -torch.inf)
-    if draws.top_k is not None and draws.top_p is not None:
+    if draws.top_k is not None or draws.top_p is not None:
         logits = keep_top(logits, draws.top_k, draws.top_p)
     cumulative = logits.softmax(-1).nan_to_num_(0.0).cumsum(-1)
     total = cumulative[:, -1:].contiguous()
@@ -182,12 +182,15 @@ def draw(logits: Tensor, draws: Draws) -> Tensor:
     return torch.minimum(drawn, last)[:, 0]
 
 
-def keep_top(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def keep_top(logits: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
     """Keep each row's `top_k` best tokens, and of these the fewest that reach `top_p`."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs  # mass of the better tokens
-    dropped = (before >= top_p[:, None]) & (rank > 0) & (top_p[:, None] < 1)
-    return logits.scatter(1, order, ordered.masked_fill(dropped, -torch.inf))
+    if top_k is not None:
+        ordered = ordered.masked_fill(rank >= top_k[:, None], -torch.inf)
+    if top_p is not None:
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # mass of the better tokens
+        dropped = (before >= top_p[:, None]) & (rank > 0) & (top_p[:, None] < 1)
+        ordered = ordered.masked_fill(dropped, -torch.inf)
+    return logits.scatter(1, order, ordered)

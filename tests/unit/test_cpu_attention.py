@@ -557,6 +557,22 @@ def test_values_that_are_not_finite_are_stored_as_zeros(isa: str) -> None:
         assert ((values[1, 6:] - 1).abs() < 1e-6).all()
 
 
+@each_isa
+@each_kind
+def test_a_key_that_is_not_a_number_shows(isa: str, kind: str) -> None:
+    """Wherever in the head it is: int8 forgot it if a number came after it in the same lane."""
+    world = World(isa, config_of(kind), num_blocks=4)
+    sequence = world.sequences[world.add(4)]
+    for dim in (0, 5, 63):
+        keys = sequence.k.clone()
+        keys[1, :, dim] = torch.nan
+        slots = sequence.blocks[0] * world.config.block_size + torch.arange(4)
+        world._write(slots, keys, sequence.v)
+        out = world.run([(0, 0, 4)], None)
+        assert out[0].isfinite().all()
+        assert out[1:].isnan().all(), dim
+
+
 @pytest.mark.parametrize("head_dim", [3, 514])
 def test_heads_that_do_not_fit_are_refused(head_dim: int) -> None:
     with pytest.raises(InvalidRequestError, match="head_dim"):

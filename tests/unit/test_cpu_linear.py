@@ -372,6 +372,18 @@ def test_int8_by_groups_or_with_zero_points_is_refused() -> None:
             kernels.pack(WeightSpec(4, 64), [part], None)
 
 
+def test_scales_of_int4_that_float16_cannot_hold_are_refused() -> None:
+    kernels = kernels_for("portable", torch.float32)
+    codes = torch.full((4, 32), 9, dtype=torch.uint8)
+    part = QuantizedWeight(codes, torch.full((4, 1), 65504.0), None, 4, 32)
+    packed = kernels.pack(WeightSpec(4, 32), [part], None)
+    assert (kernels.embed(torch.tensor([1]), packed) == 65504.0).all()
+    for scale in (1e5, float("inf"), float("nan")):
+        part = QuantizedWeight(codes, torch.full((4, 1), scale), None, 4, 32)
+        with pytest.raises(InvalidRequestError, match="float16"):
+            kernels.pack(WeightSpec(4, 32), [part], None)
+
+
 @pytest.mark.parametrize("group_size", [4, 12, 20, 512])
 def test_groups_that_the_int4_kernels_cannot_sum_are_refused(group_size: int) -> None:
     kernels = kernels_for("portable", torch.float32)

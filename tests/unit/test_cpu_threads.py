@@ -215,13 +215,26 @@ print(json.dumps([len(tasks() - before), resident_pages() - pages]))
 @linux
 def test_exit_with_idle_and_with_busy_threads() -> None:
     script = """
-import threading
+import threading, time
+from nanovllm.kernels.attention_backend import AttentionConfig
+from tests.unit.test_cpu_attention import World
 library.start_threads(4)
 out = torch.empty(40, 256)
+world = World(library.isa, AttentionConfig(16, 8, 4, 64, torch.float32))
+rows = world.add_rows([(3000, 1), (0, 2000)])
+q, plan = world.queries(rows), world.backend.plan(world.batch(rows))
+attended = torch.empty_like(q)
+pointers = q.data_ptr(), world.cache.data_ptr(), 0, attended.data_ptr()
+calls = 0
 def forever():
+    global calls
     while True:  # not through torch, which ends the process badly by itself
-        library.linear(packed.reference, x.data_ptr(), 40, out.data_ptr(), False, False)
+        library.linear(packed.reference, x.data_ptr(), 40, out.data_ptr(), False, False, False)
+        world.library.attend(world.backend._reference, plan, *pointers)
+        calls += 1
 threading.Thread(target=forever, daemon=True).start()
+while calls < 3:
+    time.sleep(0.01)
 print(json.dumps(is_right()), flush=True)
 """
     assert run_alone(script)

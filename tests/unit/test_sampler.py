@@ -152,6 +152,23 @@ def test_draws_follow_the_distribution() -> None:
     assert chi_squared < 18.5
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": torch.tensor([2])}, 1),
+        ({"top_p": torch.tensor([0.25])}, 1),
+        ({"top_k": torch.tensor([8]), "top_p": torch.tensor([0.25])}, 1),
+        ({}, 7),
+    ],
+    ids=["top_k", "top_p", "both", "neither"],
+)
+def test_each_setting_counts_by_itself(settings: dict[str, Tensor], expected: int) -> None:
+    token_ids, _ = choose(
+        torch.zeros(1, 8), temperature=torch.ones(1), uniforms=torch.tensor([0.95]), **settings
+    )
+    assert token_ids.tolist() == [expected]
+
+
 @given(seed=st.integers(0, 2**64 - 1), uniform=st.floats(0, 1, exclude_max=True, width=32))
 @settings(max_examples=200, deadline=None)
 def test_a_drawn_token_always_has_probability(seed: int, uniform: float) -> None:

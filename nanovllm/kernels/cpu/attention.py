@@ -58,7 +58,8 @@ class CpuAttention:
         self._reference = ctypes.byref(self._shape)
         # One plan, filled anew for each step: on a CPU no two steps are in flight.
         self._plan = self._library.new_plan()
-        weakref.finalize(self, self._library.free_plan, self._plan)
+        # Not at exit: a thread that Python leaves behind may still be reading it.
+        weakref.finalize(self, self._library.free_plan, self._plan).atexit = False
 
     @property
     def capturable(self) -> bool:

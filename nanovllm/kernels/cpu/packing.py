@@ -151,6 +151,11 @@ class PackedWeight:
             if isinstance(part, QuantizedWeight):
                 codes = part.codes.contiguous()
                 scales = part.scales.to(torch.float32 if part.bits == 8 else torch.float16)
+                if part.bits == 4 and not scales.isfinite().all():
+                    raise InvalidRequestError(
+                        "a scale of the int4 weights is beyond 65504, what float16 holds; quantize "
+                        "the original checkpoint instead, by quantization='int4'"
+                    )
                 scales = scales.contiguous()
                 zeros = None if part.zeros is None else part.zeros.contiguous()
             else:

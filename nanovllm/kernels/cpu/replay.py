@@ -161,7 +161,7 @@ class _Memory:
         free = self._free[size]
         piece = free.pop() if free else np.frombuffer(anonymous(size), dtype=np.uint8)
         loan = piece[:num_bytes]  # lives as long as a tensor on it, or on a part of it
-        weakref.finalize(loan, free.append, piece)
+        weakref.finalize(loan, free.append, piece).atexit = False
         return torch.from_numpy(loan).view(dtype).view(shape)
 
 

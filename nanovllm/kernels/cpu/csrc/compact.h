@@ -52,13 +52,24 @@ inline Bf16 weight_of_block(const Block& block, const uint8_t* bytes, long num_t
   return {uint16_t(high_byte(block, code) << 8 | group[(1 + row / 2) * kLine + byte])};
 }
 
-// Vector `part` of four rows of a tile, from a group at `bytes`.
-inline void expand_rows(Bytes table, const uint8_t* bytes, int part, Words rows[4]) {
-  const Bytes codes = load_raw<Bytes>(bytes + part * kVectorBytes);
+// Vector `part` of four rows of a tile, `k` inputs into a block at `bytes` whose table of high bytes
+// is given; null is a dense one. What is read a while later is fetched meanwhile.
+inline void load_rows(const Bytes* table, const uint8_t* bytes, long num_tiles, long tile, long k,
+                      int part, Words rows[4]) {
+  const uint8_t* group = bytes + (k / kGroupDepth * num_tiles + tile) * kGroupBytes;
+  if (part == 0) {
+    for (int line = 0; line < 3; line++) __builtin_prefetch(group + kCompactAhead + line * kLine);
+  }
+  if (!table) {
+    const uint8_t* dense = bytes + tile * kDenseTileBytes + k * kTile * 2;
+    for (int i = 0; i < 4; i++) rows[i] = load_raw<Words>(dense + i * kLine + part * kVectorBytes);
+    return;
+  }
+  const Bytes codes = load_raw<Bytes>(group + part * kVectorBytes);
 #pragma GCC unroll 2
   for (int pair = 0; pair < 2; pair++) {
-    const Bytes low = load_raw<Bytes>(bytes + (1 + pair) * kLine + part * kVectorBytes);
-    const Bytes high = look_up(table, pair ? codes >> 4 : codes & 15);
+    const Bytes low = load_raw<Bytes>(group + (1 + pair) * kLine + part * kVectorBytes);
+    const Bytes high = look_up(*table, pair ? codes >> 4 : codes & 15);
     rows[2 * pair] = bit_cast<Words>(interleave(low, high, false));
     rows[2 * pair + 1] = bit_cast<Words>(interleave(low, high, true));
   }
@@ -86,16 +97,10 @@ inline void expand(const CompactSlice slice) {
     const Bytes table = high_bytes(block);
     for (long g = 0; g < kBlockDepth; g += kGroupDepth) {
       for (int j = 0; j < slice.num_tiles; j++) {
-        const uint8_t* group = bytes + (g / kGroupDepth * slice.num_tiles + j) * kGroupBytes;
         Bf16* out = slice.expanded + j * slice.tile_size + (k + g) * kTile;
-        for (int line = 0; line < 3; line++) __builtin_prefetch(group + kCompactAhead + line * kLine);
-        if (block.dense) {
-          std::memcpy(out, bytes + j * kDenseTileBytes + g * kTile * 2, 4 * kLine);
-          continue;
-        }
         for (int part = 0; part < kSplits; part++) {
           Words rows[4];
-          expand_rows(table, group, part, rows);
+          load_rows(block.dense ? nullptr : &table, bytes, slice.num_tiles, j, g, part, rows);
           for (int i = 0; i < 4; i++) {
             std::memcpy(out + 2 * i * kTile + part * kWidth * 2, &rows[i], kVectorBytes);
           }
@@ -109,36 +114,21 @@ inline void expand(const CompactSlice slice) {
 template <int R, int C, bool kKeep>
 inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long a_stride, float* c,
                         long c_stride, bool accumulate) {
-  Floats acc[R][C * kSplits];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) {
-      acc[r][j] = accumulate ? load(c + r * c_stride + j * kWidth) : Floats{};
-    }
-  }
+  Sums<Floats, R, C> sums;
+  if (accumulate) sums.load(c, c_stride);
   const Block* block = slice.blocks;
   for (long k = 0; k < slice.depth; k += kBlockDepth, block++) {
     const uint8_t* bytes = slice.bytes + block->line * kLine;
     const Bytes table = high_bytes(*block);
-    const bool is_dense = block->dense;
+    const Bytes* coded = block->dense ? nullptr : &table;
 #pragma GCC unroll 2
     for (long g = 0; g < kBlockDepth; g += kGroupDepth) {
 #pragma GCC unroll 4
       for (int j = 0; j < C; j++) {
-        const uint8_t* group = bytes + (g / kGroupDepth * slice.num_tiles + tile + j) * kGroupBytes;
-        const uint8_t* dense = bytes + (tile + j) * kDenseTileBytes + g * kTile * 2;
-        for (int line = 0; line < 3; line++) __builtin_prefetch(group + kCompactAhead + line * kLine);
 #pragma GCC unroll 4
         for (int part = 0; part < kSplits; part++) {
           Words rows[4];
-          if (is_dense) {
-            for (int i = 0; i < 4; i++) {
-              rows[i] = load_raw<Words>(dense + i * kLine + part * kVectorBytes);
-            }
-          } else {
-            expand_rows(table, group, part, rows);
-          }
+          load_rows(coded, bytes, slice.num_tiles, tile + j, g, part, rows);
 #pragma GCC unroll 4
           for (int i = 0; i < 4; i++) {
             if constexpr (kKeep) {
@@ -148,7 +138,7 @@ inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long 
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
               const Words x = splat_word(word_at(a + r * a_stride + k + g + 2 * i));
-              Floats& total = acc[r][j * kSplits + part];
+              Floats& total = sums.at[r][j * kSplits + part];
               total = multiply_add(total, Bf16{}, x, rows[i]);
             }
           }
@@ -156,11 +146,7 @@ inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long 
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) store(c + r * c_stride + j * kWidth, acc[r][j]);
-  }
+  sums.store(c, c_stride);
 }
 
 // Up to kDotRows rows times all tiles of a slice.

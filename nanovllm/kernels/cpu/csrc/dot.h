@@ -95,21 +95,40 @@ using Accumulator = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float
 template <class T>
 using AccumulatorVector = std::conditional_t<std::is_same_v<T, int8_t>, Ints, Floats>;
 
+// Sums of R rows times C tiles, in registers.
+template <class Vector, int R, int C>
+struct Sums {
+  Vector at[R][C * kSplits] = {};
+
+  template <class Element>
+  void load(const Element* c, long stride) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+      for (int j = 0; j < C * kSplits; j++) at[r][j] = load_raw<Vector>(c + r * stride + j * kWidth);
+    }
+  }
+
+  template <class Element>
+  void store(Element* c, long stride) const {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+      for (int j = 0; j < C * kSplits; j++) {
+        std::memcpy(c + r * stride + j * kWidth, &at[r][j], sizeof(Vector));
+      }
+    }
+  }
+};
+
 // R rows times C tiles; see `multiply`. Meanwhile kAhead cache lines are fetched every step of the
 // depth, from `ahead` on.
 template <class T, int R, int C, int kAhead = 0>
 inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile_stride,
                       int segments, long length, Accumulator<T>* c, long c_stride,
                       bool accumulate, [[maybe_unused]] const char* ahead = nullptr) {
-  using Vector = AccumulatorVector<T>;
-  Vector acc[R][C * kSplits];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) {
-      acc[r][j] = accumulate ? load_raw<Vector>(c + r * c_stride + j * kWidth) : Vector{};
-    }
-  }
+  Sums<AccumulatorVector<T>, R, C> sums;
+  if (accumulate) sums.load(c, c_stride);
   for (int s = 0; s < segments; s++, a += length, tiles += tile_stride) {
     const T* columns[C];
     for (int j = 0; j < C; j++) columns[j] = tiles[j];
@@ -126,18 +145,12 @@ inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile
         const Words x = splat_word(word_at(a + r * a_stride + k));
 #pragma GCC unroll 16
         for (int j = 0; j < C * kSplits; j++) {
-          acc[r][j] = multiply_add(acc[r][j], T{}, x, w[j]);
+          sums.at[r][j] = multiply_add(sums.at[r][j], T{}, x, w[j]);
         }
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) {
-      std::memcpy(c + r * c_stride + j * kWidth, &acc[r][j], sizeof(Vector));
-    }
-  }
+  sums.store(c, c_stride);
 }
 
 // What will be read next, to be fetched into the L2 cache during the products before. The memory

@@ -15,7 +15,7 @@ namespace {
 constexpr long kRowsPerItem = 4;
 
 template <class Body>
-void for_rows(long rows, Body&& body) {
+void for_each_row(long rows, Body&& body) {
   Session session;
   session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
     const long end = std::min(rows, (item + 1) * kRowsPerItem);
@@ -26,7 +26,7 @@ void for_rows(long rows, Body&& body) {
 template <class T>
 void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows, long width,
                   T* out) {
-  for_rows(rows, [&](long r) {
+  for_each_row(rows, [&](long r) {
     const T* row = x + r * width;
     T* stream = residual ? residual + r * width : nullptr;
     T* target = out + r * width;
@@ -52,7 +52,7 @@ void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows
 
 template <class T>
 void silu_mul(const T* gate_up, long rows, long width, T* out) {
-  for_rows(rows, [&](long r) {
+  for_each_row(rows, [&](long r) {
     const T* gate = gate_up + r * 2 * width;
     for (long i = 0; i < width; i += kWidth) {
       const long count = width - i;

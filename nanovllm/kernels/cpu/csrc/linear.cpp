@@ -1,5 +1,5 @@
-// Linear layers on packed weights: float32, bf16, int8 and int4, one copy of the weights for every
-// number of rows.
+// Linear layers on packed weights: float32, bf16 (whole or in 12 bits), int8 and int4, one copy of the
+// weights for every number of rows.
 //
 // The outputs are cut into *panels* of four tiles, a work item being one panel and a block of rows.
 // int8 and int4 round the activations to int8, by row and by group; the integer sums are then exact,
@@ -120,8 +120,7 @@ struct Panel {
   long row, rows, tile;
   int num_tiles;
   float* sums;  // [rows, kPanel]
-  long next;    // first tile of the panel that this thread will likely take next
-  Ahead ahead;  // its bytes, if they are to be fetched
+  Ahead ahead;  // the panel that this thread will likely take next, if it is to be fetched
 };
 
 template <class T>
@@ -202,7 +201,7 @@ inline Ints load_zero(const Int4Panel& panel, bool has_zeros, long group, long t
 template <int R, int C>
 inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const Input<int8_t>& in,
                        long row, float* c, const char* next) {
-  Floats acc[R][C * kSplits] = {};
+  Sums<Floats, R, C> sums;
   const long group_size = w.group_size, stride = panel.stride(), groups = in.groups;
   const bool has_zeros = w.has_zeros;
   const int8_t* x = in.data + row * in.stride;
@@ -213,7 +212,8 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
       const Ints zero = load_zero(panel, has_zeros, g, tile + j / kSplits, j % kSplits * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        exact[r][j] = -zero_product(zero, in.sums[(row + r) * groups + g]);
+        const int32_t sum = in.sums[(row + r) * groups + g];
+        exact[r][j] = has_zeros ? -zero_product(zero, sum) : Ints{} - kInt4Zero * sum;
       }
     }
     const char* line = panel.codes(g, tile);
@@ -248,15 +248,11 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const float x_scale = in.scales[(row + r) * groups + g];
-        acc[r][j] += __builtin_convertvector(exact[r][j], Floats) * (scale * x_scale);
+        sums.at[r][j] += __builtin_convertvector(exact[r][j], Floats) * (scale * x_scale);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) store(c + r * kPanel + j * kWidth, acc[r][j]);
-  }
+  sums.store(c, kPanel);
 }
 
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
@@ -363,12 +359,13 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
   session.parallel(panels * blocks, [&](long item) {
-    const long tile = item / blocks * kMaxColumnTiles, row = item % blocks * block_rows;
-    Panel panel{row, std::min(block_rows, rows - row), tile,
-                tiles_of_panel(w, item / blocks), block_sums,
-                tile + num_threads() * kMaxColumnTiles, {}};
-    if (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4))) {
-      panel.ahead = bytes_of_panel(w, panel.next);
+    const long index = item / blocks, row = item % blocks * block_rows;
+    Panel panel{row, std::min(block_rows, rows - row), index * kMaxColumnTiles,
+                tiles_of_panel(w, index), block_sums, {}};
+    const long next = (item + num_threads()) / blocks;
+    if (next != index &&
+        (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4)))) {
+      panel.ahead = bytes_of_panel(w, next * kMaxColumnTiles);
     }
     multiply(panel);
     finish_panel(w, panel, out);

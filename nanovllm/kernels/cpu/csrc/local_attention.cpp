@@ -56,14 +56,7 @@ void rotate(const Local& local, const T* source, long position, float scale, flo
     }
     return;
   }
-  for (long d = 0; d < half; d += kWidth) {
-    const long count = half - d;
-    const Floats cos = load(local.cos + position * half + d, count) * scale;
-    const Floats sin = load(local.sin + position * half + d, count) * scale;
-    const Floats first = load(source + d, count), second = load(source + half + d, count);
-    store(out + d, first * cos - second * sin, count);
-    store(out + half + d, second * cos + first * sin, count);
-  }
+  rotate_halves(source, local.cos + position * half, local.sin + position * half, dim, scale, out);
 }
 
 // Scores in units of log2, to weights; lanes past the length are left zero.

@@ -1,4 +1,4 @@
-// The one thread pool of the process, and the scratch memory of the kernel that runs.
+// The thread pool of the kernels, one in the process, and the scratch memory of the one that runs.
 #pragma once
 
 #include <atomic>

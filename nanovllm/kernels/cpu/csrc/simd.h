@@ -177,6 +177,20 @@ inline void store(T* p, Floats x, long count) {
   std::memcpy(p, padded, count * sizeof(T));
 }
 
+// A head of `dim` elements times `scale`, rotated: its first half with the second (Su et al. 2021).
+template <class T>
+inline void rotate_halves(const T* head, const float* cos, const float* sin, long dim, float scale,
+                          float* out) {
+  const long half = dim / 2;
+  for (long d = 0; d < half; d += kWidth) {
+    const long count = half - d;
+    const Floats c = load(cos + d, count) * scale, s = load(sin + d, count) * scale;
+    const Floats first = load(head + d, count), second = load(head + half + d, count);
+    store(out + d, first * c - second * s, count);
+    store(out + half + d, second * c + first * s, count);
+  }
+}
+
 // 0, 1, 2 and so on.
 inline Ints lanes() {
   Ints numbers;
