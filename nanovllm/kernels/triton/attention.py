@@ -21,13 +21,9 @@ from nanovllm.kernels.attention_backend import (
     to_device,
 )
 from nanovllm.kernels.sdpa import PagedCache
-from nanovllm.kernels.triton.attention_kernels import (
-    combine_kernel,
-    decode_kernel,
-    prefill_kernel,
-    shared_kernel,
-)
+from nanovllm.kernels.triton.decode_kernels import combine_kernel, decode_kernel, shared_kernel
 from nanovllm.kernels.triton.kv_write import write_kv
+from nanovllm.kernels.triton.prefill_kernel import prefill_kernel
 
 MAX_HEAD_DIM = 256
 """A tile of wider heads does not fit a multiprocessor."""

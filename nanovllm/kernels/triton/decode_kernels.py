@@ -1,206 +1,9 @@
-"""Attention over the paged cache, in Triton: see `nanovllm.kernels.triton.attention`.
-
-All of it is online softmax in base 2 (FlashAttention-2, Dao 2023, section 3.1) over tiles whose
-rows are the query heads of one KV head, so that a key is read once for all of them. In each kernel
-`cache` is a layer's, `[2, num_blocks, BLOCK_SIZE, num_kv_heads, HEAD_DIM]`, `value_offset` where
-its values begin, and `tables` the blocks of all slots, `[num_slots, table_width]`.
-"""
+"""Attention from one position of each row; see `nanovllm.kernels.triton.attention`."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def nothing(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Sums of values, the highest score and the sum of weights, before the first key."""
-    sums = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    return sums, peak, total
-
-
-@triton.jit
-def attend(
-    q,
-    sums,
-    peak,
-    total,
-    cache,
-    value_offset,
-    table,
-    first,
-    last,
-    positions,
-    BLOCK_SIZE: tl.constexpr,
-    KV_WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Take up the keys at `first .. last - 1` of one table; `SCALE` is that of scores in base 2.
-
-    Without `BOUNDED` these are whole tiles, all seen by all queries.
-    """
-    dim = tl.arange(0, BLOCK_D)
-    for begin in range(first, last, BLOCK_N):
-        key = begin + tl.arange(0, BLOCK_N)
-        if BOUNDED:
-            block = tl.load(table + key // BLOCK_SIZE, mask=key < last, other=0)
-        else:
-            block = tl.load(table + key // BLOCK_SIZE)
-        # int64, as the tables are: a cache has more elements than int32 counts.
-        slot = block.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
-        place = cache + slot[:, None] * KV_WIDTH + dim[None, :]
-        if BOUNDED or HEAD_DIM < BLOCK_D:
-            # What is not ours may be no number, which a weight of zero would not hide.
-            ours = (key < last)[:, None] & (dim < HEAD_DIM)[None, :]
-            k = tl.load(place, mask=ours, other=0.0)
-            v = tl.load(place + value_offset, mask=ours, other=0.0)
-        else:
-            k = tl.load(place)
-            v = tl.load(place + value_offset)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE  # [BLOCK_M, BLOCK_N]
-        if BOUNDED:
-            seen = (key < last)[None, :]
-            if CAUSAL:
-                seen = seen & (key[None, :] <= positions[:, None])
-            if WINDOW > 0:
-                seen = seen & (key[None, :] > positions[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(weights, 1)
-        sums = tl.dot(weights.to(v.dtype), v, sums * decay[:, None], input_precision="ieee")
-        peak = new_peak
-    return sums, peak, total
-
-
-@triton.jit
-def keep(
-    sums,
-    peak,
-    total,
-    scratch_sums,
-    scratch_peaks,
-    scratch_totals,
-    place,
-    used,
-    HEAD_DIM: tl.constexpr,
-):
-    """Leave a split's state in scratch, the sums only if it had keys: nobody reads others."""
-    dim = tl.arange(0, sums.shape[1])
-    tl.store(scratch_peaks + place, peak, mask=used)
-    tl.store(scratch_totals + place, total, mask=used)
-    tl.store(
-        scratch_sums + place[:, None] * HEAD_DIM + dim[None, :],
-        sums,
-        mask=(used & (peak > float("-inf")))[:, None] & (dim < HEAD_DIM)[None, :],
-    )
-
-
-@triton.jit
-def prefill_kernel(
-    q,
-    cache,
-    value_offset,
-    tables,
-    table_width,
-    tiles,
-    out,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SCALE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Attend from consecutive queries of a row: tile (slot, first token, its position, queries).
-
-    With `UNIFORM` all keys take the masked loop, so that a query's sums are compiled once.
-    """
-    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    tile = tiles + tl.program_id(0) * 4
-    kv_head = tl.program_id(1)
-    slot = tl.load(tile)
-    first_token = tl.load(tile + 1)
-    first_position = tl.load(tile + 2)
-    num_queries = tl.load(tile + 3)
-
-    lane = tl.arange(0, BLOCK_M)
-    dim = tl.arange(0, BLOCK_D)
-    query = lane // GROUP
-    used = query < num_queries
-    token = (first_token + query).to(tl.int64)
-    head = kv_head * GROUP + lane % GROUP
-    place = (token * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-    mine = used[:, None] & (dim < HEAD_DIM)[None, :]
-    queries = tl.load(q + place, mask=mine, other=0.0)
-    positions = tl.where(used, first_position + query, -1)
-
-    sums, peak, total = nothing(BLOCK_M, BLOCK_D)
-    heads = cache + kv_head * HEAD_DIM
-    table = tables + slot.to(tl.int64) * table_width
-    last = first_position + num_queries
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    elif not UNIFORM:
-        whole = (first_position + 1) // BLOCK_N * BLOCK_N
-        sums, peak, total = attend(
-            queries,
-            sums,
-            peak,
-            total,
-            heads,
-            value_offset,
-            table,
-            0,
-            whole,
-            positions,
-            BLOCK_SIZE,
-            NUM_KV_HEADS * HEAD_DIM,
-            HEAD_DIM,
-            SCALE,
-            0,
-            False,
-            False,
-            BLOCK_N,
-            BLOCK_D,
-        )
-        first = whole
-    sums, peak, total = attend(
-        queries,
-        sums,
-        peak,
-        total,
-        heads,
-        value_offset,
-        table,
-        first,
-        last,
-        positions,
-        BLOCK_SIZE,
-        NUM_KV_HEADS * HEAD_DIM,
-        HEAD_DIM,
-        SCALE,
-        WINDOW,
-        True,
-        True,
-        BLOCK_N,
-        BLOCK_D,
-    )
-    result = sums / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=mine)
+from nanovllm.kernels.triton.attention_tile import attend, keep, nothing, result_of
 
 
 @triton.jit
@@ -247,20 +50,10 @@ def find_share(
 
 
 @triton.jit
-def take_up(
-    sums,
-    peak,
-    total,
-    wanted,
-    head,
-    used,
-    shared_sums,
-    shared_peaks,
-    shared_totals,
-    HEAD_DIM: tl.constexpr,
-    SHARED_SPLITS: tl.constexpr,
-):
+def take_up(state, wanted, head, used, shared, HEAD_DIM: tl.constexpr, SHARED_SPLITS: tl.constexpr):
     """Merge what `shared_kernel` left of each head, if it is wanted: most programs want nothing."""
+    sums, peak, total = state
+    shared_sums, shared_peaks, shared_totals = shared
     dim = tl.arange(0, sums.shape[1])
     if wanted:
         # Unrolled, so that the loads do not wait for one another.
@@ -353,52 +146,25 @@ def decode_kernel(
     mine = used[:, None] & (dim < HEAD_DIM)[None, :]
     queries = tl.load(q + place, mask=mine, other=0.0)
 
-    sums, peak, total = nothing(BLOCK_M, BLOCK_D)
+    state = nothing(BLOCK_M, BLOCK_D)
     if SHARED_SPLITS > 0:
-        sums, peak, total = take_up(
-            sums,
-            peak,
-            total,
-            (begin > 0) & (part == 0),
-            head,
-            used,
-            shared_sums,
-            shared_peaks,
-            shared_totals,
-            HEAD_DIM,
-            SHARED_SPLITS,
-        )
-    sums, peak, total = attend(
-        queries,
-        sums,
-        peak,
-        total,
-        cache + kv_head * HEAD_DIM,
-        value_offset,
-        tables + slot * table_width,
-        first,
-        last,
-        lane,
-        BLOCK_SIZE,
-        NUM_KV_HEADS * HEAD_DIM,
-        HEAD_DIM,
-        SCALE,
-        0,
-        False,
-        True,
-        BLOCK_N,
-        BLOCK_D,
-    )
+        shared = shared_sums, shared_peaks, shared_totals
+        wanted = (begin > 0) & (part == 0)
+        state = take_up(state, wanted, head, used, shared, HEAD_DIM, SHARED_SPLITS)
+    state = attend(
+        queries, state, cache + kv_head * HEAD_DIM, value_offset, tables + slot * table_width,
+        first, last, lane, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, SCALE, 0, False, True,
+        BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     if SPLIT:
         own = item.to(tl.int64) * NUM_HEADS + group_head
         split = used & (count > 1)
-        keep(sums, peak, total, scratch_sums, scratch_peaks, scratch_totals, own, split, HEAD_DIM)
+        keep(state, (scratch_sums, scratch_peaks, scratch_totals), own, split, HEAD_DIM)
         tells = busy & (part == 0) & (kv_head == 0)
         tl.store(spans + row * 2, item, mask=tells)
         tl.store(spans + row * 2 + 1, count, mask=tells)
         mine = mine & (count == 1)
-    result = sums / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + place, result.to(out.dtype.element_ty), mask=mine)
+    tl.store(out + place, result_of(state).to(out.dtype.element_ty), mask=mine)
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots"])
@@ -450,30 +216,14 @@ def shared_kernel(
     first = split * share
     last = tl.minimum(first + share, end)
     last = tl.where(tl.program_id(0) * ROWS < num_members, last, first)
-    sums, peak, total = nothing(BLOCK_M, BLOCK_D)
-    sums, peak, total = attend(
-        queries,
-        sums,
-        peak,
-        total,
-        cache + kv_head * HEAD_DIM,
-        value_offset,
-        tables + slot * table_width,
-        first,
-        last,
-        lane,
-        BLOCK_SIZE,
-        NUM_KV_HEADS * HEAD_DIM,
-        HEAD_DIM,
-        SCALE,
-        0,
-        False,
-        True,
-        BLOCK_N,
-        BLOCK_D,
-    )
+    state = nothing(BLOCK_M, BLOCK_D)
+    state = attend(
+        queries, state, cache + kv_head * HEAD_DIM, value_offset, tables + slot * table_width,
+        first, last, lane, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, SCALE, 0, False, True,
+        BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     place = head * num_splits + split
-    keep(sums, peak, total, shared_sums, shared_peaks, shared_totals, place, used, HEAD_DIM)
+    keep(state, (shared_sums, shared_peaks, shared_totals), place, used, HEAD_DIM)
 
 
 @triton.jit
