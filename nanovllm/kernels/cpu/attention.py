@@ -31,16 +31,18 @@ class CpuAttention:
         deterministic: Whether a row's result may not depend on the others'; turns cascade off.
 
     Raises:
-        InvalidRequestError: The heads are too wide.
+        InvalidRequestError: The heads are too wide, or of odd width.
     """
 
     def __init__(
         self, replays: Replays, config: AttentionConfig, cascade: bool, deterministic: bool
     ) -> None:
-        if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
+        if config.head_dim % 2:
+            raise InvalidRequestError(f"head_dim {config.head_dim} must be even", "head_dim")
+        if config.head_dim > MAX_HEAD_DIM:
             raise InvalidRequestError(
-                f"head_dim {config.head_dim} is not supported on a CPU; it must be even and at "
-                f"most {MAX_HEAD_DIM}; cpu_isa='torch' has no such limit",
+                f"head_dim {config.head_dim} is not supported on a CPU; it must be at most "
+                f"{MAX_HEAD_DIM}; cpu_isa='torch' has no such limit",
                 "head_dim",
             )
         self._empty, self._library = replays.empty, replays.library

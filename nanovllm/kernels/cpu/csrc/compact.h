@@ -39,17 +39,22 @@ inline Bytes high_bytes(const Block& block) {
   return table;
 }
 
-// One weight of a block, by its input and output within the block.
-inline Bf16 weight_of_block(const Block& block, const uint8_t* bytes, long num_tiles, long k,
-                            long column) {
+// The weights of one output in a block at `bytes`; `column` is within the panel.
+inline void column_of_block(const Block& block, const uint8_t* bytes, long num_tiles, long column,
+                            Bf16 out[kBlockDepth]) {
   const long tile = column / kTile, lane = column % kTile;
-  if (block.dense) {
-    return load_raw<Bf16>(bytes + tile * kDenseTileBytes + (k / 2 * kTile + lane) * 4 + k % 2 * 2);
+#pragma GCC unroll 16
+  for (long k = 0; k < kBlockDepth; k++) {
+    if (block.dense) {
+      const uint8_t* words = bytes + tile * kDenseTileBytes + lane * 4;
+      out[k] = load_raw<Bf16>(words + k / 2 * kLine + k % 2 * 2);
+    } else {
+      const uint8_t* group = bytes + (k / kGroupDepth * num_tiles + tile) * kGroupBytes;
+      const long row = k % kGroupDepth / 2, byte = lane / 4 * 16 + row % 2 * 8 + lane % 4 * 2 + k % 2;
+      const int code = group[byte] >> (row / 2 * 4) & 15;
+      out[k] = {uint16_t(high_byte(block, code) << 8 | group[(1 + row / 2) * kLine + byte])};
+    }
   }
-  const uint8_t* group = bytes + (k / kGroupDepth * num_tiles + tile) * kGroupBytes;
-  const long row = k % kGroupDepth / 2, byte = lane / 4 * 16 + row % 2 * 8 + lane % 4 * 2 + k % 2;
-  const int code = group[byte] >> (row / 2 * 4) & 15;
-  return {uint16_t(high_byte(block, code) << 8 | group[(1 + row / 2) * kLine + byte])};
 }
 
 // Vector `part` of four rows of a tile, `k` inputs into a block at `bytes` whose table of high bytes

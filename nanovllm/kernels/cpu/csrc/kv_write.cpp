@@ -49,15 +49,8 @@ struct Narrow {
   // `head` is readable up to a whole vector, and what is beyond `dim` does not matter.
   Narrow(const float* head, long dim) {
     if constexpr (std::is_same_v<Element, int8_t>) {
-      Floats top{}, spoilt{};
-      for (long d = 0; d < dim; d += kWidth) {
-        const Floats v = load(head + d, dim - d);
-        top = vector_max(top, v < 0.0f ? -v : v);
-        spoilt += v * 0.0f;
-      }
-      const float largest = max(top);
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      scale = largest / 127.0f + sum(spoilt);  // a NaN spoils the whole head
+      const auto [factor, inverse] = int8_scale(head, dim);
+      scale = factor;
       for (long d = 0; d < dim; d += kWidth) {
         store_narrow(elements + d, round_to_ints(load(head + d) * inverse));
       }

@@ -73,14 +73,7 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
     for (long g = 0; g < groups; g++) {
       const From* source = x + r * depth + g * group;
       const long count = std::clamp(depth - g * group, 0L, group);
-      Floats top{}, spoilt{};
-      for (long k = 0; k < count; k += kWidth) {
-        const Floats v = load(source + k, count - k);
-        top = vector_max(top, v < 0.0f ? -v : v);
-        spoilt += v * 0.0f;
-      }
-      const float largest = max(top);
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      const auto [scale, inverse] = int8_scale(source, count);
       int8_t* row = data + r * stride + g * group;
       Ints total{};
       for (long k = 0; k < group; k += kWidth) {
@@ -91,8 +84,7 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
       }
       int32_t group_sum = 0;
       for (int i = 0; i < kWidth; i++) group_sum += total[i];
-      // A NaN or an infinity cannot be rounded: it spoils the whole group, as in exact arithmetic.
-      scales[r * groups + g] = largest / 127.0f + sum(spoilt);
+      scales[r * groups + g] = scale;
       sums[r * groups + g] = group_sum;
     }
   });
@@ -213,7 +205,9 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const int32_t sum = in.sums[(row + r) * groups + g];
-        exact[r][j] = has_zeros ? -zero_product(zero, sum) : Ints{} - kInt4Zero * sum;
+        // Of few rows the branch would cost more than the product.
+        const bool is_same = R > 2 && !has_zeros;
+        exact[r][j] = is_same ? Ints{} - kInt4Zero * sum : -zero_product(zero, sum);
       }
     }
     const char* line = panel.codes(g, tile);

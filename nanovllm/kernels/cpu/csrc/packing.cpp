@@ -84,13 +84,6 @@ float int4_at(const Weights& w, long column, long k) {
 
 float weight_at(const Weights& w, long column, long k) {
   if (w.format == kInt4) return int4_at(w, column, k);
-  if (w.format == kCompact) {
-    const long panel = column / kPanel;
-    const Block& block = blocks_of_panel(w, panel)[k / kBlockDepth];
-    const uint8_t* bytes = static_cast<const uint8_t*>(w.data) + block.line * kLine;
-    return to_float(
-        weight_of_block(block, bytes, tiles_of_panel(w, panel), k % kBlockDepth, column % kPanel));
-  }
   const auto* words = static_cast<const uint32_t*>(w.data);
   const int pack = pack_of(w.format);
   const uint32_t word = words[word_index(column, w.padded_depth, k, pack)];
@@ -102,9 +95,24 @@ float weight_at(const Weights& w, long column, long k) {
   }
 }
 
+template <class Out>
+void expand_compact_row(const Weights& w, long column, Out* out) {
+  const long panel = column / kPanel, num_tiles = tiles_of_panel(w, panel);
+  const Block* block = blocks_of_panel(w, panel);
+  for (long k = 0; k < w.depth; k += kBlockDepth, block++) {
+    const auto* bytes = static_cast<const uint8_t*>(w.data) + block->line * kLine;
+    alignas(64) Bf16 chunk[kBlockDepth];
+    column_of_block(*block, bytes, num_tiles, column % kPanel, chunk);
+    for (long i = 0; i < std::min(kBlockDepth, w.depth - k); i += kWidth) {
+      store(out + k + i, load(chunk + i), w.depth - k - i);
+    }
+  }
+}
+
 // One row of a packed weight, expanded.
 template <class Out>
 void expand_row(const Weights& w, long column, Out* out) {
+  if (w.format == kCompact) return expand_compact_row(w, column, out);
   alignas(64) float chunk[kWidth];
   for (long k = 0; k < w.depth; k += kWidth) {
     const long count = std::min<long>(kWidth, w.depth - k);

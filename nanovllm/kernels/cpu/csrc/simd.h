@@ -249,4 +249,23 @@ inline Floats silu(Floats x) {
 
 constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// What int8 codes of some elements are multiplied by, and its inverse.
+struct Int8Scale {
+  float scale, inverse;
+};
+
+// By the largest magnitude. A NaN or an infinity cannot be rounded: it makes the scale a NaN and so
+// spoils them all, as in exact arithmetic.
+template <class T>
+inline Int8Scale int8_scale(const T* p, long count) {
+  Floats top{}, spoilt{};
+  for (long i = 0; i < count; i += kWidth) {
+    const Floats v = load(p + i, count - i);
+    top = vector_max(top, v < 0.0f ? -v : v);
+    spoilt += v * 0.0f;
+  }
+  const float largest = max(top);
+  return {largest / 127.0f + sum(spoilt), largest > 0 ? 127.0f / largest : 0.0f};
+}
+
 }  // namespace nanovllm
