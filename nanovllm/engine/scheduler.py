@@ -209,6 +209,8 @@ class Scheduler:
     def fail(self, batch: Batch, message: str) -> list[EngineOutput]:
         """Give up the oldest step in flight and all after it, which build on what it wrote.
 
+        Sequences that only got blocks in them start over: the runner may not know of these.
+
         Returns:
             The outcome "error" of every sequence that had a row in one of them.
         """
@@ -220,6 +222,9 @@ class Scheduler:
             for seq in step.sequences:
                 if seq.running and seq.start_step <= step.batch.step:
                     outputs.append(self._finish(seq, None, None, "error", message))
+        grown = {slot for step in failed for slot, _, _ in step.batch.new_blocks}
+        for seq in [seq for seq in self.running if seq.slot in grown]:
+            self._preempt(seq)
         return outputs
 
     def _schedule_decodes(self, step: StepInFlight) -> list[Sequence]:

@@ -8,6 +8,7 @@ from typing import Any
 from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rope_config import RopeConfig
+from nanovllm.models.config_fields import json_list, json_object, positive, positive_number
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -31,6 +32,8 @@ ROPE_FIELDS = {
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -44,7 +47,7 @@ class ModelConfig:
         num_layers: Decoder layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads; divides `num_heads`.
-        head_dim: Width of a head.
+        head_dim: Width of a head, even: positions rotate pairs.
         rms_norm_eps: Epsilon of the norms.
         tie_word_embeddings: Whether the output head is the embedding.
         attention_bias: Whether the attention projections have biases, where an architecture
@@ -57,6 +60,9 @@ class ModelConfig:
         embedding_scale: Factor on the embeddings of tokens.
         residual_scale: Factor on what each attention and MLP adds to the residual stream.
         no_rope: Whether attention does without positions.
+
+    Raises:
+        InvalidRequestError: The heads do not fit together, or are of odd width.
     """
 
     architecture: str
@@ -78,6 +84,19 @@ class ModelConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     no_rope: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise InvalidRequestError(
+                f"num_attention_heads={self.num_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_kv_heads}",
+                "num_key_value_heads",
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise InvalidRequestError(
+                f"head_dim={self.head_dim} is not supported: it must be even and at least 2",
+                "head_dim",
+            )
 
     @property
     def num_row_values(self) -> int:
@@ -115,22 +134,22 @@ class ModelConfig:
             UnsupportedModelError: It is of a kind we do not read.
             InvalidRequestError: A value is missing or does not fit the others.
         """
-        architectures = raw.get("architectures")
-        if not architectures:
+        if not raw.get("architectures"):
             raise UnsupportedModelError(
                 "config.json names no architectures: it must have a list such as "
                 '["Qwen3ForCausalLM"]',
                 "architectures",
             )
-        if architectures[0] not in ARCHITECTURES:
+        architecture = json_list(raw, "architectures")[0]
+        if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"Unsupported model architecture: {architectures[0]}; supported: "
+                f"Unsupported model architecture: {architecture}; supported: "
                 f"{', '.join(ARCHITECTURES)}",
                 "architectures",
             )
         stored_quantization(raw)
         try:
-            return cls._parse(str(architectures[0]), raw)
+            return cls._parse(architecture, raw)
         except KeyError as e:
             raise InvalidRequestError(f"config.json lacks {e.args[0]!r}", str(e.args[0])) from e
 
@@ -140,30 +159,26 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
             )
-        hidden_size, num_heads = raw["hidden_size"], raw["num_attention_heads"]
-        num_kv_heads = raw.get("num_key_value_heads") or num_heads
-        if num_heads % num_kv_heads:
-            raise InvalidRequestError(
-                f"num_attention_heads={num_heads} is not a multiple of "
-                f"num_key_value_heads={num_kv_heads}",
-                "num_key_value_heads",
-            )
-        default_head_dim = 128 if raw.get("model_type") == "qwen3" else hidden_size // num_heads
-        head_dim = raw.get("head_dim") or default_head_dim
+        # Of these, null is the default, and so is the 0 of some checkpoints.
+        given = {name: value for name, value in raw.items() if value or name not in NULLABLE}
+        hidden_size = positive(raw, "hidden_size")
+        num_heads = positive(raw, "num_attention_heads")
+        is_qwen3 = architecture == "Qwen3ForCausalLM"
+        head_dim = positive(given, "head_dim", 128 if is_qwen3 else hidden_size // num_heads)
         return cls(
             architecture=architecture,
-            vocab_size=raw["vocab_size"],
+            vocab_size=positive(raw, "vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
+            intermediate_size=positive(raw, "intermediate_size"),
+            num_layers=positive(raw, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=positive(given, "num_key_value_heads", num_heads),
             head_dim=head_dim,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=raw.get("attention_bias", False),
             mlp_bias=raw.get("mlp_bias", False),
-            windows=_windows(raw),
+            windows=_windows(architecture, given),
             rope=_rope(raw, head_dim),
             dtype=_dtype(raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
@@ -206,9 +221,7 @@ def stored_quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
     Raises:
         UnsupportedModelError: It is a method that we do not read.
     """
-    settings: dict[str, Any] | None = raw.get("quantization_config") or raw.get(
-        "compression_config"
-    )
+    settings = json_object(raw, "quantization_config") or json_object(raw, "compression_config")
     if not settings:
         return None
     method = str(settings.get("quant_method") or settings.get("format") or "unknown")
@@ -222,19 +235,26 @@ def stored_quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
     return settings | {"quant_method": method.replace("_", "-")}
 
 
-def _windows(raw: dict[str, Any]) -> tuple[int | None, ...]:
+def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
     """The attention window of each layer, from the ways the architectures say it."""
     num_layers: int = raw["num_hidden_layers"]
-    window: int | None = raw.get("sliding_window")
-    if raw.get("model_type") == "mistral":
+    window = positive(raw, "sliding_window") if "sliding_window" in raw else None
+    if architecture == "MistralForCausalLM":
         return (window,) * num_layers
-    if not window or not raw.get("use_sliding_window", False):
+    if window is None or not raw.get("use_sliding_window", False):
         return (None,) * num_layers
-    first = raw.get("max_window_layers", 28)
-    kinds = raw.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-    ]
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+    if "layer_types" in raw:
+        kinds = json_list(raw, "layer_types")
+    else:
+        first = 0 if raw.get("max_window_layers") == 0 else positive(raw, "max_window_layers", 28)
+        kinds = ["sliding_attention" if i >= first else "" for i in range(num_layers)]
+    if len(kinds) != num_layers:
+        raise InvalidRequestError(
+            f"layer_types has {len(kinds)} entries, and num_hidden_layers={num_layers}: there must "
+            "be one for each layer",
+            "layer_types",
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _dtype(raw: dict[str, Any]) -> str:
@@ -248,8 +268,15 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     """Rotary parameters, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    scaling = dict(json_object(raw, "rope_parameters") or json_object(raw, "rope_scaling"))
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise UnsupportedModelError(
+            f"rope_parameters by the type of a layer ({', '.join(scaling)}) are not supported; "
+            "supported: the same for all",
+            "rope_parameters",
+        )
+    old_name = scaling.pop("type", None)
+    scaling["rope_type"] = str(scaling.get("rope_type") or old_name or "default")
     theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     rotated = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if rotated != 1.0:
@@ -257,11 +284,17 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
             f"partial_rotary_factor {rotated} is not supported; supported: 1.0",
             "partial_rotary_factor",
         )
-    max_position = raw["max_position_embeddings"]
     if scaling["rope_type"] in ("yarn", "llama3") and raw.get("original_max_position_embeddings"):
         scaling.setdefault(
             "original_max_position_embeddings", raw["original_max_position_embeddings"]
         )
-    for name in ROPE_FIELDS.get(scaling["rope_type"], ()):
-        float(scaling[name])
-    return RopeConfig(head_dim, float(theta), max_position, scaling)
+    needed = ROPE_FIELDS.get(scaling["rope_type"], ())
+    for name in ("factor", "original_max_position_embeddings", *needed):
+        if scaling.get(name) is not None or name in needed:
+            positive_number(scaling, name)
+    return RopeConfig(
+        head_dim,
+        positive_number({"rope_theta": theta}, "rope_theta"),
+        positive(raw, "max_position_embeddings"),
+        scaling,
+    )

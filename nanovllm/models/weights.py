@@ -24,16 +24,6 @@ from nanovllm.models.quantized_checkpoint import open_quantized
 from nanovllm.models.registry import CLASSES
 from nanovllm.models.sharding import ShardedSource, Sharding
 
-__all__ = [
-    "Checkpoint",
-    "RandomWeights",
-    "WeightSource",
-    "expected_tensors",
-    "load_model",
-    "weight_files",
-    "weight_source",
-]
-
 
 def load_model(
     config: ModelConfig,
@@ -206,12 +196,15 @@ def expected_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 RANDOM_BLOCK = (1 << 20) + 7
-"""Values drawn of a tensor, 1 MiB or two: a prime, so that no two rows of a matrix are the same
+"""Values drawn of a tensor, 2 MiB or four: a prime, so that no two rows of a matrix are the same
 before as many rows as that."""
 
 
 class RandomWeights:
-    """Seeded values of the usual scales: norms 1, biases 0, matrices Xavier-uniform.
+    """Seeded values of the usual scales: norms 1, biases 0, matrices and embeddings uniform.
+
+    Their standard deviation is 0.02 for the embedding of tokens and LeCun's `1 / sqrt(fan_in)`
+    (LeCun et al. 1998, section 4.6) for matrices, so that these keep the scale of what they read.
 
     Each tensor has a generator of its own, so that it does not depend on the others. Of a large one
     only a block is drawn, and repeated: drawing is what would take the time.

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -14,7 +14,7 @@ from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
-from nanovllm.batch import SlotStart, TextRequest
+from nanovllm.batch import SlotStart
 from nanovllm.kernels.attention_backend import to_device
 from nanovllm.kernels.cpu.threads import num_usable_cores
 from nanovllm.sampling_params import SamplingParams
@@ -30,6 +30,8 @@ TIME_A_TOKEN = 0.02
 and in an ambiguous grammar a token within them may take a second."""
 MAX_TIME_OVER = 2.0
 """Seconds that the sequences of a grammar may take beyond that before they end."""
+FORGIVEN_SHARE = 0.05
+"""Of each second that passes, what is taken off these: after a minute a grammar may try again."""
 NUM_ACCOUNTS = 64
 """Grammars whose time is kept, also from one sequence to the next."""
 
@@ -74,18 +76,26 @@ class Account:
 
     Args:
         is_limited: Whether there is a limit to it.
+        clock: Tells the seconds that pass, by which a debt shrinks.
     """
 
-    def __init__(self, is_limited: bool = True) -> None:
-        self._is_limited, self._time_over = is_limited, 0.0
+    def __init__(
+        self, is_limited: bool = True, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._is_limited, self._clock = is_limited, clock
+        self._debt, self._charged = 0.0, clock()
 
     @property
     def is_overdrawn(self) -> bool:
-        return self._is_limited and self._time_over > MAX_TIME_OVER
+        return self._is_limited and self._time_over() > MAX_TIME_OVER
 
     def charge(self, seconds: float, allowance: float = 0.0) -> None:
         """Count time of this thread, but for what is allowed."""
-        self._time_over = max(0.0, self._time_over + seconds - allowance)
+        self._debt = max(0.0, self._time_over() + seconds - allowance)
+        self._charged = self._clock()
+
+    def _time_over(self) -> float:
+        return max(0.0, self._debt - FORGIVEN_SHARE * (self._clock() - self._charged))
 
 
 class SlotGrammar:
@@ -169,32 +179,34 @@ class SlotGrammar:
 
 
 def start_grammar(
-    start: SlotStart, request: TextRequest, compiler: GrammarCompiler, is_timed: bool = True
-) -> SlotGrammar | None:
-    """The grammar of a sequence that takes a slot, if it has one.
+    start: SlotStart,
+    grammar: str,
+    compiled: Future[LLMatcher] | None,
+    compiler: GrammarCompiler,
+    is_timed: bool = True,
+) -> SlotGrammar:
+    """Begin a grammar for a sequence that takes a slot.
 
     Args:
         start: The sequence.
-        request: Has the grammar.
-        compiler: Compiles it, unless that is done.
+        grammar: Its grammar.
+        compiled: The same compiled; None if that is still to do.
+        compiler: Does it.
         is_timed: Whether the sequence ends once its grammar has taken too much time.
 
     Raises:
         ValueError: It cannot be compiled; whoever added the sequence has made sure that it can.
     """
-    if request.grammar is None:
-        return None
-    compiled: Future[LLMatcher] | None = request.matcher
-    matcher = compiler.compile(request.grammar) if compiled is None else compiled.result()
+    matcher = compiler.compile(grammar) if compiled is None else compiled.result()
     generated = [key for key in start.keys[start.num_prompt_keys :] if isinstance(key, int)]
-    digits = _digits(compiler.vocabulary) if "%json" in request.grammar else None
+    digits = _digits(compiler.vocabulary) if "%json" in grammar else None
     return SlotGrammar(
         matcher.deep_copy(),
         compiler.vocabulary,
         generated,
         may_force(start.sampling_params),
         digits,
-        _account(request.grammar) if is_timed else Account(is_limited=False),
+        _account(grammar) if is_timed else Account(is_limited=False),
     )
 
 
@@ -206,28 +218,29 @@ def may_force(params: SamplingParams) -> bool:
 
 def allowed_tokens(
     grammars: Sequence[SlotGrammar | None], vocab_size: int, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Which tokens may come next.
 
     Args:
-        grammars: Of each row of a step.
+        grammars: Of each row of a step, at least one of which has one.
         vocab_size: Width of the logits.
         device: Where they are.
 
     Returns:
-        The rows that have a grammar, `[n]`, and True for the ids each allows, `[n, vocab_size]`;
-        None if no row has one.
+        The rows that have a grammar, `[n]`, and True for the ids each allows, `[n, vocab_size]`.
     """
     rows = [row for row, grammar in enumerate(grammars) if grammar is not None]
-    if not rows:
-        return None
     followed = [grammar for grammar in grammars if grammar is not None]
     num_tokens = max(vocab_size, followed[0].vocabulary.tokens.vocab_size)
     bits = np.zeros((len(rows), -(-num_tokens // 32)), dtype=np.int32)
     if len(rows) >= PARALLEL_ROWS and num_usable_cores() >= PARALLEL_CORES:
+        begun = time.monotonic()
         fill_next_token_bitmask_par(
             _executor(), [(grammar.matcher, row) for row, grammar in enumerate(followed)], bits
         )
+        share = (time.monotonic() - begun) / len(followed)
+        for grammar in followed:
+            grammar.account.charge(share)
     else:
         for row, grammar in enumerate(followed):
             grammar.fill(bits, row)

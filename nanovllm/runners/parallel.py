@@ -6,8 +6,6 @@ only the first one's results are read.
 """
 
 import contextlib
-import signal
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nanovllm.batch import Batch, Key, SlotStart, StepResult, TextRequest
 from nanovllm.errors import RankDiedError
+from nanovllm.interrupts import interrupts_held_back
 from nanovllm.models.adapters import AdapterTable
 from nanovllm.runners.text import TextRunner
 from nanovllm.runners.voice_encoding import VoiceEncoding
@@ -143,20 +142,21 @@ class ParallelRunner:
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """Run a piece of a step to its end, or end the ranks with it."""
-        try:
-            with _interrupts_held_back():
+        """Run a piece of a step to its end, or end the ranks with it.
+
+        Ctrl-C waits for that: the ranks cannot leave a step one by one.
+        """
+        with interrupts_held_back():
+            try:
                 yield
-        except RankDiedError as e:
-            raise self._ranks.lost() from e
-        except KeyboardInterrupt:  # held back until the piece was done
-            raise
-        except BaseException as e:
-            ours = RankDiedError(f"tensor-parallel rank 0 failed: {type(e).__name__}: {e}")
-            cause = self._ranks.fail(ours)
-            if cause is not ours:
-                raise RankDiedError(str(cause)) from e
-            raise
+            except RankDiedError as e:
+                raise self._ranks.lost() from e
+            except BaseException as e:
+                ours = RankDiedError(f"tensor-parallel rank 0 failed: {type(e).__name__}: {e}")
+                cause = self._ranks.fail(ours)
+                if cause is not ours:
+                    raise RankDiedError(str(cause)) from e
+                raise
 
 
 class ParallelAdapters:
@@ -175,14 +175,14 @@ class ParallelAdapters:
 
     def load(self, adapter_id: int, directory: Path) -> list[str]:
         """See `AdapterTable.load`."""
-        with _interrupts_held_back():
+        with interrupts_held_back():
             names = self._table.load(adapter_id, directory)
             self._ranks.send(LoadAdapter(adapter_id, directory.expanduser().absolute()))
         return names
 
     def unload(self, adapter_id: int) -> None:
         """See `AdapterTable.unload`."""
-        with _interrupts_held_back():
+        with interrupts_held_back():
             self._table.unload(adapter_id)
             self._ranks.send(UnloadAdapter(adapter_id))
 
@@ -221,20 +221,3 @@ def _without_matcher(start: SlotStart) -> SlotStart:
     if not isinstance(start.payload, TextRequest) or start.payload.matcher is None:
         return start
     return replace(start, payload=start.payload._replace(matcher=None))
-
-
-@contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of this: the ranks cannot leave a step one by one."""
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if held:
-        signal.raise_signal(signal.SIGINT)

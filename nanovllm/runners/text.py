@@ -157,7 +157,8 @@ class TextRunner(ModelRunner[CausalLM]):
 
         self._slots[start.slot].grammar = start_grammar(
             start,
-            request,
+            request.grammar,
+            request.matcher,
             self.grammars,
             # The first rank says that one takes too much time; the others cannot disagree.
             is_timed=self._parallel is None or self._parallel.rank == 0,

@@ -15,7 +15,8 @@ NORMALIZATION_MARGIN = 4
 """How many times shorter a normalizer may make a text; those in use compose or strip characters."""
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`."""
+"""Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`, either of which may
+have a `cache_salt`, too."""
 
 
 class TextInput(NamedTuple):
@@ -25,6 +26,7 @@ class TextInput(NamedTuple):
     token_ids: list[int]
     params: SamplingParams
     payload: TextRequest
+    cache_salt: str | None = None
 
 
 class InputProcessor:
@@ -67,14 +69,21 @@ class InputProcessor:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
             ContextLengthError: The prompt leaves no room for an output.
         """
+        cache_salt = None
         if isinstance(prompt, Mapping):
-            prompt = _content(prompt)
+            prompt, cache_salt = _content(prompt)
         text = prompt if isinstance(prompt, str) else None
         if text is not None and params.truncate_prompt_tokens is None:
             self._check_size(text)
         token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            self._check_ids(name, list(getattr(params, name) or ()))
+            given = getattr(params, name) or ()
+            if len(given) > self._vocab_size:
+                raise InvalidRequestError(
+                    f"{name} has {len(given)} token ids: the vocabulary has {self._vocab_size}",
+                    name,
+                )
+            self._check_ids(name, list(given))
         if params.stop_strings:
             self._require_tokenizer("stop")
         payload = TextRequest(
@@ -88,7 +97,7 @@ class InputProcessor:
             detokenize=params.detokenize and self._tokenizer is not None,
             structured_outputs=None,  # from here on it is the grammar
         )
-        return TextInput(text, token_ids, params, payload)
+        return TextInput(text, token_ids, params, payload, cache_salt)
 
     def _fitted(self, token_ids: list[int], params: SamplingParams) -> list[int]:
         """The prompt, cut where that is asked for, with room for the output in the context."""
@@ -188,21 +197,27 @@ def _check_choice(params: SamplingParams, payload: TextRequest) -> None:
         )
 
 
-def _content(prompt: Mapping[str, Any]) -> str | Sequence[int]:
-    """What a prompt in vLLM's form holds.
+def _content(prompt: Mapping[str, Any]) -> tuple[str | Sequence[int], str | None]:
+    """What a prompt in vLLM's form holds, and its cache salt if it has one.
 
     Raises:
-        InvalidRequestError: It has keys we do not know, or neither text nor token ids.
+        InvalidRequestError: It has keys we do not know, neither text nor token ids, or a salt that
+            is no text.
     """
-    unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
-    if unknown or not prompt:
+    kinds = {"prompt", "prompt_token_ids"}
+    if prompt.keys() - kinds - {"cache_salt"} or not prompt.keys() & kinds:
         raise InvalidRequestError(
-            f"a prompt mapping has 'prompt' or 'prompt_token_ids', got {sorted(prompt)}", "prompt"
+            "a prompt mapping has 'prompt' or 'prompt_token_ids', and perhaps 'cache_salt', got "
+            f"{sorted(prompt)}",
+            "prompt",
         )
+    salt: str | None = prompt.get("cache_salt")
+    if not isinstance(salt, str | None):
+        raise InvalidRequestError(f"cache_salt must be a string, got {salt!r:.80}", "cache_salt")
     content: str | Sequence[int] = (
         prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
     )
-    return content
+    return content, salt
 
 
 def _is_id(value: object) -> bool:

@@ -1,5 +1,8 @@
 """From options to an engine that is ready to step."""
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -10,7 +13,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.errors import InvalidRequestError, RankDiedError
+from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError, RankDiedError
 from nanovllm.kernels.attention_select import default_block_size
 from nanovllm.kernels.cpu.threads import num_usable_cores
 from nanovllm.kernels.select import select_kernels
@@ -39,6 +42,23 @@ class LoadedEngine(NamedTuple):
     config: EngineConfig
 
 
+@contextlib.contextmanager
+def _lack_of_memory_told() -> Iterator[None]:
+    """Make one error, with advice, of the many by which memory turns out to be too little."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as e:
+        lacks = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        # The latter is what torch says of the CPU's memory.
+        if not (lacks or getattr(e, "errno", 0) == errno.ENOMEM or "can't allocate" in str(e)):
+            raise
+        raise NotEnoughMemoryError(
+            f"the model and its KV cache do not fit into memory ({e}): lower num_kv_blocks, "
+            "kv_cache_memory_bytes or gpu_memory_utilization if they ask for too much, quantize "
+            "the model (quantization=), or free memory"
+        ) from e
+
+
 def load_engine(
     config: EngineConfig, directory: Path, grammars: GrammarCompiler | None = None
 ) -> LoadedEngine:
@@ -59,6 +79,7 @@ def load_engine(
     return LoadedEngine(_build_engine(config, runner, directory), runner, config)
 
 
+@_lack_of_memory_told()
 def load_runner(
     config: EngineConfig,
     directory: Path,
@@ -75,6 +96,9 @@ def load_runner(
 
     Returns:
         What runs it, and the options with what was found out filled in.
+
+    Raises:
+        NotEnoughMemoryError: The model or its KV cache does not fit.
     """
     device = rank_device(config, 0 if parallel is None else parallel.rank)
     shape = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from nanovllm import AsyncLLM, SamplingParams
+from nanovllm import AsyncLLM, SamplingParams, async_llm
+from nanovllm.async_llm import FORM_THREADS
 from nanovllm.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -142,6 +144,25 @@ def test_what_may_take_long_to_render_is_rendered_in_a_thread(
 
     assert "assistant" in run(scenario)
     assert told == [elsewhere]
+
+
+def test_what_is_no_message_is_refused(run: Run) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        await llm.start()
+        with pytest.raises(InvalidRequestError, match="a message must be an object"):
+            await llm.render(["Hi"])  # type: ignore[list-item]
+
+    run(scenario)
+
+
+def test_a_prompt_may_bring_its_cache_salt(run: Run) -> None:
+    async def scenario(llm: AsyncLLM) -> list[bool]:
+        params, ids = SamplingParams(max_tokens=1), list(range(200, 260))
+        prompts = [{"prompt_token_ids": ids, "cache_salt": salt} for salt in ("x", "x", "y")]
+        outputs = [await finish(llm.generate(prompt, params)) for prompt in prompts]
+        return [bool(output.num_cached_tokens) for output in outputs]
+
+    assert run(scenario) == [False, True, False]
 
 
 def test_stop_strings_end_a_request_and_its_sequence_in_the_engine(run: Run) -> None:
@@ -403,6 +424,32 @@ def test_what_no_message_can_hold_is_refused(run: Run, params: dict[str, Any]) -
             await finish(llm.generate(PROMPT, SamplingParams(**params)))
 
     run(scenario)
+
+
+def test_a_form_that_takes_long_keeps_its_thread_and_nobody_pays_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one was told to give a simpler form while its own had not been looked at."""
+    monkeypatch.setattr(async_llm, "FORM_TIMEOUT", 0.2)
+    released = threading.Event()
+
+    def endless() -> Any:
+        released.wait(30)
+
+    async def main() -> None:
+        llm = AsyncLLM(**SMALL)
+        busy = [asyncio.ensure_future(llm._in_form_thread(endless)) for _ in range(FORM_THREADS)]
+        await asyncio.sleep(0.05)
+        busy[0].cancel()
+        for ended in await asyncio.gather(*busy[1:], return_exceptions=True):
+            assert isinstance(ended, InvalidRequestError)
+        with pytest.raises(OverloadedError, match="try again"):
+            await llm._in_form_thread(lambda: pytest.fail("there is no thread for it"))
+        released.set()
+        for _ in range(2 * FORM_THREADS):
+            assert await llm._in_form_thread(lambda: "done") == "done"  # type: ignore[arg-type, return-value, comparison-overlap]
+
+    asyncio.run(main())
 
 
 def test_any_seed_will_do(run: Run) -> None:

@@ -1,5 +1,6 @@
 """`LLM` as a user meets it: results, streams, aborts, and what their mistakes are told."""
 
+import errno
 import gc
 import itertools
 import json
@@ -13,11 +14,16 @@ import pytest
 import torch
 
 from nanovllm import LLM, RequestOutput, SamplingParams
+from nanovllm import llm as llm_module
 from nanovllm.batch import Batch
 from nanovllm.config import DEMO_MODEL
-from nanovllm.errors import UnsupportedModelError
+from nanovllm.engine import llm_engine, scheduler
+from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError, UnsupportedModelError
 from nanovllm.kernels.kernels import Kernels
+from nanovllm.text import output_processor
 from nanovllm.text.input_processor import Prompt
+from nanovllm.worker import loading
+from tests.ctrl_c import ctrl_c_at_line
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 
@@ -64,6 +70,30 @@ def test_prompts_come_as_vllm_and_numpy_give_them_too(llm: LLM) -> None:
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [out["text"] for out in outputs] == [expected] * 3
     assert llm.generate({"prompt_token_ids": ids}, GREEDY, use_tqdm=False)[0]["text"] == expected
+
+
+def test_a_prompt_may_bring_its_cache_salt(llm: LLM) -> None:
+    ids = list(range(100, 150))
+    for salt, is_cached in [(None, False), (None, True), ("a", False), ("a", True), ("b", False)]:
+        (output,) = llm.generate({"prompt_token_ids": ids, "cache_salt": salt}, use_tqdm=False)
+        assert bool(output.num_cached_tokens) == is_cached
+
+
+def test_prompts_run_by_priority(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = []
+    add = llm.engine.scheduler.add
+
+    def record(seq: Any) -> None:
+        added.append(seq.precedence[0])
+        add(seq)
+
+    monkeypatch.setattr(llm.engine.scheduler, "add", record)
+    outputs = llm.generate(["A", "B", "C"], GREEDY, use_tqdm=False, priority=[5, -1, 0])
+    assert added == [5, -1, 0]
+    assert [output.prompt for output in outputs] == ["A", "B", "C"]
+    for wrong in ([1, 2], [0, 1, "2"], 3):
+        with pytest.raises(InvalidRequestError, match="priority must be a list of 3 integers"):
+            llm.generate(["A", "B", "C"], GREEDY, priority=wrong)  # type: ignore[arg-type]
 
 
 def test_an_empty_batch_is_an_empty_result(llm: LLM) -> None:
@@ -114,6 +144,24 @@ def test_an_interrupt_frees_every_request(llm: LLM, monkeypatch: pytest.MonkeyPa
         llm.generate(["a", "b", "c"] * 5, SamplingParams(max_tokens=50), use_tqdm=False)
     monkeypatch.undo()
     llm.step()  # reports what the interrupted step ended; nobody waits for it
+
+
+def test_ctrl_c_anywhere_frees_every_request(llm: LLM) -> None:
+    expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
+    modules = llm_module, llm_engine, scheduler, output_processor
+    num_interrupts = 0
+    for line in itertools.count(1, 23):
+        try:
+            with ctrl_c_at_line(line, *modules):
+                llm.generate(["a", "b"], SamplingParams(n=2, max_tokens=3), use_tqdm=False)
+            break
+        except KeyboardInterrupt:
+            num_interrupts += 1
+        assert llm.engine.scheduler.num_free_slots == 8
+        assert not llm._outputs._requests
+        llm.step()
+        assert llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"] == expected
+    assert num_interrupts > 20
 
 
 def test_add_step_and_abort(llm: LLM) -> None:
@@ -336,6 +384,8 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "bytes": (b"abc", {}, "a prompt is a string or a list of token ids, got b'abc'"),
     "truth values": ([[True]], {}, "a prompt is a string or a list of token ids"),
     "unknown mapping": ({"promt": "x"}, {}, "a prompt mapping has 'prompt' or"),
+    "only a salt": ({"cache_salt": "x"}, {}, "a prompt mapping has 'prompt' or"),
+    "salt": ({"prompt": "a", "cache_salt": 1}, {}, "cache_salt must be a string, got 1"),
     "surrogates": ("a\udcff", {}, "the prompt is not valid Unicode text"),
     "temperature as text": ("a", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
     "fractional tokens": ("a", {"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
@@ -344,6 +394,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "stop ids": ("a", {"stop_token_ids": 2}, "stop_token_ids must be a list of integers, got 2"),
     "empty stop": ("a", {"stop": [""]}, "stop must be non-empty strings"),
     "bias out of range": ("a", {"logit_bias": {9999: 1.0}}, "token id 9999 in logit_bias"),
+    "too many allowed": ("a", {"allowed_token_ids": [1] * 4097}, "allowed_token_ids has 4097 tok"),
     "allowed out of range": ("a", {"allowed_token_ids": [-3]}, "token id -3 in allowed_token_ids"),
 }
 
@@ -358,6 +409,33 @@ def test_a_mistake_in_a_request_is_told_and_loses_nothing(llm: LLM, mistake: str
         news = llm.step()
     assert news[0].request_id == other
     assert news[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_model_that_does_not_fit_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(loading, "load_model", load)
+    with pytest.raises(NotEnoughMemoryError, match="quantize the model") as told:
+        LLM()
+    assert told.value.__cause__ is error
+
+
+def test_a_cache_that_does_not_fit_is_told() -> None:
+    with pytest.raises(NotEnoughMemoryError, match="lower num_kv_blocks"):
+        LLM(num_kv_blocks=10**10)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """The engine around the scheduler: admission, steps in flight, failures, counters."""
 
+import itertools
 import logging
+import signal
+import time
 from typing import Any
 
 import pytest
 
 from nanovllm.batch import EngineOutput, Key
+from nanovllm.engine import block_manager, llm_engine, scheduler
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+from tests.ctrl_c import ctrl_c_at_line
 from tests.fake_runners import (
     AsyncFakeRunner,
     FakeRunner,
@@ -69,8 +74,11 @@ class Harness:
 
     def drain(self) -> dict[int, EngineOutput]:
         """Run to the end; returns the last news of each sequence."""
-        while self.engine.has_unfinished:
+        for _ in range(1000):
+            if not self.engine.has_unfinished:
+                break
             self.step()
+        assert not self.engine.has_unfinished
         assert self.blocks.num_free == self.blocks.num_blocks
         return {seq_id: outputs[-1] for seq_id, outputs in self.news.items()}
 
@@ -206,11 +214,13 @@ def test_salts_and_adapters_keep_prefixes_apart() -> None:
         assert [outcomes[seq_id].num_cached for seq_id in seq_ids] == [0, BLOCK_SIZE]
 
 
-def test_a_seed_is_drawn_for_requests_without_one() -> None:
+@pytest.mark.parametrize("no_seed", [None, -1])
+def test_a_seed_is_drawn_for_requests_without_one(no_seed: int | None) -> None:
     def seeds(engine_seed: int) -> list[int]:
         harness = Harness(seed=engine_seed)
         for _ in range(2):
-            harness.engine.add(PROMPT, SamplingParams(n=2), payload=FakeText())
+            params = SamplingParams(n=2, seed=no_seed)
+            harness.engine.add(PROMPT, params, payload=FakeText())
         return [seq.seed for seq in harness.engine.scheduler.waiting]
 
     first = seeds(1)
@@ -220,7 +230,7 @@ def test_a_seed_is_drawn_for_requests_without_one() -> None:
     assert first == seeds(1) != seeds(2)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(0, 0), (7, 7), (-1, 2**64 - 1)])
+@pytest.mark.parametrize(("given", "expected"), [(0, 0), (7, 7), (-2, 2**64 - 2)])
 def test_a_given_seed_is_kept(given: int, expected: int) -> None:
     harness = Harness()
     harness.engine.add(PROMPT, SamplingParams(seed=given), payload=FakeText())
@@ -264,6 +274,74 @@ def test_a_failed_step_ends_its_sequences_and_no_others(
     assert harness.engine.stats().num_errors == 2
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_ctrl_c_anywhere_leaves_the_engine_usable(depth: int) -> None:
+    num_interrupts = 0
+    for line in itertools.count(1):
+        harness = Harness(depth)
+        harness.add(max_tokens=4)
+        try:
+            with ctrl_c_at_line(line, llm_engine, scheduler, block_manager):
+                harness.engine.add([9, *PROMPT], SamplingParams(n=2), payload=FakeText())
+                for _ in range(3):
+                    harness.step()
+                harness.engine.abort(1)
+            break
+        except KeyboardInterrupt:
+            num_interrupts += 1
+        harness.runner.interrupted([step.handle for step in harness.engine._in_flight])
+        seq_id = harness.add()
+        assert harness.drain()[seq_id].finish_reason == "length"
+        harness.step()
+        assert not harness.engine.scheduler._in_flight
+        assert harness.engine.scheduler.num_free_slots == 4
+    assert num_interrupts > 300
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_ctrl_c_interrupts_the_runner(
+    depth: int, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = Harness(depth)
+    first = harness.add()
+    computed = []
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        computed.append(True)
+
+    monkeypatch.setattr(harness.runner, where, interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    if where == "collect" and depth:
+        harness.step()
+    with pytest.raises(KeyboardInterrupt):
+        harness.step()
+    assert not computed
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    harness.runner.interrupted([])
+    second = harness.add()
+    outcomes = harness.drain()
+    assert [outcomes[seq_id].finish_reason for seq_id in (first, second)] == ["error", "length"]
+
+
+def test_a_sequence_whose_new_blocks_are_lost_starts_over() -> None:
+    num_preemptions = 0
+    for step in range(12):
+        # Two sequences need blocks for forced keys at a time, and one uses the budget up.
+        harness = Harness(max_num_seqs=2, max_num_batched_tokens=2)
+        harness.runner.fail_before_launch.add(step)
+        params, payload = SamplingParams(max_tokens=20), FakeText(ignores_eos=True, num_forced=5)
+        for key in range(2):
+            harness.engine.add([key], params, schedules_ahead=False, payload=payload)
+        with pytest.raises(InjectedError):
+            harness.drain()
+        harness.drain()  # the fake looks at the blocks
+        num_preemptions += harness.engine.stats().num_preemptions
+    assert num_preemptions
+
+
 def test_an_error_of_an_earlier_step_surfaces_while_a_launch_fails() -> None:
     harness = Harness(depth=1)
     harness.runner.fail_collect.add(1)
@@ -297,6 +375,24 @@ def test_no_news_of_a_sequence_after_its_abort() -> None:
     assert output.finish_reason == "abort"
     assert aborted not in {output.seq_id for output in harness.step()}
     assert not harness.engine.has_unfinished
+
+
+def test_idle_time_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that ended early has left a step in flight."""
+    harness = Harness(depth=1)
+    seq_id = harness.add()
+    for _ in range(3):
+        harness.step()
+    harness.engine.abort(seq_id)
+    assert harness.engine.has_work
+    after_a_while = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: after_a_while)
+
+    harness.add()
+    harness.drain()
+
+    stats = harness.engine.stats()
+    assert stats.prefill_time + stats.decode_time < 60
 
 
 def test_abort_frees_and_answers_once() -> None:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from nanovllm import validation
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 
@@ -69,6 +71,32 @@ def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None
 def test_values_on_the_edge_are_taken(options: dict[str, Any]) -> None:
     params = SamplingParams(**options)
     assert {name: getattr(params, name) for name in options} == options
+
+
+def test_minus_one_is_no_seed() -> None:
+    assert SamplingParams(seed=-1) == SamplingParams()
+
+
+def test_long_lists_are_not_looked_at_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million of them would hold the server up for a second."""
+    looks = 0
+    as_kind = validation._as_kind
+
+    def count(value: Any, kind: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return as_kind(value, kind)
+
+    monkeypatch.setattr(validation, "_as_kind", count)
+    given = list(range(1000))
+    params = SamplingParams(allowed_token_ids=given)
+    assert looks < 100
+    assert params.allowed_token_ids == given
+    mixtures: list[list[Any]] = [[*given, True], [*given, 1.5], [*given, "1"]]
+    for mixed in mixtures:
+        with pytest.raises(InvalidRequestError, match="a list of integers"):
+            SamplingParams(allowed_token_ids=mixed)
+    assert SamplingParams(allowed_token_ids=[1, np.int64(2)]).allowed_token_ids == [1, 2]
 
 
 def test_defaults_are_those_of_vllm() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+from llguidance.numpy import fill_next_token_bitmask_par
 
 from nanovllm import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from nanovllm.batch import LOST_GRAMMAR
 from nanovllm.config import DEMO_MODEL
 from nanovllm.errors import InvalidRequestError
 from nanovllm.runners import grammar as runner_grammar
-from nanovllm.runners.grammar import MAX_DIGITS, SlotGrammar
+from nanovllm.runners.grammar import MAX_DIGITS, MAX_TIME_OVER, Account, SlotGrammar
 from tests.random_schemas import random_schema
 
 PERSON: dict[str, Any] = {
@@ -220,6 +222,50 @@ def test_a_grammar_that_takes_too_much_time_ends_alone(
         assert (completion.finish_reason, completion.stop_reason) == ("error", LOST_GRAMMAR)
         assert len(completion.token_ids) < 300
     check(fast)
+
+
+def test_a_debt_is_forgiven_in_time() -> None:
+    now = 0.0
+    account = Account(clock=lambda: now)
+    charges = [
+        (0, MAX_TIME_OVER),
+        (0, 1.0),
+        (10, 0.0),
+        (25, 0.0),
+        (25, 1.0),
+        (3600, 1.9),
+        (3600, 1),
+    ]
+    overdrawn = []
+    for now, seconds in charges:  # noqa: B007, it is what the clock says
+        account.charge(seconds)
+        overdrawn.append(account.is_overdrawn)
+    assert overdrawn == [False, True, True, False, True, False, True]
+    now += 60
+    assert not account.is_overdrawn
+
+
+def test_masks_that_threads_share_are_paid_for(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    charged = []
+    charge = Account.charge
+
+    def record(self: Account, seconds: float, allowance: float = 0.0) -> None:
+        if not allowance:
+            charged.append(seconds)
+        charge(self, seconds, allowance)
+
+    def slow(executor: Any, rows: list[Any], bits: Any) -> None:
+        time.sleep(0.03)
+        fill_next_token_bitmask_par(executor, rows, bits)
+
+    monkeypatch.setattr(runner_grammar, "PARALLEL_ROWS", 3)
+    monkeypatch.setattr(runner_grammar, "PARALLEL_CORES", 1)
+    monkeypatch.setattr(runner_grammar, "fill_next_token_bitmask_par", slow)
+    monkeypatch.setattr(Account, "charge", record)
+    run(llm, params(n=3, max_tokens=1))
+    assert len(charged) == 3
+    assert len(set(charged)) == 1
+    assert charged[0] >= 0.01
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.layers.linear import Linear
+from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.model_config import ARCHITECTURES, ModelConfig
 from nanovllm.models.registry import CLASSES
-from nanovllm.models.weights import (
-    Checkpoint,
-    RandomWeights,
-    WeightSource,
-    load_model,
-    weight_files,
-)
+from nanovllm.models.weights import RandomWeights, load_model
 
 CPU = torch.device("cpu")
 KERNELS = TorchKernels(CPU, torch.float32)
@@ -163,6 +159,25 @@ def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json lacks 'factor'"),
         ({"dtype": "float64"}, "dtype 'float64' is not supported; supported: bfloat16"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer, not '64'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, not 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number, not 'x'"),
+        ({"rope_parameters": ["x"]}, "rope_parameters must be an object"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
+            "factor must be a positive number, not 'x'",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}},
+            r"by the type of a layer \(full_attention, sliding_attention\) are not supported",
+        ),
+        (
+            {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"]},
+            "layer_types has 1 entries, and num_hidden_layers=3",
+        ),
+        ({"quantization_config": []}, r"quantization_config must be an object, not \[\]"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures must be a list"),
+        ({"head_dim": 15}, "head_dim=15 is not supported: it must be even"),
     ],
 )
 def test_a_config_we_do_not_read_is_refused(
@@ -230,16 +245,52 @@ def test_an_unknown_architecture_is_refused_before_its_fields_are_read(
         ModelConfig.from_dict(raw)
 
 
+BARE = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("hidden_size", {"hidden_size": None}),
+        ("num_attention_heads", {"num_attention_heads": None}),
+        ("rms_norm_eps", {"rms_norm_eps": None}),
+        ("max_position_embeddings", {"max_position_embeddings": None}),
+        ("factor", {"rope_scaling": {"type": "linear", "factor": None}}),
+        (
+            "max_window_layers",
+            {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": None},
+        ),
+    ],
+)
+def test_a_field_that_is_null_is_named(field: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"{field} must be a positive .*not None"):
+        ModelConfig.from_dict(BARE | changes)
+
+
+def test_the_architecture_decides_and_not_the_type_of_the_model() -> None:
+    mistral = BARE | {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
+    assert ModelConfig.from_dict(mistral).windows == (4, 4)
+    assert ModelConfig.from_dict(BARE | {"architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
+    assert ModelConfig.from_dict(BARE | {"model_type": "qwen3"}).head_dim == 4
+
+
+@pytest.mark.parametrize(("first", "windows"), [(0, (4, 4)), (1, (None, 4)), (2, (None, None))])
+def test_windows_begin_at_a_layer(first: int, windows: tuple[int | None, ...]) -> None:
+    raw = BARE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4}
+    raw |= {"use_sliding_window": True, "max_window_layers": first}
+    assert ModelConfig.from_dict(raw).windows == windows
+
+
 def test_old_and_new_spellings_of_rope_mean_the_same() -> None:
-    base = {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-    }
+    base = BARE
     old = base | {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     new = base | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
     assert ModelConfig.from_dict(old) == ModelConfig.from_dict(new)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rope_config import RopeConfig
+from nanovllm.models.config_fields import json_list, json_object, positive, positive_number
 from nanovllm.models.model_config import ModelConfig, read_json
 
 ARCHITECTURES = ("voxcpm", "voxcpm2")
@@ -52,7 +53,6 @@ class AudioVAEConfig:
         depthwise: Whether the convolutions of the residual units work channel by channel.
         sr_bin_boundaries: Output rates that divide the buckets the decoder is conditioned on, in
             Hz; None where it is not.
-        cond_type: How it is conditioned.
     """
 
     is_v2: bool
@@ -65,7 +65,6 @@ class AudioVAEConfig:
     out_sample_rate: int
     depthwise: bool
     sr_bin_boundaries: tuple[int, ...] | None
-    cond_type: str
 
     @property
     def hop(self) -> int:
@@ -85,29 +84,28 @@ class AudioVAEConfig:
             UnsupportedModelError: The releases have nothing of the kind.
             InvalidRequestError: A value is of the wrong type.
         """
-        cond_type = raw.get("cond_type", "scale_bias")
-        if raw.get("use_noise_block") or raw.get("cond_out_layer") or cond_type != "scale_bias":
+        has_more = raw.get("use_noise_block") or raw.get("cond_out_layer")
+        if has_more or raw.get("cond_type", "scale_bias") != "scale_bias":
             raise UnsupportedModelError(
                 "audio_vae_config: use_noise_block, cond_out_layer and a cond_type other than "
                 "'scale_bias' are not supported",
                 "audio_vae_config",
             )
-        sample_rate = _positive(raw, "sample_rate", 16000)
+        sample_rate = positive(raw, "sample_rate", 16000)
         boundaries = raw.get("sr_bin_boundaries", [20000, 30000, 40000]) if is_v2 else None
         return cls(
             is_v2=is_v2,
-            encoder_dim=_positive(raw, "encoder_dim", 128),
+            encoder_dim=positive(raw, "encoder_dim", 128),
             encoder_rates=_rates(raw, "encoder_rates", (2, 5, 8, 8)),
-            latent_dim=_positive(raw, "latent_dim", 64),
-            decoder_dim=_positive(raw, "decoder_dim", 2048 if is_v2 else 1536),
+            latent_dim=positive(raw, "latent_dim", 64),
+            decoder_dim=positive(raw, "decoder_dim", 2048 if is_v2 else 1536),
             decoder_rates=_rates(
                 raw, "decoder_rates", (8, 6, 5, 2, 2, 2) if is_v2 else (8, 8, 5, 2)
             ),
             sample_rate=sample_rate,
-            out_sample_rate=_positive(raw, "out_sample_rate", 48000) if is_v2 else sample_rate,
+            out_sample_rate=positive(raw, "out_sample_rate", 48000) if is_v2 else sample_rate,
             depthwise=bool(raw.get("depthwise", True)),
             sr_bin_boundaries=None if boundaries is None else tuple(boundaries),
-            cond_type=cond_type,
         )
 
 
@@ -156,10 +154,6 @@ class VoxCPMConfig:
     def supports_reference(self) -> bool:
         """Whether a voice may be given apart from a text that it speaks."""
         return self.is_v2
-
-    @property
-    def residual_no_rope(self) -> bool:
-        return self.residual.no_rope
 
     @property
     def num_layers(self) -> int:
@@ -258,14 +252,14 @@ class VoxCPMConfig:
             raise UnsupportedModelError(
                 f"dtype {raw['dtype']!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
             )
-        lm = _object(raw, "lm_config", raw["lm_config"])
+        lm = json_object({"lm_config": raw["lm_config"]}, "lm_config")
         residual = lm | {
             "num_hidden_layers": raw["residual_lm_num_layers"],
             "vocab_size": 0,
             "no_rope": raw.get("residual_lm_no_rope", False) if is_v2 else lm.get("no_rope", False),
         }
         encoder, dit, vae = (
-            _object(raw, name, {}) for name in ("encoder_config", "dit_config", "audio_vae_config")
+            json_object(raw, name) for name in ("encoder_config", "dit_config", "audio_vae_config")
         )
         config = cls(
             architecture=architecture,
@@ -273,14 +267,14 @@ class VoxCPMConfig:
             residual=_transformer(residual, dtype),
             encoder=_transformer(_local(lm, encoder), dtype),
             dit=_transformer(_local(lm, dit), dtype),
-            patch_size=_positive(raw, "patch_size"),
-            feat_dim=_positive(raw, "feat_dim", 64),
-            fsq_dim=_positive(raw, "scalar_quantization_latent_dim"),
-            fsq_scale=_positive(raw, "scalar_quantization_scale", 9),
+            patch_size=positive(raw, "patch_size"),
+            feat_dim=positive(raw, "feat_dim", 64),
+            fsq_dim=positive(raw, "scalar_quantization_latent_dim"),
+            fsq_scale=positive(raw, "scalar_quantization_scale", 9),
             mean_mode=bool((dit if is_v2 else raw).get("dit_mean_mode", False)),
             vae=AudioVAEConfig.from_dict(vae, is_v2),
             dtype=dtype,
-            max_model_len=_positive(raw, "max_length"),
+            max_model_len=positive(raw, "max_length"),
         )
         if config.vae.latent_dim != config.feat_dim:
             raise InvalidRequestError(
@@ -315,27 +309,22 @@ def _local(lm: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 def _transformer(raw: dict[str, Any], dtype: str) -> ModelConfig:
     """Read MiniCPM4's fields, by which all four transformers are described."""
-    hidden_size, num_layers = _positive(raw, "hidden_size"), _positive(raw, "num_hidden_layers")
-    num_heads = _positive(raw, "num_attention_heads")
-    num_kv_heads = _positive(raw, "num_key_value_heads")
-    if num_heads % num_kv_heads:
-        raise InvalidRequestError(
-            f"{num_heads} heads are not a multiple of num_key_value_heads={num_kv_heads}",
-            "num_key_value_heads",
-        )
-    head_dim = raw.get("kv_channels") or hidden_size // num_heads
+    hidden_size, num_layers = positive(raw, "hidden_size"), positive(raw, "num_hidden_layers")
+    num_heads = positive(raw, "num_attention_heads")
+    width = raw.get("kv_channels")
+    head_dim = hidden_size // num_heads if width is None else positive(raw, "kv_channels")
     # True where it is missing, although all releases say False.
     scaled = bool(raw.get("use_mup", True))
     return ModelConfig(
         architecture="minicpm4",
         vocab_size=raw["vocab_size"],
         hidden_size=hidden_size,
-        intermediate_size=_positive(raw, "intermediate_size"),
+        intermediate_size=positive(raw, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=positive(raw, "num_key_value_heads"),
         head_dim=head_dim,
-        rms_norm_eps=float(raw["rms_norm_eps"]),
+        rms_norm_eps=positive_number(raw, "rms_norm_eps"),
         tie_word_embeddings=True,
         attention_bias=False,
         mlp_bias=False,
@@ -343,16 +332,19 @@ def _transformer(raw: dict[str, Any], dtype: str) -> ModelConfig:
         rope=_rope(raw, head_dim),
         dtype=dtype,
         eos_token_ids=(),
-        embedding_scale=float(raw["scale_emb"]) if scaled else 1.0,
-        residual_scale=float(raw["scale_depth"]) / math.sqrt(num_layers) if scaled else 1.0,
+        embedding_scale=positive_number(raw, "scale_emb") if scaled else 1.0,
+        residual_scale=positive_number(raw, "scale_depth") / math.sqrt(num_layers)
+        if scaled
+        else 1.0,
         no_rope=bool(raw.get("no_rope", False)),
     )
 
 
 def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     """LongRoPE (Ding et al. 2024) as MiniCPM4 has it: one list of factors, chosen once for all."""
-    theta, max_position = float(raw["rope_theta"]), _positive(raw, "max_position_embeddings")
-    scaling = raw.get("rope_scaling")
+    theta = positive_number(raw, "rope_theta")
+    max_position = positive(raw, "max_position_embeddings")
+    scaling = json_object(raw, "rope_scaling")
     if not scaling:
         return RopeConfig(head_dim, theta, max_position, {"rope_type": "default"})
     kind = scaling.get("type") or scaling.get("rope_type")
@@ -360,8 +352,8 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
         raise UnsupportedModelError(
             f"rope scaling {kind!r} is not supported; supported: longrope", "rope_scaling"
         )
-    original = _positive(scaling, "original_max_position_embeddings")
-    factors = scaling["long_factor" if max_position > original else "short_factor"]
+    original = positive(scaling, "original_max_position_embeddings")
+    factors = json_list(scaling, "long_factor" if max_position > original else "short_factor")
     if len(factors) != head_dim // 2:
         raise InvalidRequestError(
             f"rope_scaling has {len(factors)} factors for heads of {head_dim}: there must be one "
@@ -373,24 +365,6 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     return RopeConfig(head_dim, theta, max_position, fixed)
 
 
-def _object(raw: dict[str, Any], name: str, default: dict[str, Any]) -> dict[str, Any]:
-    value = raw.get(name) or default
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"config.json: {name} must be an object, not {value!r}", name)
-    return value
-
-
-def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = raw[name] if default is None else raw.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidRequestError(
-            f"config.json: {name} must be a positive integer, not {value!r}", name
-        )
-    return value
-
-
 def _rates(raw: dict[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    rates = raw.get(name, default)
-    if not isinstance(rates, list | tuple) or not rates:
-        raise InvalidRequestError(f"config.json: {name} must be a list, not {rates!r}", name)
-    return tuple(_positive({name: rate}, name) for rate in rates)
+    rates = json_list(raw, name) if name in raw else default
+    return tuple(positive({name: rate}, name) for rate in rates)

@@ -11,19 +11,13 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.models.adapters import reserve_adapters
-from nanovllm.models.checkpoint import Checkpoint, weight_files
+from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.pickled import PickledCheckpoint, pickled_files
 from nanovllm.models.voxcpm import vae
 from nanovllm.models.voxcpm.config import AudioVAEConfig, VoxCPMConfig
 from nanovllm.models.voxcpm.model import VoxCPM
 from nanovllm.models.voxcpm.vae import AudioVAE
-from nanovllm.models.weights import (
-    RandomWeights,
-    WeightSource,
-    expected_tensors,
-    fill,
-    quantized_if_wanted,
-)
+from nanovllm.models.weights import RandomWeights, expected_tensors, fill, quantized_if_wanted
 
 VAE_STEM = "audiovae"
 UNUSED_VAE_TENSORS = ("encoder.fc_logvar.", "decoder.sr_bin_boundaries")

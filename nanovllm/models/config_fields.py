@@ -1,0 +1,48 @@
+"""Fields of a `config.json`, held to what they must be.
+
+Each error names its field; a field that is missing and has no default is a `KeyError`.
+"""
+
+import math
+from typing import Any
+
+from nanovllm.errors import InvalidRequestError
+
+
+def positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A field that is an integer above 0."""
+    value = raw[name] if default is None else raw.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _wrong(name, "a positive integer", value)
+    return value
+
+
+def positive_number(raw: dict[str, Any], name: str, default: float | None = None) -> float:
+    """A field that is a finite number above 0."""
+    value = raw[name] if default is None else raw.get(name, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise _wrong(name, "a positive number", value)
+    return float(value)
+
+
+def json_object(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    """A field that is an object; empty where it is missing or null."""
+    value = raw.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong(name, "an object", value)
+    return value
+
+
+def json_list(raw: dict[str, Any], name: str) -> list[Any]:
+    """A field that is a list with something in it."""
+    value = raw[name]
+    if not isinstance(value, list) or not value:
+        raise _wrong(name, "a list that is not empty", value)
+    return value
+
+
+def _wrong(name: str, expected: str, value: object) -> InvalidRequestError:
+    return InvalidRequestError(f"config.json: {name} must be {expected}, not {value!r:.80}", name)
