@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +134,25 @@ async def call(
     await asyncio.wait_for(app(scope, receive, send), 10)
     leaving.cancel()
     return status, answer
+
+
+def kept_while_streaming(
+    app: FastAPI, path: str, body: dict[str, Any], more: dict[str, Any]
+) -> int:
+    """Bytes that a request with some more in it takes while the first of its answer is sent."""
+    kept: list[int] = []
+
+    def note(sent: bytes) -> bool:
+        if sent and not kept:
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+        return False
+
+    asyncio.run(call(app, path, body, leave_when=note))  # what is made once and stays
+    kept.clear()
+    tracemalloc.start()
+    try:
+        asyncio.run(call(app, path, body | more, leave_when=note))
+    finally:
+        tracemalloc.stop()
+    return kept[0]

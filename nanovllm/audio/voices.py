@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from nanovllm.audio.encoded_recordings import Encode
 from nanovllm.audio.voice_directory import VoiceDirectory
-from nanovllm.errors import InvalidRequestError, OverloadedError
+from nanovllm.errors import InvalidRequestError
 
 MAX_TEXT_CHARS = 4096
 MAX_PROMPTS = 4096
@@ -159,8 +159,7 @@ class VoiceStore:
             Its id.
 
         Raises:
-            InvalidRequestError: The recording cannot be used.
-            OverloadedError: There are too many.
+            InvalidRequestError: The recording cannot be used, or there are too many prompts.
         """
         self._check_room()
         prompt_id = uuid.uuid4().hex
@@ -219,12 +218,17 @@ class VoiceStore:
         """Refuse a prompt that does not fit.
 
         Raises:
-            OverloadedError: It does not.
+            InvalidRequestError: It does not; there is room only once others are removed.
         """
-        num_bytes += self._num_prompt_bytes
-        if len(self._prompts) >= MAX_PROMPTS or num_bytes > MAX_PROMPT_BYTES:
-            raise OverloadedError(
-                f"{len(self._prompts)} prompts are as many as fit: remove one first"
+        if len(self._prompts) >= MAX_PROMPTS:
+            raise InvalidRequestError(
+                f"there are {len(self._prompts)} prompts, of {MAX_PROMPTS} that are kept: remove "
+                "one first"
+            )
+        if (num_bytes := num_bytes + self._num_prompt_bytes) > MAX_PROMPT_BYTES:
+            raise InvalidRequestError(
+                f"the latents of all prompts would have {num_bytes} bytes, of {MAX_PROMPT_BYTES} "
+                "that are kept: remove a prompt first, or give a shorter recording"
             )
 
     @contextmanager

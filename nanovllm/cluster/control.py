@@ -41,8 +41,8 @@ MAX_PENDING = 16
 """Commands that run at a time; the others wait in the socket, which takes a few and then blocks."""
 
 
-class ControlledLLM(Protocol):
-    """What the commands act on: an `AsyncLLM`."""
+class Controlled(Protocol):
+    """What the commands act on: a server, or a model by itself."""
 
     @property
     def max_model_len(self) -> int: ...
@@ -66,7 +66,7 @@ class ControlServer:
 
     Args:
         endpoint: Where to listen: `tcp://127.0.0.1:5557`, or `ipc://` and the path of a socket.
-        llm: What the commands act on.
+        controlled: What the commands act on.
         metrics: What `metrics` answers.
 
     Raises:
@@ -77,10 +77,10 @@ class ControlServer:
     """
 
     def __init__(
-        self, endpoint: str, llm: ControlledLLM, metrics: Callable[[], Mapping[str, Any]]
+        self, endpoint: str, controlled: Controlled, metrics: Callable[[], Mapping[str, Any]]
     ) -> None:
         self.endpoint = _local(endpoint)
-        self._llm = llm
+        self._controlled = controlled
         self._metrics = metrics
         self._socket: zmq.asyncio.Socket | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -164,17 +164,17 @@ class ControlServer:
         if request.cmd == "health":
             return self._health()
         if request.cmd == "warm":
-            return {"num_tokens": await self._llm.warm(self._warm_prompt(request))}
+            return {"num_tokens": await self._controlled.warm(self._warm_prompt(request))}
         if request.cmd == "drain":
-            drained = await self._llm.drain(0)
-            return {"drained": drained, "num_inflight": self._llm.stats().num_inflight}
+            drained = await self._controlled.drain(0)
+            return {"drained": drained, "num_inflight": self._controlled.stats().num_inflight}
         return {"error": "unknown_command"}
 
     def _health(self) -> dict[str, Any]:
-        stats = self._llm.stats()
+        stats = self._controlled.stats()
         names = ("index", "state", "pid", "num_restarts", "num_inflight")
         return {
-            "status": "ready" if self._llm.is_ready else "not_ready",
+            "status": "ready" if self._controlled.is_ready else "not_ready",
             "num_inflight": stats.num_inflight,
             "workers": [{name: getattr(w, name) for name in names} for w in stats.workers],
         }
@@ -184,9 +184,9 @@ class ControlServer:
             return request.prompt
         if request.tokens is None or request.prompt is not None:
             raise InvalidRequestError("warm needs either prompt, a text, or tokens, a number")
-        if not 1 <= request.tokens < self._llm.max_model_len:
+        if not 1 <= request.tokens < self._controlled.max_model_len:
             raise InvalidRequestError(
-                f"tokens must be in [1, {self._llm.max_model_len - 1}], got {request.tokens}"
+                f"tokens must be in [1, {self._controlled.max_model_len - 1}], got {request.tokens}"
             )
         return [0] * request.tokens
 

@@ -60,6 +60,11 @@ MODEL_ROUTERS = (
     anthropic.router,
     ollama.router,
 )
+EXPOSED_HEADERS = (
+    *("X-Request-Id", "request-id", "Retry-After", "Allow", "WWW-Authenticate"),
+    *("X-Audio-Sample-Rate", "X-Audio-Channels", "X-Audio-Encoding", "X-Audio-DType"),
+)
+"""What scripts of other origins may read of an answer, besides what every browser lets them."""
 HANDLED_ERRORS = (HTTPException, RequestValidationError, InvalidRequestError, UnavailableError)
 
 
@@ -124,6 +129,7 @@ def _middleware(state: ServerState) -> list[Middleware]:
                 allow_origins=server.allowed_origins,
                 allow_methods=["*"],
                 allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
             )
         )
     if server.api_key:
@@ -155,20 +161,27 @@ def _methods_of(request: Request) -> list[str]:
 async def _lifespan(app: FastAPI, engine: EngineConfig, pool: PoolConfig) -> AsyncIterator[None]:
     """Load the models while the socket is already open, so that /health and /ready answer."""
     state: ServerState = app.state.server
-    loading = asyncio.ensure_future(load_models(state, engine, pool))
-    loading.add_done_callback(lambda task: _on_loaded(state, task))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(state.close)
+        loading = asyncio.ensure_future(_start(state, engine, pool, stack))
+        loading.add_done_callback(lambda task: _on_loaded(state, task))
         stack.callback(loading.cancel)
-        if state.config.zmq_control:
-            control = ControlServer(
-                state.config.zmq_control_endpoint,
-                ControlledServer(state),
-                metrics=lambda: health.pool_metrics(state).model_dump(),
-            )
-            await control.start()
-            stack.push_async_callback(control.stop)
         yield
+
+
+async def _start(
+    state: ServerState, engine: EngineConfig, pool: PoolConfig, stack: AsyncExitStack
+) -> None:
+    """Open the control socket, if there shall be one, and load the models."""
+    if state.config.zmq_control:
+        control = ControlServer(
+            state.config.zmq_control_endpoint,
+            ControlledServer(state),
+            metrics=lambda: health.pool_metrics(state).model_dump(),
+        )
+        await control.start()
+        stack.push_async_callback(control.stop)
+    await load_models(state, engine, pool)
 
 
 def _on_loaded(state: ServerState, loading: "asyncio.Future[None]") -> None:
@@ -183,7 +196,7 @@ def _on_loaded(state: ServerState, loading: "asyncio.Future[None]") -> None:
         return
     expected = isinstance(e, ValueError | OSError | RuntimeError | ImportError)
     message = " ".join(str(e).split()) or type(e).__name__
-    logger.error("cannot load the model: %s", message, exc_info=None if expected else e)
+    logger.error("the server cannot start: %s", message, exc_info=None if expected else e)
     signal.raise_signal(signal.SIGTERM)  # ends whatever server runs us
 
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from nanovllm.cluster.stats import PoolStats
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, NotReadyError
 from nanovllm.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class ControlledServer:
 
     @property
     def _llm(self) -> "AsyncLLM":
+        if not self._state.loaded:
+            raise NotReadyError("the model is being loaded: try again")
         if self._state.text_model is None:
             raise InvalidRequestError("there is no model that writes text, and no other is warmed")
         return self._state.text_model

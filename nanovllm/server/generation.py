@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from nanovllm.batch import LOST_GRAMMAR, UNUSABLE_LOGITS
-from nanovllm.errors import ContextLengthError
+from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.errors import INTERNAL_ERROR, APIError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_PROMPT_SCORES = 1 << 20
+"""Log probabilities of the prompts' tokens in an answer, which are some 30 to 70 MB of JSON."""
+
 
 class Generation:
     """A stream for each prompt of a request.
@@ -29,12 +32,16 @@ class Generation:
         request_id: What the client knows it by.
         streams: One for each prompt, in order.
         hidden: Whether nobody asked for the completions, only for what is said of the prompts.
+
+    Attributes:
+        names: All that `/abort` finds it by.
     """
 
     def __init__(
         self, request_id: str, streams: Sequence["RequestStream"], hidden: bool = False
     ) -> None:
         self.request_id = request_id
+        self.names = {request_id}
         self.hidden = hidden
         self._streams = streams
         self.outputs = [stream.output for stream in streams]
@@ -69,7 +76,8 @@ class Generation:
             lora_name: A registered adapter; None is none.
 
         Raises:
-            InvalidRequestError: A prompt or a parameter cannot be used.
+            InvalidRequestError: A prompt or a parameter cannot be used, or too much would be told
+                of the prompts.
             ContextLengthError: A prompt and its output would not fit the context.
             UnavailableError: The queue is full, or no engine is running.
         """
@@ -79,6 +87,7 @@ class Generation:
             check_room(item, state.llm.max_model_len, may_clip)
             inputs.append(item)
             await asyncio.sleep(0)  # many short prompts take long together
+        check_scores(inputs)
         # Our own names: two clients, or one that tries again, may send the same X-Request-Id.
         name = uuid.uuid4().hex
         streams = await state.llm.submit(
@@ -164,6 +173,28 @@ def check_room(item: TextInput, max_model_len: int, may_clip: bool = False) -> N
         "completion): shorten the prompt or lower max_tokens.",
         "prompt" if num_prompt >= max_model_len else "max_tokens",
     )
+
+
+def check_scores(inputs: Sequence[TextInput]) -> None:
+    """Refuse more log probabilities of prompts than an answer takes.
+
+    Raises:
+        InvalidRequestError: There would be more.
+    """
+    num_scores = sum(
+        item.params.n * len(item.token_ids) * (item.params.prompt_logprobs + 1)
+        for item in inputs
+        if item.params.prompt_logprobs is not None
+    )
+    if num_scores > MAX_PROMPT_SCORES:
+        params = inputs[0].params
+        raise InvalidRequestError(
+            f"the answer would have {num_scores} log probabilities of the prompt's tokens: of each "
+            f"of them and its {params.prompt_logprobs} alternatives, with each of {params.n} "
+            f"completions; it takes {MAX_PROMPT_SCORES}: lower n, prompt_logprobs or, with echo, "
+            "logprobs, or send fewer or shorter prompts",
+            "n" if params.n > 1 else "prompt",
+        )
 
 
 class Piece(NamedTuple):

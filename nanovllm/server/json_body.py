@@ -15,7 +15,10 @@ HALF_PAIR = re.compile(rb'\\u[dD][89abAB][0-9a-fA-F]{2}"')
 
 
 class JSONRequest(Request):
-    """A request whose body is JSON as RFC 8259 has it: no `NaN`, no half surrogate pairs."""
+    """A request whose body is JSON as RFC 8259 has it: no `NaN`, no half surrogate pairs.
+
+    The body is let go of once it is read: a stream keeps its request to the end.
+    """
 
     async def json(self) -> Any:
         """The body's value.
@@ -24,11 +27,13 @@ class JSONRequest(Request):
             APIError: It is not JSON, or nested too deeply.
         """
         try:
-            return decode(await self.body())
+            value = decode(await self.body())
         except (msgspec.DecodeError, ValueError) as e:
             raise APIError(400, f"the body is not valid JSON: {await self._reason(e)}") from e
         except RecursionError as e:
             raise APIError(400, "the body is nested too deeply") from e
+        self._body = b""
+        return value
 
     async def _reason(self, e: Exception) -> str:
         """What is wrong; at the end of a text, msgspec takes half a pair for the body's end."""

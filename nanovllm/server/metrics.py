@@ -10,7 +10,7 @@ from nanovllm.cluster.stats import WorkerStats
 from nanovllm.config import DEFAULT_BLOCK_SIZE
 from nanovllm.outputs import RequestOutput, SpeechOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.speech.metrics import AudioMetrics
+from nanovllm.server.audio_metrics import AudioMetrics
 from nanovllm.server.state import ServerState
 
 Family = GaugeMetricFamily | CounterMetricFamily

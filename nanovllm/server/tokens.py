@@ -1,9 +1,11 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`, as vLLM has them."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
+from fastapi.responses import Response
 from pydantic import ConfigDict, Discriminator, Field, Tag, with_config
 from typing_extensions import TypedDict
 
@@ -22,6 +24,7 @@ from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.conversation import template_request
 from nanovllm.server.openai.requests import ChatTemplateOptions
 from nanovllm.server.state import ServerState, State
+from nanovllm.server.streaming import encode
 from nanovllm.text.tokenizer import Tokenizer
 
 router = APIRouter(route_class=JSONRoute, responses=ERROR_RESPONSES, tags=["tokens"])
@@ -106,7 +109,7 @@ class TokenizerInfo(TypedDict):
 
 
 @router.post("/tokenize", response_model=Tokenized)
-async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
+async def tokenize(body: TokenizeRequest, state: State) -> Response:
     """Tokenise a text, or a conversation as `/v1/chat/completions` would."""
     state.check_model(body.model or None)
     if isinstance(body, TokenizeChatRequest):
@@ -117,14 +120,19 @@ async def tokenize(body: TokenizeRequest, state: State) -> Tokenized:
     tokens = await state.llm.encode(text, add_special_tokens)
     token_strs = None
     if body.return_token_strs:
-        backend = _tokenizer(state).backend
-        token_strs = [backend.id_to_token(token_id) or "" for token_id in tokens]
-    return {
+        token_strs = await asyncio.to_thread(_spelled, _tokenizer(state), tokens)
+    tokenized: Tokenized = {
         "count": len(tokens),
         "max_model_len": state.llm.max_model_len,
         "tokens": tokens,
         "token_strs": token_strs,
     }
+    # Written here: FastAPI would look at each of a million tokens first.
+    return Response(encode(tokenized), media_type="application/json")
+
+
+def _spelled(tokenizer: Tokenizer, token_ids: list[int]) -> list[str]:
+    return [tokenizer.backend.id_to_token(token_id) or "" for token_id in token_ids]
 
 
 @router.post("/detokenize", response_model=Detokenized)

@@ -141,7 +141,8 @@ def _parameters(function: Function, all_strict: bool) -> dict[str, Any]:
     name, schema = function["name"], function.get("parameters")
     if not schema:
         return NO_PARAMETERS
-    if not isinstance(schema, dict) or "object" not in schema.get("type", "object"):
+    kind = schema.get("type", "object") if isinstance(schema, dict) else None
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
         raise InvalidRequestError(
             f"{name}: 'parameters' must be a schema of type 'object', got {schema!r:.80}", "tools"
         )

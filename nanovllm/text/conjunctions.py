@@ -19,7 +19,8 @@ PATTERNS = ("pattern", "format")
 PLACE_LENGTH = 3
 """Names of properties that tell places apart; a recursive schema has places without end."""
 
-_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
+# As llguidance reads them: a pattern may go over lines. One without an end is looked at once.
+_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\])+/?|//[^\n]*|#[^\n]*')
 
 Place = tuple[str, ...]
 Asked = dict[Place, frozenset[str]]

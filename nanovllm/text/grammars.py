@@ -28,6 +28,10 @@ MAX_RULES = 1000
 """Rules and terminals of a grammar; two thousand, each of which is part of the next, have ended the
 process that compiles them."""
 
+# `re` keeps the whole process waiting: neither may look twice at what it has seen.
+_GBNF_RULE = re.compile(r"^[^\S\n]*[\w-]+[^\S\n]*::=", re.MULTILINE)
+_RULE = re.compile(r"^[^\S\n]*[^\s:]+[^\S\n]*:", re.MULTILINE)
+
 
 @dataclass(slots=True, kw_only=True)
 class ComposedGrammar(StructuredOutputsParams):
@@ -118,15 +122,16 @@ def _grammar(text: str) -> str:
         InvalidRequestError: It has a schema that we do not take.
         ValueError: It is not well-formed.
     """
-    if re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
+    if _GBNF_RULE.search(text):
         try:
-            text = any_to_lark(text)
+            # The library's own patterns take seconds for runs of blank lines.
+            text = any_to_lark("\n".join(line for line in text.split("\n") if line.strip()))
         except RecursionError as e:
             raise InvalidRequestError("it is nested too deeply") from e
         except Exception as e:  # of the library, which knows no better class
             raise InvalidRequestError(str(e)) from e
     check_operators(text)
-    if len(re.findall(r"^\s*[^\s:]+\s*:", text, re.MULTILINE)) > MAX_RULES:
+    if len(_RULE.findall(text)) > MAX_RULES:
         raise InvalidRequestError(f"it has more than {MAX_RULES} rules")
     decoder = json.JSONDecoder()
     for match in re.finditer(r"%json\b\s*", text):

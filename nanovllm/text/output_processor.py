@@ -131,7 +131,7 @@ class OutputProcessor:
 class _Request:
     """What the sequences of a request have in common."""
 
-    __slots__ = ("output", "params", "seq_ids", "tokenizer")
+    __slots__ = ("output", "params", "seq_ids", "stops", "tokenizer")
 
     def __init__(
         self,
@@ -144,6 +144,7 @@ class _Request:
         self.seq_ids = seq_ids
         self.params = params
         self.tokenizer = tokenizer
+        self.stops = StopStrings(params.stop_strings) if params.stop_strings else None
 
 
 class _Sequence:
@@ -167,9 +168,9 @@ class _Sequence:
             )
         )
         self.stop = (
-            StopStrings(params.stop_strings, params.include_stop_str_in_output)
-            if params.stop_strings
-            else None
+            None
+            if request.stops is None
+            else StopSearch(request.stops, params.include_stop_str_in_output)
         )
 
     def take(self, news: EngineOutput, now: float) -> bool:
@@ -216,7 +217,7 @@ class _Sequence:
         if self.completion.index == 0:
             output.num_cached_tokens = news.num_cached
 
-    def _take_stoppable(self, stop: "StopStrings", text: str) -> str | None:
+    def _take_stoppable(self, stop: "StopSearch", text: str) -> str | None:
         """Add text up to where a stop string may begin; return the one that it reached."""
         allowed = len(self.completion.token_ids) > self.request.params.min_tokens
         shown, stop_string = stop.push(text, allowed)
@@ -239,24 +240,55 @@ class _Sequence:
 
 
 class StopStrings:
+    """Stop strings and all their beginnings, for the completions of a request to share.
+
+    Args:
+        strings: The stop strings, none of them empty.
+    """
+
+    __slots__ = ("_beginnings", "_last_characters", "_longest", "_strings")
+
+    def __init__(self, strings: list[str]) -> None:
+        self._strings = strings
+        self._beginnings = {text[:end] for text in strings for end in range(1, len(text))}
+        self._last_characters = {beginning[-1] for beginning in self._beginnings}
+        self._longest = max(map(len, strings)) - 1
+
+    def find(self, window: str, num_old: int) -> tuple[int, str] | None:
+        """Return the first stop string that ends behind the old characters, and where it begins."""
+        first: tuple[int, str] | None = None
+        for string in self._strings:
+            start = window.find(string, max(0, num_old + 1 - len(string)))
+            if start >= 0 and (first is None or start < first[0]):
+                first = start, string
+        return first
+
+    def beginning_at_end_of(self, window: str) -> str:
+        """Return the longest beginning of a stop string that a text ends in, or ""."""
+        if window[-1] not in self._last_characters:
+            return ""
+        for size in range(min(self._longest, len(window)), 0, -1):
+            if window[-size:] in self._beginnings:
+                return window[-size:]
+        return ""
+
+
+class StopSearch:
     """Finds the first stop string in a text that arrives in pieces.
 
     Text is held back while it is the beginning of a stop string, and no longer. So an occurrence
     that a new piece completes always begins in what is held back, and nothing else is searched.
 
     Args:
-        strings: The stop strings, none of them empty.
+        stops: What to look for.
         include: Whether the text keeps the one that ends it; then nothing is held back from it.
     """
 
-    __slots__ = ("_beginnings", "_held", "_include", "_last_characters", "_longest", "_strings")
+    __slots__ = ("_held", "_include", "_stops")
 
-    def __init__(self, strings: list[str], include: bool = False) -> None:
-        self._strings = strings
+    def __init__(self, stops: StopStrings, include: bool = False) -> None:
+        self._stops = stops
         self._include = include
-        self._beginnings = {text[:end] for text in strings for end in range(1, len(text))}
-        self._last_characters = {beginning[-1] for beginning in self._beginnings}
-        self._longest = max(map(len, strings)) - 1
         self._held = ""
 
     def push(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
@@ -273,34 +305,17 @@ class StopStrings:
         num_held = len(self._held)
         num_shown = num_held if self._include else 0
         window = self._held + text
-        if may_stop and (found := self._find(window, num_held)) is not None:
+        if may_stop and (found := self._stops.find(window, num_held)) is not None:
             start, string = found
             self._held = ""
             return window[num_shown : start + len(string) * self._include], string
-        self._held = self._beginning_at_end_of(window)
+        self._held = self._stops.beginning_at_end_of(window)
         return window[num_shown : len(window) - len(self._held) * (not self._include)], None
 
     def flush(self) -> str:
         """Return what is held back, as no more text comes."""
         held, self._held = self._held, ""
         return "" if self._include else held
-
-    def _find(self, window: str, num_old: int) -> tuple[int, str] | None:
-        """Return the first stop string that ends behind the old characters, and where it begins."""
-        first: tuple[int, str] | None = None
-        for string in self._strings:
-            start = window.find(string, max(0, num_old + 1 - len(string)))
-            if start >= 0 and (first is None or start < first[0]):
-                first = start, string
-        return first
-
-    def _beginning_at_end_of(self, window: str) -> str:
-        if window[-1] not in self._last_characters:
-            return ""
-        for size in range(min(self._longest, len(window)), 0, -1):
-            if window[-size:] in self._beginnings:
-                return window[-size:]
-        return ""
 
 
 def _logprobs(scores: TokenScores, tokenizer: Tokenizer | None) -> TokenLogprobs:

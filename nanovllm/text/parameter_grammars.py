@@ -185,6 +185,8 @@ def _tag_value(function: str, schema: Schema, root: Schema, name: str) -> tuple[
         )
     texts = [schema["const"]] if "const" in schema else schema.get("enum")
     if texts is not None:
+        if not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
+            raise InvalidRequestError(f"{function}: 'enum' of text must list texts", "tools")
         return f"({' | '.join(map(quoted, texts))}) {TAG_END}", []
     if shortest == 0 and longest == "":
         return "tag_text", []

@@ -126,6 +126,18 @@ class TestStarting:
             assert "Traceback" not in server.log
             assert says in line
 
+    @pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5557", "ipc:///nowhere/control", "taken"])
+    def test_a_control_socket_that_cannot_be(self, endpoint: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            if endpoint == "taken":
+                endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            with Server(wait=False, zmq_control=True, zmq_control_endpoint=endpoint) as server:
+                assert server.process.wait(60) == 2
+        (line,) = [line for line in server.log.splitlines() if "ERROR" in line]
+        assert "the control socket" in line
+        assert endpoint in line
+        assert "Traceback" not in server.log
+
     def test_a_port_that_is_taken(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken, Server(wait=False) as server:
             server.stop()

@@ -1,5 +1,7 @@
 """Forms that ask many patterns of one text, which no limit of llguidance's ends."""
 
+import contextlib
+import time
 from typing import Any
 
 import pytest
@@ -78,3 +80,14 @@ def test_operators_of_lark() -> None:
         check_operators("start: X\nX: " + " & ".join(["/a.*/"] * MANY))
     with pytest.raises(InvalidRequestError, match="combine fewer"):
         check_operators("start: X\n" + "\n".join(f"T{i}: T{i + 1} & /a/" for i in range(MANY)))
+    with pytest.raises(InvalidRequestError, match="combine fewer"):
+        check_operators('start: X\nX: /a\n"/' + " & /b/" * MANY + ' // "')
+
+
+@pytest.mark.parametrize("piece", ['"\\', "/\\", "/a", '"a\n', "& ", "\n", " \n"])
+def test_operators_are_counted_in_one_go(piece: str) -> None:
+    """Half a minute of a pattern that looks again at what it has seen stops the whole server."""
+    started = time.process_time()
+    with contextlib.suppress(InvalidRequestError):
+        check_operators(piece * 32_000)
+    assert time.process_time() - started < 1

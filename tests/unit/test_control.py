@@ -22,8 +22,12 @@ from nanovllm.cluster.control import (
     send_control_request,
 )
 from nanovllm.cluster.stats import PoolStats, WorkerStats
+from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.errors import EngineDeadError, InvalidRequestError
+from nanovllm.server.app import create_app
+from nanovllm.server.control import ControlledServer
+from nanovllm.server.state import ServerState
 
 METRICS = {"scheduler": "cache_aware", "inflight_per_engine": [3, 0], "avg_latency_s": 1.5}
 STATS = PoolStats(
@@ -211,6 +215,26 @@ def test_a_command_that_fails_is_answered(caplog: pytest.LogCaptureFixture) -> N
 
     talk(scenario)
     assert "secret" in caplog.text
+
+
+@pytest.mark.parametrize(("loaded", "error"), [(False, "not_ready"), (True, "invalid_request")])
+def test_nothing_is_warmed_while_the_models_are_loaded(loaded: bool, error: str) -> None:
+    async def run() -> None:
+        app = create_app(ServerConfig(), EngineConfig(), PoolConfig(), SpeechConfig())
+        state: ServerState = app.state.server
+        state.loaded = loaded
+        server = ControlServer("tcp://127.0.0.1:0", ControlledServer(state), METRICS.copy)
+        await server.start()
+        try:
+            for options in ({"prompt": "Once"}, {"tokens": 3}):
+                assert (await ask(server, cmd="warm", **options))["error"] == error
+            assert (await ask(server, cmd="health"))["status"] == (
+                "ready" if loaded else "not_ready"
+            )
+        finally:
+            await server.stop()
+
+    asyncio.run(run())
 
 
 def test_a_slow_command_does_not_hold_up_others() -> None:

@@ -1,5 +1,6 @@
 """Forms of outputs: what becomes a grammar, and what is told to those that cannot be enforced."""
 
+import contextlib
 import json
 import threading
 import time
@@ -385,6 +386,26 @@ def test_rules_have_a_number() -> None:
     rules = "".join(f'T{i}: (T{i + 1}|"b")* "a"\n' for i in range(2500))
     with pytest.raises(InvalidRequestError, match="more than 1000 rules"):
         lark(StructuredOutputsParams(grammar=f"start: T0\n{rules}"))
+
+
+@pytest.mark.parametrize("piece", ["\n", "\n ", "\r\n", " ", "a\n", "a ", "start", "%json "])
+@pytest.mark.parametrize("begin", ["", 'root ::= "a"\n', "start: X\n"])
+def test_a_grammar_is_read_in_one_go(begin: str, piece: str) -> None:
+    """Half a minute of a pattern that looks again at what it has seen stops the whole server."""
+    text = begin + piece * ((MAX_GRAMMAR_SIZE - len(begin)) // len(piece))
+    started = time.process_time()
+    with contextlib.suppress(InvalidRequestError):
+        lark(StructuredOutputsParams(grammar=text))
+    assert time.process_time() - started < 1
+
+
+def test_blank_lines_between_rules_of_gbnf(
+    compiler: GrammarCompiler, frontend: TextFrontend
+) -> None:
+    grammar = lark(StructuredOutputsParams(grammar='\n\nroot ::= "a" b |\n \n "c"\n\nb ::= "b"\n'))
+    assert accepts(compiler, frontend, grammar, "ab")
+    assert accepts(compiler, frontend, grammar, "c")
+    assert not accepts(compiler, frontend, grammar, "a")
 
 
 @pytest.mark.parametrize(

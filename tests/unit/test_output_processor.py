@@ -1,6 +1,7 @@
 """The output processor: text, stop strings, log probabilities and the life of a request."""
 
 import time
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -15,7 +16,7 @@ from nanovllm.batch import EngineOutput, TextPayload, TokenScores
 from nanovllm.errors import InvalidRequestError
 from nanovllm.outputs import Logprob, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.output_processor import OutputProcessor, StopStrings
+from nanovllm.text.output_processor import OutputProcessor, StopSearch, StopStrings
 from nanovllm.text.tokenizer import Tokenizer
 
 PROMPT = [72, 73]
@@ -145,9 +146,22 @@ def test_include_stop_string() -> None:
 
 
 def test_the_earliest_stop_string_wins() -> None:
-    checker = StopStrings(["cd", "bcd", "a?"])
+    checker = StopSearch(StopStrings(["cd", "bcd", "a?"]))
     assert checker.push("xa") == ("x", None)
     assert checker.push("bcde") == ("a", "bcd")
+
+
+def test_completions_share_what_is_known_of_stop_strings() -> None:
+    """With 128 of them, 16 strings of 256 characters took 320 MB."""
+    stops = ["ab" * 128, "ba" * 128]
+    sizes = []
+    for n in (1, 65):
+        tracemalloc.start()
+        engine = Engine(SamplingParams(n=n, stop=stops))
+        sizes.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(engine.output.outputs) == n
+    assert sizes[1] < 4 * sizes[0]
 
 
 def test_min_tokens_ignores_what_ends_before() -> None:

@@ -234,16 +234,16 @@ def test_prompts_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(voices, "MAX_PROMPTS", 2)
         first, _ = [await store.add_prompt(b"1", None, "a") for _ in range(2)]
         num_encoded = len(encoder.calls)
-        full = await refusal(store.add_prompt(b"1", None, "a"), OverloadedError)
-        assert "2 prompts are as many as fit" in full
+        full = await refusal(store.add_prompt(b"1", None, "a"))
+        assert full == "there are 2 prompts, of 2 that are kept: remove one first"
         assert len(encoder.calls) == num_encoded
         store.remove_prompt(first)
         monkeypatch.setattr(voices, "MAX_PROMPT_BYTES", 12)
         await store.add_prompt(b"2", None, "a")
-        full = await refusal(store.add_prompt(b"3", None, "a"), OverloadedError)
-        assert "as many as fit" in full
-        monkeypatch.setattr(voices, "MAX_PROMPT_BYTES", 100)
         monkeypatch.setattr(voices, "MAX_PROMPTS", 4)
+        full = await refusal(store.add_prompt(b"3", None, "a"))
+        assert full.startswith("the latents of all prompts would have 18 bytes, of 12 that are")
+        monkeypatch.setattr(voices, "MAX_PROMPT_BYTES", 100)
         assert "4096 characters at most" in await refusal(store.add_prompt(b"3", None, "a" * 5000))
         encoder.error = InvalidRequestError("no sound")
         assert await refusal(store.add_prompt(b"4", None, "a")) == "no sound"

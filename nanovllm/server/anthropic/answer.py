@@ -7,7 +7,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import from_json
 
-from nanovllm.server.anthropic.events import SIGNATURE, BlockEvents, event
+from nanovllm.server.anthropic.events import SIGNATURE, BlockEvents
 from nanovllm.server.anthropic.requests import MessagesRequest
 from nanovllm.server.anthropic.responses import Content, MessageResponse, Usage
 from nanovllm.server.anthropic.translate import chat_request
@@ -16,9 +16,9 @@ from nanovllm.server.chat.run import ChatChoice, Conversation, MadeCall
 from nanovllm.server.error_shapes import anthropic_error
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import encode, stream_unless_gone, unless_gone
+from nanovllm.server.streaming import encode, named_event, stream_unless_gone, unless_gone
 
-PING = event({"type": "ping"})
+PING = named_event({"type": "ping"})
 
 
 class MessageAnswer:
@@ -51,7 +51,7 @@ class MessageAnswer:
             return await stream_unless_gone(
                 self._http,
                 self._events(),
-                lambda error: event(anthropic_error(error)),
+                lambda error: named_event(anthropic_error(error)),
                 keep_alive=self._state.config.sse_keep_alive_interval,
                 headers=headers,
             )
@@ -92,10 +92,10 @@ class MessageAnswer:
                     begun = True
                     message = self._message(conversation)
                     message["usage"]["output_tokens"] = 0
-                    yield event({"type": "message_start", "message": message}) + PING
+                    yield named_event({"type": "message_start", "message": message}) + PING
                 bodies = [body for item in news for body in blocks.of_news(item)]
                 if bodies:
-                    yield b"".join(map(event, bodies))
+                    yield b"".join(map(named_event, bodies))
             yield self._end(conversation)
         finally:
             await conversation.aclose()
@@ -106,7 +106,7 @@ class MessageAnswer:
             "stop_sequence": stop_sequence(conversation.choices[0]),
         }
         last = {"type": "message_delta", "delta": delta, "usage": usage(conversation)}
-        return event(last) + event({"type": "message_stop"})
+        return named_event(last) + named_event({"type": "message_stop"})
 
     def _message(self, conversation: Conversation) -> MessageResponse:
         """A message without content."""

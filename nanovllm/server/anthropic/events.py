@@ -1,19 +1,13 @@
 """An answer as Anthropic's server-sent events: blocks that begin, grow and end, one at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from nanovllm.server.chat.run import ChatChoice, ChatNews
-from nanovllm.server.streaming import encode
 from nanovllm.text.deltas import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 
 SIGNATURE = "unsigned"
 """Of thoughts. Clients send none back that have no signature; here nobody looks at it."""
-
-
-def event(body: Mapping[str, Any]) -> bytes:
-    """A server-sent event with its type in front, as Anthropic's clients want it."""
-    return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), encode(body))
 
 
 class BlockEvents:

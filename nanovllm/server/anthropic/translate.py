@@ -11,7 +11,7 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.server.anthropic import requests as wire
 from nanovllm.server.chat.calls import call_of
 from nanovllm.server.chat.checks import check_stop, note_ignored
-from nanovllm.server.chat.prompt import checked_kwargs
+from nanovllm.server.chat.prompt import as_one, checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
 from nanovllm.server.errors import APIError
 from nanovllm.server.state import ServerState
@@ -44,7 +44,7 @@ def chat_request(
     if request.thread is not None:
         message = "thread: not supported: no conversation is kept; send the whole of it"
         raise APIError(400, message, param="thread", code="thread_unsupported_request")
-    note_ignored(request.model_extra)
+    note_ignored(request)
     messages = _messages(request)
     continues = messages[-1]["role"] == "assistant"
     if continues and "tool_calls" in messages[-1]:
@@ -128,22 +128,8 @@ def _messages(request: wire.CountTokensRequest) -> list[dict[str, Any]]:
     turns: list[dict[str, Any]] = []
     for role, group in groupby(messages, key=itemgetter("role")):
         said = list(group)
-        turns += said if role == "tool" else [_as_one(said)]
+        turns += said if role == "tool" else [as_one(said)]
     return turns
-
-
-def _as_one(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """What messages of the same role say together."""
-    if len(messages) == 1:
-        return messages[0]
-    together: dict[str, Any] = {"role": messages[0]["role"]}
-    for name in ("content", "reasoning_content"):
-        texts = [text for message in messages if (text := message.get(name))]
-        if texts or name == "content":
-            together[name] = "\n".join(texts)
-    if calls := [call for message in messages for call in message.get("tool_calls", ())]:
-        together["tool_calls"] = calls
-    return together
 
 
 def _as_templates_read(message: wire.Message) -> list[dict[str, Any]]:

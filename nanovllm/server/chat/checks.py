@@ -1,9 +1,11 @@
 """What requests of all dialects are held to."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+
+from pydantic import BaseModel
 
 from nanovllm.config import ServerConfig
 from nanovllm.errors import InvalidRequestError
@@ -15,10 +17,12 @@ FORMS = frozenset({"structured_outputs", *(f.name for f in fields(StructuredOutp
 """What errors of an answer's form name."""
 
 
-def note_ignored(names: Iterable[str] | None) -> None:
-    """Log which fields of a request have no effect; there may be many, at a client's choice."""
-    if names:
-        logger.debug("fields without effect in a request: %.500r", list(names))
+def note_ignored(*requests: BaseModel) -> None:
+    """Log which fields have no effect, and let go of what they say: it may be much."""
+    for request in requests:
+        if request.model_extra:
+            logger.debug("fields without effect in a request: %.500r", list(request.model_extra))
+            request.model_extra.clear()
 
 
 def check_stop(stop: str | list[str] | None, config: ServerConfig, param: str = "stop") -> None:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from itertools import groupby, takewhile
+from operator import itemgetter
 from typing import Any
 
 from nanovllm.config import RESERVED_TEMPLATE_NAMES
@@ -41,7 +43,7 @@ async def render(state: ServerState, request: ChatRequest) -> str:
             "continue_final_message",
         )
     return await state.llm.render(
-        [_as_template_reads(message, state) for message in request.messages],
+        _begun_by_one([_as_template_reads(message, state) for message in request.messages]),
         tools=[_as_template_shows(tool) for tool in request.tools] or None,
         documents=request.documents,
         add_generation_prompt=begins,
@@ -77,6 +79,30 @@ def checked_kwargs(given: Mapping[str, Any] | None, state: ServerState) -> dict[
                 "chat_template_kwargs",
             )
     return dict(given or {})
+
+
+def as_one(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What messages of the same role say together."""
+    if len(messages) == 1:
+        return messages[0]
+    together: dict[str, Any] = {"role": messages[0]["role"]}
+    for name in ("content", "reasoning_content"):
+        texts = [text for message in messages if (text := message.get(name))]
+        if texts or name == "content":
+            together[name] = "\n".join(texts)
+    if calls := [call for message in messages for call in message.get("tool_calls", ())]:
+        together["tool_calls"] = calls
+    return together
+
+
+def _begun_by_one(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation in which what the system says first is one message: many templates take one.
+
+    Codex sends both `instructions` and a message of the developer.
+    """
+    first = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    begin = [as_one(list(said)) for _, said in groupby(first, key=itemgetter("role"))]
+    return begin + messages[len(first) :]
 
 
 def _as_template_reads(message: dict[str, Any], state: ServerState) -> dict[str, Any]:

@@ -247,6 +247,11 @@ class Conversation:
         return self._generation.outputs[0]
 
     @property
+    def names(self) -> set[str]:
+        """All that `/abort` finds it by."""
+        return self._generation.names
+
+    @property
     def usage(self) -> ChatUsage:
         """Tokens so far."""
         generation = self._generation

@@ -69,7 +69,7 @@ def sampling_params(request: wire.AnswerRequest, state: ServerState) -> Sampling
         InvalidRequestError: The request asks for more than this server gives.
     """
     options = request.options or NO_OPTIONS
-    note_ignored([*(request.model_extra or ()), *(options.model_extra or ())])
+    note_ignored(request, options)
     check_stop(options.stop, state.config, "options.stop")
     given = {name: getattr(options, name) for name in SAME_NAME}
     given["repetition_penalty"] = 1.0 if options.repeat_last_n == 0 else options.repeat_penalty

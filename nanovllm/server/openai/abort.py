@@ -35,6 +35,6 @@ async def abort(body: AbortRequest, state: State) -> Aborted:
     names = {body.request_id}
     for prefix in ID_PREFIXES:
         names.add(body.request_id.removeprefix(prefix))
-    meant = [generation for generation in state.generations if generation.request_id in names]
+    meant = [generation for generation in state.generations if generation.names & names]
     stopped = [await generation.abort() for generation in meant]
     return {"request_id": body.request_id, "aborted": any(stopped)}

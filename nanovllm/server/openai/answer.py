@@ -102,7 +102,7 @@ class Answer(ABC, Generic[RunT]):
     def usage(self, run: RunT) -> Usage:
         """Tokens so far."""
 
-    def whole_extras(self, run: RunT) -> dict[str, Any]:  # noqa: ARG002
+    async def whole_extras(self, run: RunT) -> dict[str, Any]:  # noqa: ARG002
         """What a whole answer has besides its choices and usage."""
         return {}
 
@@ -116,9 +116,10 @@ class Answer(ABC, Generic[RunT]):
         run = await self._started()
         try:
             choices = await self.choices(run)
+            extras = await self.whole_extras(run)
         finally:
             await run.aclose()
-        body = self._head | {"choices": choices, "usage": self.usage(run)} | self.whole_extras(run)
+        body = self._head | {"choices": choices, "usage": self.usage(run)} | extras
         return Response(encode(body), media_type="application/json", headers=self._headers)
 
     async def _events(self) -> AsyncGenerator[bytes, None]:

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar
 
@@ -67,7 +68,11 @@ class ChatAnswer(Answer[Conversation]):
 
     async def choices(self, run: Conversation) -> list[Choice]:
         await run.finish()
-        return [self._choice(choice) for choice in run.choices]
+        choices: list[Choice] = []
+        for choice in run.choices:
+            choices.append(self._choice(choice))
+            await asyncio.sleep(0)  # log probabilities of many choices take long together
+        return choices
 
     async def chunks(self, run: Conversation) -> AsyncIterator[Iterator[Choice]]:
         opened: set[int] = set()
@@ -81,11 +86,11 @@ class ChatAnswer(Answer[Conversation]):
             usage["completion_tokens_details"] = {"reasoning_tokens": used.num_reasoning}
         return usage
 
-    def whole_extras(self, run: Conversation) -> dict[str, Any]:
+    async def whole_extras(self, run: Conversation) -> dict[str, Any]:
         output = run.output
         extras: dict[str, Any] = {}
         if self.request.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+            extras["prompt_logprobs"] = await prompt_logprobs(output.prompt_logprobs)
         if self.request.return_token_ids:
             extras["prompt_token_ids"] = output.prompt_token_ids
         return extras

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -13,6 +13,8 @@ from nanovllm.server.openai.answer import Answer, Choice, usage_of
 from nanovllm.server.openai.logprobs import (
     OutputOffsets,
     completion_logprobs,
+    echoed_logprobs,
+    joined,
     prompt_logprobs,
     prompt_offsets,
 )
@@ -21,6 +23,7 @@ from nanovllm.server.openai.responses import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptLogprobs,
     Usage,
 )
 from nanovllm.server.openai.sampling import sampling_params
@@ -40,6 +43,20 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     return await CompletionAnswer(body, request, state).respond()
 
 
+class ToldPrompt(NamedTuple):
+    """What an answer tells of a prompt, with each of its completions.
+
+    Args:
+        echo: Its text, if that comes first.
+        logprobs: Those of that text, if they are asked for.
+        scores: The same as `prompt_logprobs`.
+    """
+
+    echo: str | None
+    logprobs: CompletionLogprobs | None
+    scores: PromptLogprobs | None
+
+
 class CompletionAnswer(Answer[Generation]):
     """Texts behind prompts; with `echo`, the prompts come first."""
 
@@ -51,7 +68,7 @@ class CompletionAnswer(Answer[Generation]):
 
     def __init__(self, request: CompletionRequest, http: Request, state: ServerState) -> None:
         super().__init__(request, http, state)
-        self._echoes: dict[int, str] = {}
+        self._told: dict[int, ToldPrompt] = {}
         self._offsets: dict[int, OutputOffsets] = {}
 
     async def start(self) -> Generation:
@@ -71,14 +88,6 @@ class CompletionAnswer(Answer[Generation]):
             cache_salt=request.cache_salt,
             lora_name=self.state.text_adapter(request.model or None),
         )
-        if request.echo:
-            for index, output in enumerate(generation.outputs):
-                whole = output.prompt is not None and params.truncate_prompt_tokens is None
-                text = output.prompt if whole else None
-                if text is None:
-                    text = await self.state.llm.decode(output.prompt_token_ids, False)
-                for completion in output.outputs:
-                    self._echoes[index * params.n + completion.index] = text
         self._params = params
         return generation
 
@@ -87,13 +96,15 @@ class CompletionAnswer(Answer[Generation]):
         choices: list[Choice] = []
         for cursors in self._cursors(run):
             for cursor in cursors:
+                await self._tell_prompt(cursor)
                 choices.append(self._choice(cursor, cursor.take() or Piece("", [], [])))
-            await asyncio.sleep(0)  # log probabilities of many prompts take long together
+                await asyncio.sleep(0)  # log probabilities of many choices take long together
         return choices
 
     async def chunks(self, run: Generation) -> AsyncIterator[Iterator[Choice]]:
         cursors = self._cursors(run)
         async for index in run.news():
+            await self._tell_prompt(cursors[index][0])
             yield (choice for cursor in cursors[index] for choice in self._additions(cursor))
 
     def usage(self, run: Generation) -> Usage:
@@ -128,29 +139,50 @@ class CompletionAnswer(Answer[Generation]):
             for prompt_index, output in enumerate(generation.outputs)
         ]
 
+    async def _tell_prompt(self, cursor: Cursor) -> None:
+        """Write down what all completions of a prompt tell of it, unless that has been done."""
+        prompt_index = cursor.index // self._params.n
+        if prompt_index in self._told:
+            return
+        request, output = self.request, cursor.output
+        ids, positions = output.prompt_token_ids, output.prompt_logprobs
+        text, logprobs = None, None
+        if request.echo:
+            text = output.prompt if self._params.truncate_prompt_tokens is None else None
+            if text is None:
+                text = await self.state.llm.decode(ids, False)
+            if positions is not None and request.logprobs is not None:
+                offsets = prompt_offsets(self.state.llm.tokenizer, ids, text)
+                logprobs = await echoed_logprobs(ids, positions, offsets, self.names)
+        scores = None if request.prompt_logprobs is None else await prompt_logprobs(positions)
+        self._told[prompt_index] = ToldPrompt(text, logprobs, scores)
+
+    def _prompt_of(self, cursor: Cursor) -> "ToldPrompt":
+        return self._told[cursor.index // self._params.n]
+
     def _choice(self, cursor: Cursor, piece: Piece) -> CompletionChoice:
-        echoed, added = self._echoed_logprobs(cursor), self._logprobs(cursor, piece)
-        if echoed is not None and added is not None:
-            for name, values in added.items():
-                echoed[name] += values  # type: ignore[literal-required]
+        prompt = self._prompt_of(cursor)
+        parts = [prompt.logprobs, self._logprobs(cursor, piece)]
+        there = [part for part in parts if part is not None]
         choice: CompletionChoice = {
             "index": cursor.index,
-            "text": self._echoes.get(cursor.index, "") + piece.text,
-            "logprobs": added if echoed is None else echoed,
+            "text": (prompt.echo or "") + piece.text,
+            "logprobs": joined(there) if there else None,
             "finish_reason": cursor.finish_reason,
             "stop_reason": cursor.stop_reason,
         }
         if self.request.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs(cursor.output.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt.scores
         if self.request.return_token_ids:
             choice["prompt_token_ids"] = cursor.output.prompt_token_ids
             choice["token_ids"] = piece.token_ids
         return choice
 
     def _opening(self, cursor: Cursor) -> CompletionChoice | None:
-        if cursor.index not in self._echoes and not self.request.return_token_ids:
+        prompt = self._prompt_of(cursor)
+        if prompt.echo is None and not self.request.return_token_ids:
             return None
-        choice = _chunk(cursor, self._echoes.get(cursor.index, ""), self._echoed_logprobs(cursor))
+        choice = _chunk(cursor, prompt.echo or "", prompt.logprobs)
         if self.request.return_token_ids:
             choice["prompt_token_ids"] = cursor.output.prompt_token_ids
         return choice
@@ -167,15 +199,6 @@ class CompletionAnswer(Answer[Generation]):
         choice["stop_reason"] = cursor.stop_reason
         return choice
 
-    def _echoed_logprobs(self, cursor: Cursor) -> CompletionLogprobs | None:
-        """Those of the prompt, if it comes back."""
-        text, positions = self._echoes.get(cursor.index), cursor.output.prompt_logprobs
-        if text is None or positions is None or self.request.logprobs is None:
-            return None
-        token_ids = cursor.output.prompt_token_ids
-        offsets = prompt_offsets(self.state.llm.tokenizer, token_ids, text)
-        return completion_logprobs(token_ids, positions, offsets, self.names)
-
     def _logprobs(self, cursor: Cursor, piece: Piece) -> CompletionLogprobs | None:
         if piece.logprobs is None or self.request.logprobs is None:
             return None
@@ -184,7 +207,7 @@ class CompletionAnswer(Answer[Generation]):
                 self.state.llm.tokenizer,
                 cursor.output.prompt_token_ids,
                 self._params,
-                len(self._echoes.get(cursor.index, "")),
+                len(self._prompt_of(cursor).echo or ""),
             )
         offsets = map(self._offsets[cursor.index].next, piece.token_ids)
         return completion_logprobs(piece.token_ids, piece.logprobs, offsets, self.names)

@@ -1,12 +1,21 @@
 """Log probabilities in the shapes of completions and, as vLLM has them, prompts."""
 
+import asyncio
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.chat.logprobs import LOWEST, TokenNames
-from nanovllm.server.openai.responses import CompletionLogprobs, PromptLogprobs
+from nanovllm.server.openai.responses import (
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+)
 from nanovllm.text.tokenizer import Detokenizer, Tokenizer
+
+AT_ONCE = 500
+"""Positions of a prompt that are written down before others get their turn: some milliseconds."""
 
 
 class OutputOffsets:
@@ -108,20 +117,52 @@ def completion_logprobs(
     return result
 
 
-def prompt_logprobs(positions: Sequence[TokenLogprobs | None] | None) -> PromptLogprobs | None:
+async def echoed_logprobs(
+    token_ids: Sequence[int],
+    positions: Sequence[TokenLogprobs | None],
+    offsets: Iterable[int],
+    names: TokenNames,
+) -> CompletionLogprobs:
+    """The same of a prompt, which may be long; see `completion_logprobs`."""
+    rest, parts = iter(offsets), []
+    for start in range(0, len(token_ids), AT_ONCE):
+        there, here = slice(start, start + AT_ONCE), islice(rest, AT_ONCE)
+        parts.append(completion_logprobs(token_ids[there], positions[there], here, names))
+        await asyncio.sleep(0)
+    return joined(parts)
+
+
+def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    """Those of texts that follow one another."""
+    return {
+        "tokens": [token for part in parts for token in part["tokens"]],
+        "token_logprobs": [value for part in parts for value in part["token_logprobs"]],
+        "top_logprobs": [top for part in parts for top in part["top_logprobs"]],
+        "text_offset": [offset for part in parts for offset in part["text_offset"]],
+    }
+
+
+async def prompt_logprobs(
+    positions: Sequence[TokenLogprobs | None] | None,
+) -> PromptLogprobs | None:
     """VLLM's shape for prompts."""
     if positions is None:
         return None
-    return [
-        None
-        if position is None
-        else {
-            token_id: {
-                "logprob": max(logprob.logprob, LOWEST),
-                "rank": logprob.rank,
-                "decoded_token": logprob.decoded_token,
-            }
-            for token_id, logprob in position.items()
+    told: PromptLogprobs = []
+    for start in range(0, len(positions), AT_ONCE):
+        told += map(_alternatives, positions[start : start + AT_ONCE])
+        await asyncio.sleep(0)
+    return told
+
+
+def _alternatives(position: TokenLogprobs | None) -> dict[int, PromptLogprob] | None:
+    if position is None:
+        return None
+    return {
+        token_id: {
+            "logprob": max(logprob.logprob, LOWEST),
+            "rank": logprob.rank,
+            "decoded_token": logprob.decoded_token,
         }
-        for position in positions
-    ]
+        for token_id, logprob in position.items()
+    }

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from nanovllm.server.chat.wire import MAX_TOOLS, FunctionName, RefusalPart
 from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
@@ -15,7 +16,6 @@ from nanovllm.server.fields import (
 
 MAX_MESSAGES = 1 << 13
 """What is checked in some 0.05 s, and would fill a context of a million tokens."""
-MAX_TOOLS = 128
 
 ONLY_TEXT = not_served("this model reads and writes text")
 
@@ -37,13 +37,6 @@ class TextPart(WireModel):
 
     type: Annotated[TextKind, BeforeValidator(_check_kind)]
     text: str
-
-
-class RefusalPart(WireModel):
-    """What a message of the assistant says in place of an answer."""
-
-    type: Literal["refusal"]
-    text: str = Field(alias="refusal")
 
 
 def _kind_of_part(part: Any) -> str:
@@ -117,9 +110,6 @@ Messages = Annotated[
     FAIL_FAST,
     BeforeValidator(_check_pieces),
 ]
-
-
-FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class Function(WireModel):

@@ -3,26 +3,19 @@
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from nanovllm.config.server import MAX_PROMPTS
+from nanovllm.server.chat.wire import SampledRequest
 from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
     WHOLE,
-    BadWords,
-    Int64,
-    LogitBias,
     NumLogprobs,
     NumTokens,
     Off,
     OrSay,
-    Penalty,
-    RepetitionPenalty,
     RequestId,
-    Share,
-    Stop,
-    Temperature,
     Text,
     TokenCount,
     TokenId,
@@ -48,49 +41,22 @@ class StreamOptions(WireModel):
     continuous_usage_stats: bool | None = False
 
 
-class GenerationRequest(StructureFields, ABC):
-    """What both kinds of request have in common. Fields that OpenAI does not have are vLLM's.
+class GenerationRequest(SampledRequest, StructureFields, ABC):
+    """What both kinds of request have in common."""
 
-    A field that is null counts as left out. Sampling fields that are left out are what the model's
-    `generation_config.json` says.
-    """
-
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: TokenCount | None = Field(None, description="Completions of each prompt.")
     best_of: TokenCount | None = Field(None, description="Only the same as `n`.")
-    temperature: Temperature | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
-    min_p: Share | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    seed: Int64 | None = None
-    stop: Stop = None
     stop_token_ids: (
         Annotated[list[TokenId], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST, WHOLE] | None
     ) = None
-    min_tokens: NumTokens | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    logit_bias: LogitBias | None = None
-    bad_words: BadWords | None = None
     allowed_token_ids: Annotated[TokenIds, WHOLE] | None = None
     prompt_logprobs: NumLogprobs | None = None
     truncate_prompt_tokens: Annotated[
         TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")
     ] = Field(None, description="Keep so many last tokens of the prompt; -1 is as many as fit.")
-    priority: Int64 | None = Field(0, description="Lower runs first.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="Share cached prefixes only with requests of the same salt."
-    )
     request_id: RequestId | None = Field(
         None, description="Used in the id of the answer and by `/abort`, as `X-Request-Id` is."
     )
@@ -98,11 +64,7 @@ class GenerationRequest(StructureFields, ABC):
     return_tokens_as_token_ids: bool | None = Field(
         None, description='Whether log probabilities name tokens "token_id:123".'
     )
-    user: str | None = None
     metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
     use_beam_search: Annotated[Off, NO_BEAMS] = None
     prompt_embeds: Annotated[None, not_served("a prompt is text or token ids")] = None

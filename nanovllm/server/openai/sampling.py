@@ -26,7 +26,7 @@ def sampling_params(
         InvalidRequestError: The request asks for more than this server gives, or contradicts
             itself.
     """
-    note_ignored(request.model_extra)
+    note_ignored(request)
     _check_consistent(request)
     _check_limits(request, num_prompts, state.config)
     given = {name: getattr(request, name) for name in SAMPLING_FIELDS}

@@ -4,7 +4,6 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 
-import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
@@ -22,11 +21,16 @@ from nanovllm.server.responses.request import ResponseRequest
 from nanovllm.server.responses.start import start
 from nanovllm.server.responses.translation import chat_request, input_items
 from nanovllm.server.state import ServerState, State
-from nanovllm.server.streaming import DONE, also_streams, stream_unless_gone, unless_gone
+from nanovllm.server.streaming import (
+    DONE,
+    also_streams,
+    encode,
+    named_event,
+    stream_unless_gone,
+    unless_gone,
+)
 
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
-
-encode = msgspec.json.Encoder().encode
 
 CUT_OFF: dict[str | None, Status] = {"length": "incomplete", "abort": "cancelled"}
 """What a response is whose completion ends for this reason; others complete it."""
@@ -105,6 +109,7 @@ class ResponseAnswer:
     async def _generate(self) -> AsyncGenerator[list[Event], None]:
         """Write the response, and yield the events that tell of it."""
         conversation = await start(self._state, self._request, self._chat)
+        conversation.names.add(self._response["id"])
         (choice,) = conversation.choices
         try:
             async for news in conversation.news():
@@ -154,8 +159,7 @@ class ResponseAnswer:
         """Server-sent events, numbered."""
         sent = b""
         for event in events:
-            numbered = event | {"sequence_number": self._num_events}
-            sent += b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode(numbered))
+            sent += named_event(event | {"sequence_number": self._num_events})
             self._num_events += 1
         return sent
 

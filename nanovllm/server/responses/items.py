@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
+from nanovllm.server.chat.wire import RefusalPart
 from nanovllm.server.fields import FAIL_FAST, MAX_LIST_LENGTH, WireModel
 
 MAX_ITEMS = 1 << 13
@@ -30,13 +31,6 @@ class TextPart(WireModel):
 
     type: Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
     text: str
-
-
-class RefusalPart(WireModel):
-    """What a message of the assistant says in place of an answer."""
-
-    type: Literal["refusal"]
-    text: str = Field(alias="refusal")
 
 
 def _kind_of_part(part: Any) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.server.chat.calls import arguments_of, call_of
 from nanovllm.server.responses.items import (
     FunctionCallItem,
@@ -21,7 +22,9 @@ def messages_of(
 ) -> list[Message]:
     """Return the messages that items are.
 
-    What the assistant thought, said and called in one go is one message.
+    What the assistant thought, said and called in one go is one message. A stored call that was cut
+    off, or whose arguments the model got wrong, is left out, and so is what the client made of it:
+    nobody could mend it.
 
     Args:
         items: The conversation, in order.
@@ -29,25 +32,39 @@ def messages_of(
         num_stored: How many of the items come from a stored response, and not from the request.
 
     Raises:
-        InvalidRequestError: The arguments of a call are no JSON object; `param` says where.
+        InvalidRequestError: The arguments of a call in the request are no JSON object; `param` says
+            where.
     """
     messages: list[Message] = []
+    left_out: set[str] = set()
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
     for index, item in enumerate(items, -num_stored):
         if isinstance(item, FunctionCallOutputItem):
+            if item.call_id in left_out:
+                continue
             content = text_of(item.output)
             messages.append({"role": "tool", "content": content, "tool_call_id": item.call_id})
         elif isinstance(item, MessageItem) and item.role != "assistant":
             messages.append({"role": item.role, "content": text_of(item.content)})
         elif isinstance(item, FunctionCallItem):
-            if index >= 0 or item.status == "completed":  # a call that was cut off is none
+            if index < 0 and not _is_whole(item):
+                left_out.add(item.call_id)
+            else:
                 _add_call(messages, item, f"input.{index}.arguments")
         elif isinstance(item, MessageItem):
             _add_content(messages, text_of(item.content))
         else:
             _add_reasoning(messages, item)
     return messages
+
+
+def _is_whole(item: FunctionCallItem) -> bool:
+    try:
+        arguments_of(item.arguments, "")
+    except InvalidRequestError:
+        return False
+    return item.status == "completed"
 
 
 def _add_reasoning(messages: list[Message], item: ReasoningItem) -> None:

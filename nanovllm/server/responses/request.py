@@ -2,33 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from nanovllm.server.chat.wire import MAX_TOOLS, FunctionName, SampledRequest
 from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
-    WHOLE,
-    BadWords,
-    Int64,
-    LogitBias,
     NumLogprobs,
-    NumTokens,
     Off,
-    Penalty,
-    RepetitionPenalty,
     RequestId,
-    Share,
-    Stop,
-    Temperature,
     TokenCount,
     WireModel,
     not_served,
 )
 from nanovllm.server.responses.items import Items
-
-MAX_TOOLS = 128
-FunctionName = Annotated[str, Field(pattern="^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class PlainText(WireModel):
@@ -161,17 +149,9 @@ class StreamOptions(WireModel):
     include_obfuscation: bool | None = Field(None, description="Has no effect: there is none.")
 
 
-class ResponseRequest(WireModel):
-    """A conversation to answer, and how. Fields that OpenAI does not have are vLLM's.
+class ResponseRequest(SampledRequest):
+    """A conversation to answer, and how. Fields that OpenAI does not have are vLLM's."""
 
-    A field that is null counts as left out. Sampling fields that are left out are what the model's
-    `generation_config.json` says.
-    """
-
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
     input: str | Items
     instructions: str | None = Field(
         None, description="Comes first, and is not kept for `previous_response_id`."
@@ -196,7 +176,6 @@ class ResponseRequest(WireModel):
     conversation: Annotated[None, not_served("use previous_response_id")] = None
     prompt: Annotated[None, not_served("there are no stored prompts")] = None
     context_management: Annotated[None, not_served("a conversation is never compacted")] = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     store: bool | None = Field(True, description="Whether to keep the response for a while.")
     background: Annotated[Off, not_served("an answer is waited for; use stream")] = None
@@ -205,31 +184,9 @@ class ResponseRequest(WireModel):
     max_tool_calls: TokenCount | None = Field(None, description="Has no effect: of built-in tools.")
     metadata: Metadata | None = None
     top_logprobs: NumLogprobs | None = None
-    temperature: Temperature | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1), WHOLE] | None = None
-    min_p: Share | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    seed: Int64 | None = None
-    stop: Stop = None
-    min_tokens: NumTokens | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    logit_bias: LogitBias | None = None
-    bad_words: BadWords | None = None
-    priority: Int64 | None = Field(0, description="Lower runs first.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="Share cached prefixes only with requests of the same salt."
-    )
     request_id: RequestId | None = Field(
         None, description="Used by `/abort`, as `X-Request-Id` is."
     )
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    service_tier: str | None = None
     moderation: Annotated[None, not_served("nothing is moderated")] = None
 
     @property

@@ -45,7 +45,7 @@ def chat_request(
         InvalidRequestError: The request contradicts itself, or asks for more than this server
             gives.
     """
-    note_ignored(request.model_extra)
+    note_ignored(request)
     if len(items) > MAX_ITEMS:
         raise InvalidRequestError(
             f"a conversation may have {MAX_ITEMS} items, this one has {len(items)}", "input"

@@ -14,6 +14,7 @@ from nanovllm.server.adapters import below_lora_dir, require_admin
 from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import WireModel
+from nanovllm.server.health import Status
 from nanovllm.server.state import State
 
 router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["speech"])
@@ -99,12 +100,6 @@ class LoRAStatus(BaseModel):
     lora_enabled: bool
 
 
-class Done(BaseModel):
-    """It is done."""
-
-    status: Literal["ok"] = "ok"
-
-
 @router.post("/lora/load", dependencies=ADMIN)
 async def load_lora(body: LoRAPath, state: State) -> LoadedLoRA:
     """Load the adapter of all requests that name none, in place of the one before."""
@@ -120,7 +115,7 @@ async def set_lora_enabled(body: LoRASwitch, state: State) -> LoRAStatus:
 
 
 @router.post("/lora/reset", dependencies=ADMIN)
-async def reset_lora(state: State) -> Done:
+async def reset_lora(state: State) -> Status:
     """Forget the adapter of `/lora/load`."""
     await state.speech.single_lora.reset()
-    return Done()
+    return Status()

@@ -56,6 +56,7 @@ class Utterance:
         by_sentence: bool = False,
     ) -> None:
         self.request_id = request_id
+        self.names = {request_id}
         self.num_samples = 0
         self._state = state
         self._text = text

@@ -236,6 +236,30 @@ class TestCalls:
             assert first["status"] == "incomplete"
             post(client, RESPONSES, input="And?", previous_response_id=first["id"])
 
+    @pytest.mark.parametrize("arguments", ['{"city": 1,}', '{"city": 01}', '{"city": "\\ud800"}'])
+    def test_a_call_that_the_model_got_wrong_is_forgotten(
+        self, client: TestClient, llm: FakeLLM, arguments: str
+    ) -> None:
+        """What is stored cannot be mended: the conversation could not be gone on with for good."""
+        assert llm.tokenizer is not None
+        llm.tokenizer.chat_templates["default"] = "{{ messages | tojson }}"
+        said = f'Well.<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+        llm.reply_ids = llm.frontend.encode(said)
+        first = post(client, RESPONSES, input="?", tools=[TOOL | {"strict": False}])
+        message, call = first["output"]
+        assert call["arguments"] == arguments
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Wrong."}
+        asked = {"role": "user", "content": "Again?"}
+        post(client, RESPONSES, input=[result, asked], previous_response_id=first["id"])
+        prompt = json.loads(llm.submitted[-1][0].prompt or "")
+        assert prompt == [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": message["content"][0]["text"]},
+            asked,
+        ]
+        error = refused(client, RESPONSES, input=[call, result, asked])
+        assert error["param"] == "input.0.arguments"
+
     def test_strictness(self, client: TestClient) -> None:
         """Who asks for it gets it or a 400, who says nothing gets what there is of it."""
         tool = TOOL | {"parameters": UNENFORCEABLE}
@@ -300,6 +324,29 @@ class TestFailures:
 
         asyncio.run(run())
         assert len(app.state.server.responses) == 0
+
+    def test_abort_by_the_id_of_an_answer(self, app: FastAPI, llm: FakeLLM) -> None:
+        """Also where the request has a name of its client's."""
+        llm.delay = 0.01
+        llm.reply_ids = [686] * 200
+        told = asyncio.Event()
+        ids: list[str] = []
+
+        def note(sent: bytes) -> bool:
+            if not ids and b"event: response.in_progress" in sent:
+                ids.append(json.loads(sent.split(b"data: ")[1].splitlines()[0])["response"]["id"])
+                told.set()
+            return False
+
+        async def run() -> bytes:
+            asked = call(app, RESPONSES, {"input": "Hi", "stream": True}, note, request_id="mine")
+            answer = asyncio.ensure_future(asked)
+            await asyncio.wait_for(told.wait(), 10)
+            aborted = await call(app, "/abort", {"request_id": ids[0]})
+            assert json.loads(aborted[1])["aborted"]
+            return (await answer)[1]
+
+        assert b'"status":"cancelled"' in asyncio.run(run())
 
     @pytest.mark.parametrize("streams", [False, True])
     def test_abort(self, app: FastAPI, llm: FakeLLM, streams: bool) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from nanovllm.server import generation
+from nanovllm.server.openai import completions
+from nanovllm.server.openai import logprobs as formats
 from tests.fake_llm import EOS, FakeLLM
 from tests.server_client import TEXT, post, refused, stream
 
@@ -103,6 +106,62 @@ def test_offsets_index_into_the_text(
     for token_id, begin, end in zip(ids, offsets, offsets[1:], strict=False):
         if end > begin and "\ufffd" not in (name := llm.tokenizer.token_text(token_id)):
             assert text[begin:end] == name
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("scored", [{"logprobs": 1}, {"prompt_logprobs": 1}, {"logprobs": None}])
+def test_a_prompt_is_written_down_once(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, streams: bool, scored: dict[str, Any]
+) -> None:
+    """For each of 128 completions it took minutes, and nobody else had a turn."""
+    lengths: list[int] = []
+    for name in ("echoed_logprobs", "prompt_logprobs"):
+
+        def counted(*given: Any, name: str = name) -> Any:
+            if given[0] is not None:
+                lengths.append(len(given[0]))
+            return getattr(formats, name)(*given)
+
+        monkeypatch.setattr(completions, name, counted)
+    monkeypatch.setattr(formats, "AT_ONCE", 2)
+    body = {"prompt": ["Once upon a time", "Once"], "n": 3, "echo": True, "max_tokens": 1, **scored}
+    if streams and "prompt_logprobs" not in scored:
+        opened: dict[int, Any] = {}
+        for chunk in stream(client, TEXT, **body):
+            opened.setdefault(chunk["choices"][0]["index"], chunk["choices"][0])
+        choices = [opened[index] for index in range(6)]
+    else:
+        choices = post(client, TEXT, **body)["choices"]
+    assert all(choice["text"].startswith("Once upon a time") for choice in choices[:3])
+    assert all(choice["text"].startswith("Once") for choice in choices[3:])
+    assert sorted(lengths) == ([] if scored == {"logprobs": None} else [1, 4])
+    if scored == {"prompt_logprobs": 1}:
+        assert [len(choice["prompt_logprobs"]) for choice in choices] == [4, 4, 4, 1, 1, 1]
+    elif scored == {"logprobs": 1}:
+        told = [choice["logprobs"]["tokens"][:4] for choice in choices]
+        assert told[:3] == [["Once", " upon", " a", " time"]] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt_logprobs": 9, "n": 2}, "n"),
+        ({"echo": True, "logprobs": 9, "prompt": [[1] * 50, [2] * 51]}, "prompt"),
+    ],
+)
+def test_more_scores_of_prompts_than_an_answer_takes(
+    client: TestClient,
+    llm: FakeLLM,
+    monkeypatch: pytest.MonkeyPatch,
+    body: dict[str, Any],
+    param: str,
+) -> None:
+    monkeypatch.setattr(generation, "MAX_PROMPT_SCORES", 1000)
+    error = refused(client, TEXT, **{"prompt": [1] * 51, "max_tokens": 1, **body})
+    assert error["param"] == param
+    assert "it takes 1000: lower n" in error["message"]
+    assert not llm.submitted
+    post(client, TEXT, **{"max_tokens": 1, **body, "prompt": [1] * 50})
 
 
 @pytest.mark.parametrize("streams", [False, True])

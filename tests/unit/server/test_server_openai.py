@@ -170,6 +170,30 @@ class TestChat:
         assert rendered[2] == {"role": "tool", "content": "2", "tool_call_id": "1"}
         assert decoder.raw_decode(prompt[end:])[0] == [tool]
 
+    @pytest.mark.parametrize("roles", [["system"] * 3, ["system", "developer", "developer"]])
+    def test_what_the_system_says_first_is_one_message(
+        self, client: TestClient, llm: FakeLLM, roles: list[str]
+    ) -> None:
+        """Codex sends instructions and a message of the developer; many templates take but one."""
+        assert llm.tokenizer is not None
+        llm.tokenizer.chat_templates["default"] = (
+            "{% for message in messages[1:] if message.role == 'system' %}"
+            "{{ raise_exception('System message must be at the beginning.') }}{% endfor %}"
+            "{{ messages | tojson }}"
+        )
+        first = [{"role": role, "content": text} for role, text in zip(roles, "abc", strict=True)]
+        post(client, CHAT, messages=[*first, *HI])
+        assert json.loads(llm.submitted[-1][0].prompt or "") == [
+            {"role": "system", "content": "a\nb\nc"},
+            *HI,
+        ]
+        post(client, "/v1/responses", instructions="a", input=[*first[1:], *HI])
+        assert llm.submitted[-1][0].prompt == llm.submitted[0][0].prompt
+        llm.tokenizer.chat_templates["default"] = "{{ messages | tojson }}{# developer #}"
+        post(client, CHAT, messages=[*first, *HI, *first])
+        rendered = json.loads(llm.submitted[-1][0].prompt or "")
+        assert [item["role"] for item in rendered] == [*dict.fromkeys(roles), "user", *roles]
+
     def test_template_variables(self, llm: FakeLLM) -> None:
         assert llm.tokenizer is not None
         llm.tokenizer.chat_templates["default"] = (

@@ -28,8 +28,19 @@ from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.limits import MAX_BYTES_ARRIVING, MAX_URL_SIZE, RequestLimits
 from nanovllm.server.protocol import BoundedProtocol
 from tests.fake_llm import FakeLLM
+from tests.fake_speech import FakeSpeech
+from tests.server_client import HI, build_speech
 
 KEY = "sk-one"
+SAFE_HEADERS = {
+    "cache-control",
+    "x-accel-buffering",
+    "x-content-type-options",
+    "content-length",
+    "content-type",
+    "vary",
+}
+"""Every script may read them, or none needs to."""
 Message = dict[str, Any]
 
 
@@ -164,6 +175,27 @@ class TestKeys:
         without_key = client.get("/version", headers={"Origin": "https://a.example"})
         assert without_key.status_code == 401
         assert without_key.headers["access-control-allow-origin"] == "https://a.example"
+
+    def test_a_browser_may_read_what_answers_say_of_themselves(self) -> None:
+        llm = FakeLLM()
+        app = build_speech(FakeSpeech(), llm, api_key=[KEY], allowed_origins=["https://a.example"])
+        client = TestClient(app, headers={"Origin": "https://a.example"})
+        key = {"Authorization": f"Bearer {KEY}"}
+        answers = [client.get("/v1/models"), client.get("/v1/completions", headers=key)]
+        for body in ({"messages": HI, "max_tokens": 1}, {"messages": HI, "stream": True}):
+            for path in ("/v1/messages", "/v1/chat/completions"):
+                answers.append(client.post(path, json={"max_tokens": 1, **body}, headers=key))
+        answers.append(client.post("/v1/audio/speech", json={"input": "Hi."}, headers=key))
+        for wire_format in ("raw", "pcm", "mp3"):
+            body = {"target_text": "Hi.", "response_format": wire_format}
+            answers.append(client.post("/generate", json=body, headers=key))
+        llm.overloaded = True
+        answers.append(client.post("/v1/completions", json={"prompt": "x"}, headers=key))
+        assert {answer.status_code for answer in answers} == {200, 401, 405, 503}
+        for answer in answers:
+            readable = answer.headers["access-control-expose-headers"].lower().split(", ")
+            special = {name for name in answer.headers if not name.startswith("access-control")}
+            assert special - SAFE_HEADERS <= set(readable)
 
     def test_no_origin_may_by_default(self) -> None:
         response = client_of().get("/version", headers={"Origin": "https://a.example"})

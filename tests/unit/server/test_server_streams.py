@@ -17,7 +17,17 @@ from nanovllm.server.errors import INTERNAL_ERROR
 from nanovllm.server.generation import Cursor
 from nanovllm.server.streaming import EventStream
 from tests.fake_llm import FakeLLM
-from tests.server_client import CHAT, HI, TEXT, build, call, events_of, post, stream
+from tests.server_client import (
+    CHAT,
+    HI,
+    TEXT,
+    build,
+    call,
+    events_of,
+    kept_while_streaming,
+    post,
+    stream,
+)
 
 
 class TestFailures:
@@ -197,6 +207,24 @@ class TestKeepAlive:
         status, answer = asyncio.run(call(app, CHAT, {"messages": HI, "stream": True}))
         assert status == 200
         assert events_of(answer.decode())[-1]["error"]["code"] == "engine_died"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": "Once"}),
+        (CHAT, {"messages": HI}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/messages", {"messages": HI, "max_tokens": 9}),
+        ("/api/chat", {"messages": HI}),
+        ("/api/generate", {"prompt": "Hi", "model": "demo_model"}),
+    ],
+)
+def test_what_has_no_effect_is_forgotten(app: FastAPI, path: str, body: dict[str, Any]) -> None:
+    """A stream may take long, and there may be many: none keeps the body of its request."""
+    padding = {"padding": [*range(1 << 18)]}
+    body = {"stream": True, "model": "demo_model", **body}
+    assert kept_while_streaming(app, path, body, padding) < 1 << 20
 
 
 def test_log_probabilities_that_were_taken_are_not_kept() -> None:

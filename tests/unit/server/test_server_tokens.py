@@ -1,10 +1,12 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`."""
 
+import threading
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from nanovllm.server.tokens import _spelled
 from tests.fake_llm import FakeLLM
 from tests.server_client import HI
 
@@ -21,6 +23,27 @@ def test_there_and_back(client: TestClient) -> None:
 def test_vocabulary_entries(client: TestClient) -> None:
     body = client.post("/tokenize", json={"prompt": "Once upon", "return_token_strs": True}).json()
     assert body["token_strs"] == ["Once", "Ġupon"]
+
+
+def test_a_long_text_is_spelled_out_in_a_thread_and_looked_at_once(
+    client: TestClient, llm: FakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte kept everybody waiting for a quarter of a second."""
+    threads: set[str] = set()
+
+    def spell(*given: Any) -> list[str]:
+        threads.add(threading.current_thread().name)
+        return _spelled(*given)
+
+    monkeypatch.setattr("nanovllm.server.tokens._spelled", spell)
+    monkeypatch.setattr(
+        "fastapi.routing.serialize_response", lambda **_: pytest.fail("validated again")
+    )
+    body = {"prompt": "Once upon " * 2000, "return_token_strs": True}
+    tokenized = client.post("/tokenize", json=body).json()
+    assert len(tokenized["tokens"]) == len(tokenized["token_strs"]) == tokenized["count"] > 4000
+    assert all(name.startswith("asyncio_") for name in threads)
+    assert threads
 
 
 def test_a_conversation_is_what_chat_makes_of_it(client: TestClient, llm: FakeLLM) -> None:

@@ -312,6 +312,24 @@ class TestChoice:
         assert error["param"] == "tools"
         assert "not" in error["message"]
 
+    @pytest.mark.parametrize("kind", [None, 5, True, "an object", ["string"], {}])
+    @pytest.mark.parametrize("template", ["qwen2.5", "qwen3-coder", "llama-pythonic"])
+    def test_a_schema_of_something_else(self, template: str, kind: Any) -> None:
+        client, _ = says("Hi", template)
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}]
+        error = refused(client, CHAT, messages=HI, tools=tools, tool_choice="required")
+        assert error["param"] == "tools"
+        assert error["message"].startswith("f: 'parameters' must be a schema of type 'object'")
+
+    @pytest.mark.parametrize("choices", [5, [5], [None], {}])
+    def test_text_of_which_the_choices_are_none(self, choices: Any) -> None:
+        client, _ = says("Hi", "qwen3-coder")
+        text = {"type": "string", "enum": choices}
+        parameters = {"type": "object", "properties": {"a": text}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        error = refused(client, CHAT, messages=HI, tools=tools, tool_choice="required")
+        assert error["param"] == "tools"
+
 
 class TestThoughts:
     def test_a_whole_answer(self) -> None:

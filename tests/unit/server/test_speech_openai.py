@@ -2,10 +2,8 @@
 
 import asyncio
 import base64
-import gc
 import io
 import json
-import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,14 @@ from nanovllm.batch import UNUSABLE_PATCH
 from nanovllm.config import SpeechConfig
 from nanovllm.errors import EngineDeadError
 from tests.fake_speech import PATCH_LATENTS, V2, FakeSpeech
-from tests.server_client import base64_of, build_speech, call, recording, refused
+from tests.server_client import (
+    base64_of,
+    build_speech,
+    call,
+    kept_while_streaming,
+    recording,
+    refused,
+)
 
 SPEECH = "/v1/audio/speech"
 SECONDS = 5 * 1280 / 16000
@@ -279,28 +284,10 @@ def test_a_recording_is_forgotten_once_it_is_encoded() -> None:
     speech = FakeSpeech(info=V2)
     seconds = np.random.default_rng(0).integers(-9999, 9999, 60 * 16000, np.int16)
     audio = base64_of(encode_audio("wav", 16000, seconds / np.float32(32768)))
-    app = build_speech(speech)
-    kept: list[int] = []
-
-    def note(sent: bytes) -> bool:
-        if sent and not kept:
-            gc.collect()
-            kept.append(tracemalloc.get_traced_memory()[0])
-        return False
-
-    async def run(**body: Any) -> None:
-        body = {"input": "Hello.", "response_format": "pcm", **body}
-        await call(app, SPEECH, body, leave_when=note)
-
-    asyncio.run(run())  # what is made once and stays
-    kept.clear()
-    tracemalloc.start()
-    try:
-        asyncio.run(run(ref_audio=audio))
-    finally:
-        tracemalloc.stop()
+    body = {"input": "Hello.", "response_format": "pcm"}
     assert len(audio) > 2 << 20
-    assert kept[0] < len(audio) / 2
+    kept = kept_while_streaming(build_speech(speech), SPEECH, body, {"ref_audio": audio})
+    assert kept < len(audio) / 2
 
 
 def test_abort_between_the_sentences_of_a_long_text() -> None:
