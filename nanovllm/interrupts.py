@@ -56,8 +56,8 @@ def interrupts_held_back() -> Iterator[None]:
     finally:
         _hold = outer
         signal.signal(signal.SIGINT, handler)
-        if hold.is_held:
-            signal.raise_signal(signal.SIGINT)
+        if hold.is_held:  # not raised again: asyncio heard of it when it came
+            handler(signal.SIGINT, None)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def interrupts_let_in() -> Iterator[None]:
     try:
         if hold.is_held:
             hold.is_held = False
-            signal.raise_signal(signal.SIGINT)
+            hold(signal.SIGINT, None)
         yield
     finally:
         hold.lets_in = False

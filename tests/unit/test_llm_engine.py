@@ -1,5 +1,6 @@
 """The engine around the scheduler: admission, steps in flight, failures, counters."""
 
+import asyncio
 import itertools
 import logging
 import signal
@@ -14,6 +15,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.errors import ContextLengthError, InvalidRequestError
+from nanovllm.interrupts import interrupts_held_back, interrupts_let_in
 from nanovllm.sampling_params import SamplingParams
 from tests.ctrl_c import ctrl_c_at_line
 from tests.fake_runners import (
@@ -296,6 +298,28 @@ def test_ctrl_c_anywhere_leaves_the_engine_usable(depth: int) -> None:
         assert not harness.engine.scheduler._in_flight
         assert harness.engine.scheduler.num_free_slots == 4
     assert num_interrupts > 300
+
+
+def test_asyncio_hears_of_one_ctrl_c_once() -> None:
+    """It heard of it again when it was raised again behind the end."""
+
+    async def press(let_in: bool) -> int:
+        calls: list[int] = []
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, calls.append, 1)
+        try:
+            with interrupts_held_back():
+                signal.raise_signal(signal.SIGINT)
+                if let_in:
+                    with interrupts_let_in():
+                        pass
+            for _ in range(3):
+                await asyncio.sleep(0.01)
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        return len(calls)
+
+    assert [asyncio.run(press(let_in)) for let_in in (False, True)] == [1, 1]
 
 
 @pytest.mark.parametrize("depth", [0, 1])
