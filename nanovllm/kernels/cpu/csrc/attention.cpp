@@ -23,9 +23,9 @@ constexpr long kTileDepth = kTileBytes / sizeof(Bf16);  // positions that an AMX
 // What a thread works in.
 template <class T>
 struct Workspace {
-  alignas(64) T queries[kTileQueries * (kMaxHeadDim + 32)];
+  alignas(64) Operand<T> queries[kTileQueries * (kMaxHeadDim + 32)];
   alignas(64) float scores[kTileQueries * kChunk];
-  alignas(64) T weights[kTileQueries * kChunk];
+  alignas(64) Operand<T> weights[kTileQueries * kChunk];
   alignas(64) float outputs[kTileQueries * kMaxHeadDim];
   alignas(64) T keys[kChunk * kMaxHeadDim];    // of a chunk of int8, expanded
   alignas(64) T values[kChunk * kMaxHeadDim];
@@ -105,7 +105,7 @@ class TileAttention {
     for (long i = 0; i < task_.count; i++) {
       for (long h = 0; h < num_heads_; h++) {
         const T* source = q + (token(i) * shape_.num_heads + first_head_ + h) * shape_.head_dim;
-        T* target = space_.queries + (i * num_heads_ + h) * query_stride();
+        auto* target = space_.queries + (i * num_heads_ + h) * query_stride();
         for (long d = 0; d < cell_.dim; d += kWidth) {
           const long count = shape_.head_dim - d;
           store(target + d, count > 0 ? load(source + d, count) : Floats{});
@@ -123,8 +123,8 @@ class TileAttention {
     point_to_keys(column, width, keys);
     point_to_values(column, width, values);
     const bool tiled_scores = uses_tiles<T>(rows_, cell_.dim, shape_.one_path);
-    multiply(tiled_scores, space_.queries, query_stride(), rows_, keys, int(width / kTile), 0, 1,
-             cell_.dim, space_.scores, kChunk, false);
+    multiply<T>(tiled_scores, space_.queries, query_stride(), rows_, keys, int(width / kTile), 0, 1,
+                cell_.dim, space_.scores, kChunk, false);
     for (long i = 0; i < task_.count; i++) {
       const long position = plan_.positions[token(i)];
       const long low = window_ ? std::max(task_.begin, position - window_ + 1) : task_.begin;
@@ -138,8 +138,8 @@ class TileAttention {
       }
     }
     const bool tiled_values = uses_tiles<T>(rows_, value_segment_, shape_.one_path);
-    multiply(tiled_values, space_.weights, kChunk, rows_, values, value_tiles, value_tiles,
-             num_segments, value_segment_, space_.outputs, cell_.dim, true);
+    multiply<T>(tiled_values, space_.weights, kChunk, rows_, values, value_tiles, value_tiles,
+                num_segments, value_segment_, space_.outputs, cell_.dim, true);
   }
 
   void point_to_keys(long column, long width, const T** keys) {
@@ -214,7 +214,7 @@ class TileAttention {
   // Scores of a row to weights, by the online softmax; columns outside [low, high) are not seen.
   void weigh(long row, long column, long width, long low, long high) {
     float* scores = space_.scores + row * kChunk;
-    T* weights = space_.weights + row * kChunk;
+    auto* weights = space_.weights + row * kChunk;
     const bool quantized = shape_.cache == kInt8;
     const bool ragged = cell_.positions != shape_.block_size;
     const float scale = shape_.scale * kLog2E;

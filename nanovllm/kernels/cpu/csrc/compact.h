@@ -117,7 +117,7 @@ inline void expand(const CompactSlice slice) {
 
 // R rows times C tiles of a slice, in the order of `multiply`. With kKeep the tiles are kept.
 template <int R, int C, bool kKeep>
-inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long a_stride, float* c,
+inline void compact_dot(const CompactSlice slice, int tile, const Operand<Bf16>* a, long a_stride, float* c,
                         long c_stride, bool accumulate) {
   Sums<Floats, R, C> sums;
   if (accumulate) sums.load(c, c_stride);
@@ -140,11 +140,15 @@ inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long 
               Bf16* kept = slice.expanded + (tile + j) * slice.tile_size + (k + g + 2 * i) * kTile;
               std::memcpy(kept + part * kWidth * 2, &rows[i], kVectorBytes);
             }
+#pragma GCC unroll 2
+            for (int half = 0; half < kParts<Bf16>; half++) {
+              const Words w = part_of(Bf16{}, rows[i], half);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) {
-              const Words x = splat_word(word_at(a + r * a_stride + k + g + 2 * i));
-              Floats& total = sums.at[r][j * kSplits + part];
-              total = multiply_add(total, Bf16{}, x, rows[i]);
+              for (int r = 0; r < R; r++) {
+                const Words x = splat_word(word_at(a + r * a_stride + k + g + 2 * i + half));
+                Floats& total = sums.at[r][j * kSplits + part];
+                total = multiply_add(total, Bf16{}, x, w);
+              }
             }
           }
         }
@@ -156,13 +160,14 @@ inline void compact_dot(const CompactSlice slice, int tile, const Bf16* a, long 
 
 // Up to kDotRows rows times all tiles of a slice.
 template <bool kKeep>
-inline void multiply_compact(const CompactSlice& slice, const Bf16* a, long a_stride, long rows,
+inline void multiply_compact(const CompactSlice& slice, const Operand<Bf16>* a, long a_stride, long rows,
                              float* c, long c_stride, bool accumulate) {
   for_rows(rows, [&](auto num_rows) {
     constexpr int R = num_rows();
+    constexpr int C = kDotTiles<R>;
     int j = 0;
-    for (; j + kDotTiles <= slice.num_tiles; j += kDotTiles) {
-      compact_dot<R, kDotTiles, kKeep>(slice, j, a, a_stride, c + j * kTile, c_stride, accumulate);
+    for (; j + C <= slice.num_tiles; j += C) {
+      compact_dot<R, C, kKeep>(slice, j, a, a_stride, c + j * kTile, c_stride, accumulate);
     }
     for (; j < slice.num_tiles; j++) {
       compact_dot<R, 1, kKeep>(slice, j, a, a_stride, c + j * kTile, c_stride, accumulate);

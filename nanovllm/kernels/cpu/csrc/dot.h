@@ -27,19 +27,93 @@ inline int tiles_of_panel(const Weights& w, long panel) {
 template <class T>
 constexpr int kPack = 4 / sizeof(T);
 
-// Rows and tiles whose accumulators fit the registers.
+// Rows whose sums fit the registers, and tiles beside R of them: as many sums as hide the latency.
 #if defined(NANOVLLM_AVX512)
 constexpr int kDotRows = 6;
+template <int R>
 constexpr int kDotTiles = 4;
+#elif defined(__AVX2__) || defined(__ARM_NEON)
+constexpr int kDotRows = 4;
+template <int R>
+constexpr int kDotTiles = R == 1 ? 4 : R == 2 ? 2 : 1;
 #else
 constexpr int kDotRows = 4;
+template <int R>
 constexpr int kDotTiles = 1;
 #endif
+
+// Whether a lane of two bf16, or of four int8, is multiplied as a whole.
+#if (defined(__AVX512BF16__) && defined(NANOVLLM_AVX512)) || \
+    defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(NANOVLLM_EMULATE_AMX)
+#define NANOVLLM_BF16_DOT 1
+#endif
+#if (defined(__AVX512VNNI__) && defined(NANOVLLM_AVX512)) || defined(__AVXVNNI__) || \
+    defined(__ARM_FEATURE_MATMUL_INT8) || defined(NANOVLLM_EMULATE_AMX)
+#define NANOVLLM_INT8_DOT 1
+#endif
+
+// The type of activations that are multiplied with columns of T. Where no instruction takes a lane as
+// a whole, it has two *parts*: a float each, or two int16 each. Columns are taken apart in registers,
+// once for all rows; activations beforehand.
+template <class T>
+struct OperandOf {
+  using Type = T;
+};
+#if !defined(NANOVLLM_BF16_DOT)
+template <>
+struct OperandOf<Bf16> {
+  using Type = float;
+};
+#endif
+#if !defined(NANOVLLM_INT8_DOT)
+template <>
+struct OperandOf<int8_t> {
+  using Type = int16_t;
+};
+#endif
+template <class T>
+using Operand = typename OperandOf<T>::Type;
+template <class T>
+constexpr int kParts = sizeof(Operand<T>) / sizeof(T);
 
 inline uint32_t word_at(const void* p) {
   uint32_t word;
   std::memcpy(&word, p, 4);
   return word;
+}
+
+// A part of the lanes of columns of float, bf16, or unsigned bytes.
+inline Words part_of(float, Words w, int) { return w; }
+
+inline Words part_of(Bf16, Words w, int part) {
+  if constexpr (kParts<Bf16> == 1) return w;
+  return part ? w & 0xffff0000u : w << 16;
+}
+
+#if defined(__AVX2__)
+// Where the bytes of a part's int16 come from, in each 16 bytes; 128 is a zero.
+struct PairBytes {
+  uint8_t at[2][kVectorBytes];
+
+  constexpr PairBytes() : at() {
+    for (int i = 0; i < 2 * kVectorBytes; i++) {
+      const int part = i / kVectorBytes, byte = i % 16;
+      at[part][i % kVectorBytes] = byte % 2 ? 128 : byte / 4 * 4 + part * 2 + byte % 4 / 2;
+    }
+  }
+};
+alignas(64) inline constexpr PairBytes kPairBytes;
+#endif
+
+inline Words part_of(int8_t, Words w, int part) {
+  if constexpr (kParts<int8_t> == 1) return w;
+#if defined(__AVX2__)
+  const Bytes index = load_raw<Bytes>(kPairBytes.at[part]);
+  return bit_cast<Words>(look_up(bit_cast<Bytes>(w), index));
+#else
+  const Words pair = part ? w >> 16 : w;
+  return (pair & 0xffu) | (pair & 0xff00u) << 8;
+#endif
 }
 
 inline Floats multiply_add(Floats acc, float, Words x, Words w) {
@@ -53,9 +127,11 @@ inline Floats multiply_add(Floats acc, Bf16, Words x, Words w) {
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   return bit_cast<Floats>(vbfdotq_f32(bit_cast<float32x4_t>(acc), bit_cast<bfloat16x8_t>(x),
                                       bit_cast<bfloat16x8_t>(w)));
-#else
+#elif defined(NANOVLLM_BF16_DOT)
   acc += bit_cast<Floats>(x << 16) * bit_cast<Floats>(w << 16);
   return acc + bit_cast<Floats>(x & 0xffff0000u) * bit_cast<Floats>(w & 0xffff0000u);
+#else
+  return multiply_add(acc, 0.0f, x, w);
 #endif
 }
 
@@ -64,29 +140,19 @@ inline Ints multiply_add(Ints acc, int8_t, Words x, Words w) {
 #if defined(__AVX512VNNI__) && defined(NANOVLLM_AVX512)
   return bit_cast<Ints>(
       _mm512_dpbusd_epi32(bit_cast<__m512i>(acc), bit_cast<__m512i>(w), bit_cast<__m512i>(x)));
-#elif defined(__AVXVNNI__) && defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+#elif defined(__AVXVNNI__) && !defined(NANOVLLM_AVX512)
   return bit_cast<Ints>(
       _mm256_dpbusd_avx_epi32(bit_cast<__m256i>(acc), bit_cast<__m256i>(w), bit_cast<__m256i>(x)));
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
   return bit_cast<Ints>(
       vusdotq_s32(bit_cast<int32x4_t>(acc), bit_cast<uint8x16_t>(w), bit_cast<int8x16_t>(x)));
+#elif defined(NANOVLLM_INT8_DOT)
+  for (int shift = 0; shift < 32; shift += 8) {
+    acc += (bit_cast<Ints>(x << (24 - shift)) >> 24) * bit_cast<Ints>((w >> shift) & 0xffu);
+  }
+  return acc;
 #else
-  const Shorts x_even = (bit_cast<Shorts>(x) << 8) >> 8, x_odd = bit_cast<Shorts>(x) >> 8;
-  const Words w_even = w & 0x00ff00ffu, w_odd = (w >> 8) & 0x00ff00ffu;
-#if defined(NANOVLLM_AVX512)
-  const __m512i even = _mm512_madd_epi16(bit_cast<__m512i>(x_even), bit_cast<__m512i>(w_even));
-  const __m512i odd = _mm512_madd_epi16(bit_cast<__m512i>(x_odd), bit_cast<__m512i>(w_odd));
-  return acc + bit_cast<Ints>(even) + bit_cast<Ints>(odd);
-#elif defined(__AVX2__)
-  const __m256i even = _mm256_madd_epi16(bit_cast<__m256i>(x_even), bit_cast<__m256i>(w_even));
-  const __m256i odd = _mm256_madd_epi16(bit_cast<__m256i>(x_odd), bit_cast<__m256i>(w_odd));
-  return acc + bit_cast<Ints>(even) + bit_cast<Ints>(odd);
-#else
-  const Ints xe = bit_cast<Ints>(x_even), xo = bit_cast<Ints>(x_odd);
-  const Ints we = bit_cast<Ints>(w_even), wo = bit_cast<Ints>(w_odd);
-  return acc + ((xe << 16) >> 16) * (we & 0xffff) + (xe >> 16) * (we >> 16) +
-         ((xo << 16) >> 16) * (wo & 0xffff) + (xo >> 16) * (wo >> 16);
-#endif
+  return acc + multiply_pairs(x, w);
 #endif
 }
 
@@ -121,10 +187,24 @@ struct Sums {
   }
 };
 
+// Adds the products of a lane of R rows, or a part of it, and a row of C tiles.
+template <class T, int R, int C>
+inline void multiply_row(Sums<AccumulatorVector<T>, R, C>& sums, const Operand<T>* a, long a_stride,
+                         const Words (&w)[C * kSplits]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++) {
+    const Words x = splat_word(word_at(a + r * a_stride));
+#pragma GCC unroll 16
+    for (int j = 0; j < C * kSplits; j++) {
+      sums.at[r][j] = multiply_add(sums.at[r][j], T{}, x, w[j]);
+    }
+  }
+}
+
 // R rows times C tiles; see `multiply`. Meanwhile kAhead cache lines are fetched every step of the
 // depth, from `ahead` on.
 template <class T, int R, int C, int kAhead = 0>
-inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile_stride,
+inline void dot_block(const Operand<T>* a, long a_stride, const T* const* tiles, int tile_stride,
                       int segments, long length, Accumulator<T>* c, long c_stride,
                       bool accumulate, [[maybe_unused]] const char* ahead = nullptr) {
   Sums<AccumulatorVector<T>, R, C> sums;
@@ -135,18 +215,15 @@ inline void dot_block(const T* a, long a_stride, const T* const* tiles, int tile
     for (long k = 0; k < length; k += kPack<T>) {
 #pragma GCC unroll 4
       for (int line = 0; line < kAhead; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-      Words w[C * kSplits];
-#pragma GCC unroll 16
-      for (int j = 0; j < C * kSplits; j++) {
-        w[j] = load_raw<Words>(columns[j / kSplits] + k * kTile + j % kSplits * kWidth * kPack<T>);
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const Words x = splat_word(word_at(a + r * a_stride + k));
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts<T>; part++) {
+        Words w[C * kSplits];
 #pragma GCC unroll 16
         for (int j = 0; j < C * kSplits; j++) {
-          sums.at[r][j] = multiply_add(sums.at[r][j], T{}, x, w[j]);
+          const T* row = columns[j / kSplits] + k * kTile;
+          w[j] = part_of(T{}, load_raw<Words>(row + j % kSplits * kWidth * kPack<T>), part);
         }
+        multiply_row<T>(sums, a + k + part * kPack<Operand<T>>, a_stride, w);
       }
     }
   }
@@ -169,18 +246,19 @@ struct Ahead {
 
 // R rows times any number of tiles, fetching kAhead lines a step.
 template <class T, int R, int kAhead>
-inline void dot_rows(const T* a, long a_stride, const T* const* tiles, int num_tiles,
+inline void dot_rows(const Operand<T>* a, long a_stride, const T* const* tiles, int num_tiles,
                      int tile_stride, int segments, long length, Accumulator<T>* c, long c_stride,
                      bool accumulate, Ahead& ahead) {
+  constexpr int C = kDotTiles<R>;
   int j = 0;
-  for (; j + kDotTiles <= num_tiles; j += kDotTiles) {
+  for (; j + C <= num_tiles; j += C) {
     const char* lines = kAhead ? ahead.take(segments * length / kPack<T> * kAhead) : nullptr;
     if (lines) {
-      dot_block<T, R, kDotTiles, kAhead>(a, a_stride, tiles + j, tile_stride, segments, length,
-                                         c + j * kTile, c_stride, accumulate, lines);
+      dot_block<T, R, C, kAhead>(a, a_stride, tiles + j, tile_stride, segments, length,
+                                 c + j * kTile, c_stride, accumulate, lines);
     } else {
-      dot_block<T, R, kDotTiles>(a, a_stride, tiles + j, tile_stride, segments, length,
-                                 c + j * kTile, c_stride, accumulate);
+      dot_block<T, R, C>(a, a_stride, tiles + j, tile_stride, segments, length, c + j * kTile,
+                         c_stride, accumulate);
     }
   }
   for (; j < num_tiles; j++) {
@@ -204,32 +282,38 @@ inline void for_rows(long rows, Body&& body) {
   }
 }
 
+// Calls `body` for blocks of rows, with their number in a block as a constant, its first row, and the
+// number of blocks. They are of about equal size: one or two rows at the end would wait for their sums.
+template <class Body>
+inline void for_blocks(long rows, Body&& body) {
+  const long blocks = (rows + kDotRows - 1) / kDotRows;
+  for (long r = 0, block = 0; block < blocks; block++) {
+    const long count = (rows - r + blocks - block - 1) / (blocks - block);
+    for_rows(count, [&](auto num_rows) { body(num_rows, r, blocks); });
+    r += count;
+  }
+}
+
 // c[rows, 16 * num_tiles] (+)= a[rows, segments * length] x tiles.
 //
 // The depth may lie in several segments, as values do in blocks: segment s of column tile j is at
 // tiles[s * tile_stride + j] and starts at a[., s * length]. `length` is a multiple of kPack<T>.
 // Every row is summed in the same order whatever the number of rows.
 template <class T>
-inline void multiply_vectors(const T* a, long a_stride, long rows, const T* const* tiles,
+inline void multiply_vectors(const Operand<T>* a, long a_stride, long rows, const T* const* tiles,
                              int num_tiles, int tile_stride, int segments, long length,
                              Accumulator<T>* c, long c_stride, bool accumulate, Ahead& ahead) {
-  // Blocks of about equal size: one or two rows at the end would wait for their own sums. A step
-  // reads a line of each tile, which is as much as all blocks together fetch.
-  const long blocks = (rows + kDotRows - 1) / kDotRows;
-  const long lines = ahead.at == ahead.end ? 0 : (kDotTiles + blocks - 1) / blocks;
-  for (long r = 0, block = 0; block < blocks; block++) {
-    const long count = (rows - r + blocks - block - 1) / (blocks - block);
-    for_rows(count, [&](auto num_rows) {
-      constexpr int R = num_rows();
-      const auto rows_of = lines > 2    ? dot_rows<T, R, 4>
-                           : lines == 2 ? dot_rows<T, R, 2>
-                           : lines == 1 ? dot_rows<T, R, 1>
-                                        : dot_rows<T, R, 0>;
-      rows_of(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments, length,
-              c + r * c_stride, c_stride, accumulate, ahead);
-    });
-    r += count;
-  }
+  for_blocks(rows, [&](auto num_rows, long r, long blocks) {
+    constexpr int R = num_rows();
+    // A step reads a line of each tile, which is as much as all blocks together fetch.
+    const long lines = ahead.at == ahead.end ? 0 : (kDotTiles<R> + blocks - 1) / blocks;
+    const auto rows_of = lines > 2    ? dot_rows<T, R, 4>
+                         : lines == 2 ? dot_rows<T, R, 2>
+                         : lines == 1 ? dot_rows<T, R, 1>
+                                      : dot_rows<T, R, 0>;
+    rows_of(a + r * a_stride, a_stride, tiles, num_tiles, tile_stride, segments, length,
+            c + r * c_stride, c_stride, accumulate, ahead);
+  });
 }
 
 #if defined(NANOVLLM_AMX)
@@ -329,7 +413,7 @@ constexpr bool uses_tiles([[maybe_unused]] long rows, [[maybe_unused]] long leng
 
 // See `multiply_vectors`; on AMX tiles if `tiled`, which is what `uses_tiles` said.
 template <class T>
-inline void multiply([[maybe_unused]] bool tiled, const T* a, long a_stride, long rows,
+inline void multiply([[maybe_unused]] bool tiled, const Operand<T>* a, long a_stride, long rows,
                      const T* const* tiles, int num_tiles, int tile_stride, int segments,
                      long length, Accumulator<T>* c, long c_stride, bool accumulate,
                      Ahead* ahead = nullptr) {

@@ -26,7 +26,7 @@ constexpr long kExpandingRows = 4;      // of many: more would leave no register
 constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
 constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
 
-// Activations as a kernel reads them.
+// Activations as a kernel reads them: elements of T.
 template <class T>
 struct Input {
   const T* data;
@@ -61,12 +61,12 @@ Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long 
 }
 
 // Rounds each group of each row to int8 by its largest magnitude.
-template <class From>
-Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long depth,
-                            long padded_depth, long group) {
+template <class Code, class From>
+Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth, long padded_depth,
+                          long group) {
   const long groups = padded_depth / group, padded_rows = round_up(rows, 2 * kTileRows);
   const long stride = padded_depth + 64;
-  auto* data = static_cast<int8_t*>(session.scratch(0, padded_rows * stride));
+  auto* data = static_cast<Code*>(session.scratch(0, padded_rows * stride * sizeof(Code)));
   auto* scales = static_cast<float*>(session.scratch(1, rows * groups * 4));
   auto* sums = static_cast<int32_t*>(session.scratch(2, rows * groups * 4));
   session.parallel(rows, [&](long r) {
@@ -74,12 +74,12 @@ Input<int8_t> quantize_rows(Session& session, const From* x, long rows, long dep
       const From* source = x + r * depth + g * group;
       const long count = std::clamp(depth - g * group, 0L, group);
       const auto [scale, inverse] = int8_scale(source, count);
-      int8_t* row = data + r * stride + g * group;
+      Code* row = data + r * stride + g * group;
       Ints total{};
       for (long k = 0; k < group; k += kWidth) {
         const Floats v = k < count ? load(source + k, count - k) : Floats{};
-        const Ints code = round_to_ints(v * inverse);
-        total += (code << 24) >> 24;  // as stored: a NaN times `inverse` has any bits
+        const Ints code = (round_to_ints(v * inverse) << 24) >> 24;  // a NaN has any bits
+        total += code;
         store_narrow(row + k, code);
       }
       int32_t group_sum = 0;
@@ -122,20 +122,21 @@ const T* tile_of(const Weights& w, long tile) {
 
 // Sums of one panel over the whole depth.
 template <class T>
-void multiply_panel(const Weights& w, const Input<T>& in, bool tiled, Panel& panel) {
+void multiply_panel(const Weights& w, const Input<Operand<T>>& in, bool tiled, Panel& panel) {
   auto* sums = reinterpret_cast<Accumulator<T>*>(panel.sums);
   const long step = tiled ? kTiledDepthBlock : kDepthBlock<T>;
   for (long k = 0; k < w.padded_depth; k += step) {
     const long depth = std::min<long>(step, w.padded_depth - k);
     const T* tiles[kMaxColumnTiles];
     for (int j = 0; j < panel.num_tiles; j++) tiles[j] = tile_of<T>(w, panel.tile + j) + k * kTile;
-    multiply(tiled, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
-             panel.num_tiles, 0, 1, depth, sums, kPanel, k > 0, &panel.ahead);
+    multiply<T>(tiled, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
+                panel.num_tiles, 0, 1, depth, sums, kPanel, k > 0, &panel.ahead);
   }
 }
 
 // The same of a compact weight. The first rows expand it in passing, for those that follow.
-void multiply_compact_panel(const Weights& w, const Input<Bf16>& in, bool tiled, Panel& panel) {
+void multiply_compact_panel(const Weights& w, const Input<Operand<Bf16>>& in, bool tiled,
+                            Panel& panel) {
   constexpr long kMost = kDepthBlock<Bf16>;
   alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles * kMost * kTile];
   const long step = tiled ? kTiledDepthBlock : kMost;
@@ -146,20 +147,20 @@ void multiply_compact_panel(const Weights& w, const Input<Bf16>& in, bool tiled,
   for (int j = 0; j < panel.num_tiles; j++) tiles[j] = expanded + j * slice.tile_size;
   for (long k = 0; k < w.padded_depth; k += step, slice.blocks += step / kBlockDepth) {
     slice.depth = std::min<long>(step, w.padded_depth - k);
-    const Bf16* x = in.data + panel.row * in.stride + k;
+    const auto* x = in.data + panel.row * in.stride + k;
     const auto multiply_first = others ? multiply_compact<true> : multiply_compact<false>;
     if (first) multiply_first(slice, x, in.stride, first, panel.sums, kPanel, k > 0);
     else expand(slice);
     if (others) {
-      multiply(tiled, x + first * in.stride, in.stride, others, tiles, panel.num_tiles, 0, 1,
-               slice.depth, panel.sums + first * kPanel, kPanel, k > 0, &panel.ahead);
+      multiply<Bf16>(tiled, x + first * in.stride, in.stride, others, tiles, panel.num_tiles, 0, 1,
+                     slice.depth, panel.sums + first * kPanel, kPanel, k > 0, &panel.ahead);
     }
   }
 }
 
 // int8, one group a row.
-void multiply_int8(const Weights& w, const Input<int8_t>& in, bool tiled, Panel& panel) {
-  multiply_panel(w, in, tiled, panel);
+void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tiled, Panel& panel) {
+  multiply_panel<int8_t>(w, in, tiled, panel);
   const auto* sums = reinterpret_cast<const int32_t*>(panel.sums);
   const float* scales = w.scales + panel.tile * kTile;
   for (long r = 0; r < panel.rows; r++) {
@@ -188,6 +189,30 @@ inline Ints load_zero(const Int4Panel& panel, bool has_zeros, long group, long t
   return widen(reinterpret_cast<const int8_t*>(panel.zeros(group, tile)) + lane);
 }
 
+// Sums of products with codes of four bits, begun from exact sums and ended as such, over at most
+// kNibbleDepth inputs. Without an instruction for four int8 they have 16 bits: 15 * 128 * 32 / 2 < 2^15.
+#if defined(NANOVLLM_INT8_DOT)
+using NibbleSums = Ints;
+constexpr long kNibbleDepth = 256;  // the largest group
+
+inline NibbleSums begin_nibbles(Ints exact) { return exact; }
+inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
+  return multiply_add(sums, int8_t{}, x, codes);
+}
+inline Ints end_nibbles(Ints, NibbleSums sums) { return sums; }
+#else
+using NibbleSums = Shorts;
+constexpr long kNibbleDepth = 32;
+
+inline NibbleSums begin_nibbles(Ints) { return NibbleSums{}; }
+inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
+  return sums + multiply_bytes(codes, x);
+}
+inline Ints end_nibbles(Ints exact, NibbleSums sums) {
+  return exact + multiply_pairs(bit_cast<Words>(sums), splat_word(0x00010001u));
+}
+#endif
+
 // R rows times C tiles of int4: exact within a group, then scaled into floats. Meanwhile a line is
 // fetched every step from `next` on, or if that is null, what comes soon.
 template <int R, int C>
@@ -211,28 +236,64 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
       }
     }
     const char* line = panel.codes(g, tile);
-    for (long k = 0; k < group_size; k += Int4Panel::kStep, line += stride) {
-      if (next) {
-        __builtin_prefetch(next, 0, 2);
-        next += 64;
-      } else {
-        for (int j = 0; j < C; j++) __builtin_prefetch(line + kInt4Ahead + j * 64);
-      }
-      Words codes[C * kSplits];
-#pragma GCC unroll 16
-      for (int j = 0; j < C * kSplits; j++) codes[j] = load_raw<Words>(line + j * kVectorBytes);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; half++) {
-        Words weights[C * kSplits];
-#pragma GCC unroll 16
-        for (int j = 0; j < C * kSplits; j++) weights[j] = (codes[j] >> (4 * half)) & 0x0f0f0f0fu;
+    for (long begin = 0; begin < group_size; begin += kNibbleDepth) {
+      NibbleSums partial[R][C * kSplits];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-          const Words four = splat_word(word_at(x + r * in.stride + k + 4 * half));
+      for (int r = 0; r < R; r++) {
 #pragma GCC unroll 16
-          for (int j = 0; j < C * kSplits; j++) {
-            exact[r][j] = multiply_add(exact[r][j], int8_t{}, four, weights[j]);
+        for (int j = 0; j < C * kSplits; j++) partial[r][j] = begin_nibbles(exact[r][j]);
+      }
+#if !defined(NANOVLLM_INT8_DOT)
+      // Registers are for the partial sums: left alone, compilers keep some of these there instead.
+      asm("" : "+m"(exact), "+m"(sums));
+#endif
+      const long end = std::min(begin + kNibbleDepth, group_size);
+      for (long k = begin; k < end; k += Int4Panel::kStep, line += stride) {
+        if (next) {
+          __builtin_prefetch(next, 0, 2);
+          next += 64;
+        } else {
+          for (int j = 0; j < C; j++) __builtin_prefetch(line + kInt4Ahead + j * 64);
+        }
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          const auto four = [&](int r) {
+            return splat_word(word_at(x + r * in.stride + k + 4 * half));
+          };
+          const auto weights = [&](int j) {
+            return (load_raw<Words>(line + j * kVectorBytes) >> (4 * half)) & 0x0f0f0f0fu;
+          };
+          // Of rows and columns, registers hold the fewer.
+          if constexpr (R < C * kSplits) {
+            Words held[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) held[r] = four(r);
+#pragma GCC unroll 16
+            for (int j = 0; j < C * kSplits; j++) {
+              const Words w = weights(j);
+#pragma GCC unroll 8
+              for (int r = 0; r < R; r++) partial[r][j] = add_nibbles(partial[r][j], held[r], w);
+            }
+          } else {
+            Words held[C * kSplits];
+#pragma GCC unroll 16
+            for (int j = 0; j < C * kSplits; j++) held[j] = weights(j);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+              const Words v = four(r);
+#pragma GCC unroll 16
+              for (int j = 0; j < C * kSplits; j++) {
+                partial[r][j] = add_nibbles(partial[r][j], v, held[j]);
+              }
+            }
           }
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+#pragma GCC unroll 16
+        for (int j = 0; j < C * kSplits; j++) {
+          exact[r][j] = end_nibbles(exact[r][j], partial[r][j]);
         }
       }
     }
@@ -249,32 +310,25 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
   sums.store(c, kPanel);
 }
 
+// Tiles beside R rows whose sums of the innermost loop fit the registers.
+template <int R>
+constexpr int kInt4Tiles = R > 2 ? std::min(2, kDotTiles<R>) : kDotTiles<R>;
+
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
-#if defined(NANOVLLM_AVX512)
-  constexpr int kRows = 6, kFewTiles = 4, kTiles = 2;
-#else
-  constexpr int kRows = 2, kFewTiles = 1, kTiles = 1;
-#endif
   const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
-  long r = 0;
-  const auto block = [&](auto rows, auto num_tiles) {
-    constexpr int R = decltype(rows)::value, C = decltype(num_tiles)::value;
-    for (; r + R <= panel.rows; r += R) {
-      float* sums = panel.sums + r * kPanel;
-      int j = 0;
-      for (; j + C <= panel.num_tiles; j += C) {
-        const long steps = w.padded_depth / Int4Panel::kStep;
-        const char* next = panel.rows > 2 ? panel.ahead.take(steps) : nullptr;
-        int4_block<R, C>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
-      }
-      for (; j < panel.num_tiles; j++) {
-        int4_block<R, 1>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
-      }
+  for_blocks(panel.rows, [&](auto num_rows, long r, long) {
+    constexpr int R = num_rows(), C = kInt4Tiles<R>;
+    float* sums = panel.sums + r * kPanel;
+    int j = 0;
+    for (; j + C <= panel.num_tiles; j += C) {
+      const long steps = w.padded_depth / Int4Panel::kStep;
+      const char* next = panel.rows > 2 ? panel.ahead.take(steps) : nullptr;
+      int4_block<R, C>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
     }
-  };
-  block(std::integral_constant<int, kRows>{}, std::integral_constant<int, kTiles>{});
-  block(std::integral_constant<int, 2>{}, std::integral_constant<int, kFewTiles>{});
-  block(std::integral_constant<int, 1>{}, std::integral_constant<int, kFewTiles>{});
+    for (; j < panel.num_tiles; j++) {
+      int4_block<R, 1>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
+    }
+  });
 }
 
 #if defined(NANOVLLM_AMX)
@@ -316,8 +370,8 @@ void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
       expand_int4(w, weights, j, k, depth, expanded[j]);
       tiles[j] = expanded[j];
     }
-    multiply(true, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
-             panel.num_tiles, 0, 1, depth, panel.sums, kPanel, k > 0);
+    multiply<Bf16>(true, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
+                   panel.num_tiles, 0, 1, depth, panel.sums, kPanel, k > 0);
   }
 }
 
@@ -368,23 +422,25 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
 
 template <class T, class In, class Out>
 void run_plain(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
+  using Element = Operand<T>;
   const bool tiled = uses_tiles<T>(rows, w.padded_depth, always);
-  Input<T> in{reinterpret_cast<const T*>(x), w.depth};
-  if (tiled || w.depth != w.padded_depth || !std::is_same_v<T, In>) {
-    in = pad_rows<In, T>(session, x, rows, w.depth, w.padded_depth);
+  Input<Element> in{reinterpret_cast<const Element*>(x), w.depth};
+  if (tiled || w.depth != w.padded_depth || !std::is_same_v<Element, In>) {
+    in = pad_rows<In, Element>(session, x, rows, w.depth, w.padded_depth);
   }
   run_panels(session, w, rows, kBlockRows, out, [&](Panel& panel) {
     if constexpr (std::is_same_v<T, Bf16>) {
       if (w.format == kCompact) return multiply_compact_panel(w, in, tiled, panel);
     }
-    multiply_panel(w, in, tiled, panel);
+    multiply_panel<T>(w, in, tiled, panel);
   });
 }
 
 template <class In, class Out>
 void run_int8(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
-  const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.padded_depth);
+  const auto in = quantize_rows<Operand<int8_t>>(session, x, rows, w.depth, w.padded_depth,
+                                                 w.padded_depth);
   run_panels(session, w, rows, kBlockRows, out,
              [&](Panel& panel) { multiply_int8(w, in, tiled, panel); });
 }
@@ -401,7 +457,7 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Output
     }
   }
 #endif
-  const auto in = quantize_rows(session, x, rows, w.depth, w.padded_depth, w.group_size);
+  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, w.group_size);
   run_panels(session, w, rows, kBlockRows, out,
              [&](Panel& panel) { multiply_int4(w, in, panel); });
 }

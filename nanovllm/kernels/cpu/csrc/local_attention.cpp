@@ -119,8 +119,8 @@ void product(const float* a, long a_stride, long rows, const float* tiles, long 
     const int count = int(std::min<long>(kMaxColumnTiles, num_tiles - j));
     const float* pointers[kMaxColumnTiles];
     for (int i = 0; i < count; i++) pointers[i] = tiles + (j + i) * depth * kTile;
-    multiply(false, a, a_stride, rows, pointers, count, 0, 1, depth, c + j * kTile,
-             num_tiles * kTile, false);
+    multiply<float>(false, a, a_stride, rows, pointers, count, 0, 1, depth, c + j * kTile,
+                    num_tiles * kTile, false);
   }
 }
 

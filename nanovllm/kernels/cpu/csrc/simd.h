@@ -36,6 +36,7 @@ typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef int16_t Shorts __attribute__((vector_size(kVectorBytes)));
 typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfWords __attribute__((vector_size(kVectorBytes / 2)));
+typedef int16_t HalfInts __attribute__((vector_size(kVectorBytes / 2)));
 typedef int8_t QuarterInts __attribute__((vector_size(kVectorBytes / 4)));
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -71,10 +72,21 @@ inline Vector load_raw(const void* p) {
 }
 
 inline Floats load(const float* p) { return load_raw<Floats>(p); }
-inline Floats load(const Bf16* p) {
-  return bit_cast<Floats>(__builtin_convertvector(load_raw<HalfWords>(p), Words) << 16);
+
+#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+struct Halves {
+  __m128i low, high;
+};
+#endif
+
+// GCC takes these conversions apart, often element by element, unless they are spelled out.
+inline Words widen(const uint16_t* p) {
+#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+  return bit_cast<Words>(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)));
+#else
+  return __builtin_convertvector(load_raw<HalfWords>(p), Words);
+#endif
 }
-// GCC takes these two conversions apart, element by element, unless they are spelled out.
 inline Ints widen(const int8_t* p) {
 #if defined(NANOVLLM_AVX512)
   return bit_cast<Ints>(_mm512_cvtepi8_epi32(load_raw<__m128i>(p)));
@@ -85,15 +97,30 @@ inline Ints widen(const int8_t* p) {
 #endif
 }
 
+// Elements that fit the narrower type; of others anything may come.
+inline void store_narrow(int16_t* p, Ints x) {
+#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+  const auto [low, high] = bit_cast<Halves>(x);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+#else
+  const HalfInts narrow = __builtin_convertvector(x, HalfInts);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
 inline void store_narrow(int8_t* p, Ints x) {
 #if defined(NANOVLLM_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bit_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+  const auto [low, high] = bit_cast<Halves>(x);
+  const __m128i shorts = _mm_packs_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(shorts, shorts));
 #else
   const QuarterInts narrow = __builtin_convertvector(x, QuarterInts);
   std::memcpy(p, &narrow, sizeof(narrow));
 #endif
 }
 
+inline Floats load(const Bf16* p) { return bit_cast<Floats>(widen(&p->bits) << 16); }
 inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(p), Floats); }
 
 // Byte `index` of a table of 16, which every 16 bytes repeat.
@@ -129,6 +156,31 @@ inline Bytes interleave(Bytes a, Bytes b, bool second) {
 #endif
 }
 
+// In each 32 bits, the products of two pairs of signed 16 bits, added up.
+inline Ints multiply_pairs(Words a, Words b) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Ints>(_mm512_madd_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Ints>(_mm256_madd_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  const Ints x = bit_cast<Ints>(a), y = bit_cast<Ints>(b);
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// In each 16 bits, the products of two unsigned bytes and two signed ones, added up; the sum must fit.
+inline Shorts multiply_bytes(Words a, Words b) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Shorts>(_mm512_maddubs_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Shorts>(_mm256_maddubs_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  const Shorts y = bit_cast<Shorts>(b);
+  return bit_cast<Shorts>(a & 0x00ff00ffu) * ((y << 8) >> 8) +
+         bit_cast<Shorts>((a >> 8) & 0x00ff00ffu) * (y >> 8);
+#endif
+}
+
 // The nearest integers, for magnitudes below 2^22.
 inline Ints round_to_ints(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
 
@@ -136,8 +188,10 @@ inline Ints round_to_ints(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0
 inline Floats load_half(const uint16_t* p) {
 #if defined(NANOVLLM_AVX512)
   return bit_cast<Floats>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return bit_cast<Floats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
 #else
-  const Words bits = __builtin_convertvector(load_raw<HalfWords>(p), Words);
+  const Words bits = widen(p);
   const Floats magnitude = bit_cast<Floats>((bits & 0x7fffu) << 13) * 0x1p112f;
   return bit_cast<Floats>(bit_cast<Words>(magnitude) | (bits & 0x8000u) << 16);
 #endif
@@ -204,9 +258,10 @@ inline float sum(Floats x) {
 #if defined(NANOVLLM_AVX512)
   return _mm512_reduce_add_ps(bit_cast<__m512>(x));
 #else
-  float total = 0;
-  for (int i = 0; i < kWidth; i++) total += x[i];
-  return total;
+  for (int half = kWidth / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  }
+  return x[0];
 #endif
 }
 
@@ -214,9 +269,10 @@ inline float max(Floats x) {
 #if defined(NANOVLLM_AVX512)
   return _mm512_reduce_max_ps(bit_cast<__m512>(x));
 #else
-  float best = x[0];
-  for (int i = 1; i < kWidth; i++) best = x[i] > best ? x[i] : best;
-  return best;
+  for (int half = kWidth / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+  }
+  return x[0];
 #endif
 }
 
