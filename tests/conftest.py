@@ -1,5 +1,6 @@
 """Tiny checkpoints that the suite shares, made with transformers."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from tests.voxcpm_checkpoint import make_model_dir
 
 if not torch.cuda.is_available():
     use_interpreter()
+
+# A job that a script starts in the background is deaf to Ctrl-C; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The checkpoints are so small that threads cost more than they give.
 torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """Compiles the kernels for this processor at first use, and keeps the result."""
 
+import contextlib
+import fcntl
 import hashlib
 import logging
 import os
@@ -7,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,9 +114,25 @@ def compile_kernels(isa: InstructionSet, extra_flags: Sequence[str] = ()) -> Pat
     directory = private_cache("kernels")
     library = directory / f"{isa.name}-{digest.hexdigest()[:16]}.so"
     if not library.is_file():
-        logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
-        _compile(compiler, flags, sources, library)
+        with _locked(directory):
+            if not library.is_file():
+                logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
+                _compile(compiler, flags, sources, library)
     return library
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold other processes off: one compiles, and those that start with it wait for its result."""
+    with contextlib.ExitStack() as cleanup:
+        # No locks here, as for a directory on NFS: each compiles its own.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(directory, os.O_RDONLY)
+            cleanup.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # A process forked meanwhile has a copy of the descriptor, and would keep the lock.
+            cleanup.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)
+        yield
 
 
 def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
@@ -136,7 +154,7 @@ def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path
                 raise NoCompilerError(f"{compiler} cannot compile {source.name}: {error[-2000:]}")
         linked = f"{scratch}/{library.name}"
         _run([compiler, *flags, "-shared", *objects, "-o", linked])
-        # Atomic: another process may be doing the same.
+        # Atomic: where there are no locks, another process may be doing the same.
         os.replace(linked, library)
 
 
