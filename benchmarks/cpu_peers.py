@@ -246,7 +246,7 @@ def _print_machine(machine: dict[str, Any], limits: Limits, console: Console) ->
     console.print(", ".join(f"{name} {value}" for name, value in machine["versions"].items()))
     console.print(
         f"memory read {limits.read_rate / 1e9:.1f} GB/s, "
-        f"torch bf16 matrix product {limits.matmul_rate / 1e12:.2f} TFLOP/s"
+        f"torch matrix product {limits.matmul_rate / 1e12:.2f} TFLOP/s"
     )
 
 

@@ -14,6 +14,8 @@ BYTES_PER_WEIGHT = {"bf16": 2.0, "int8": 1.0, "int4": 18 / 32}
 BUFFER_MB = 1500
 NUM_REPEATS = 8
 MATMUL_SIZES = (1024, 2048, 4096)
+MATMUL_SECONDS = 1.0
+"""A product that takes longer is the last: larger ones would take minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,8 @@ class Limits:
 
     Args:
         read_rate: Bytes read from memory per second, by all cores together.
-        matmul_rate: Floating point operations per second of torch's bf16 matrix product.
+        matmul_rate: Floating point operations per second of torch's matrix product, in bf16 or in
+            float32: processors without bf16 arithmetic are faster at that.
     """
 
     read_rate: float
@@ -52,20 +55,24 @@ def measure_limits(work_dir: Path, num_threads: int) -> Limits:
     subprocess.run(["cc", *flags, str(source), "-o", str(program)], check=True)
     command = [str(program), str(num_threads), str(BUFFER_MB), str(NUM_REPEATS)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return Limits(1e9 * float(run.stdout), max(_matmul_rate(size) for size in MATMUL_SIZES))
+    matmul_rate = max(_matmul_rate(dtype) for dtype in ("bfloat16", "float32"))
+    return Limits(1e9 * float(run.stdout), matmul_rate)
 
 
-def _matmul_rate(size: int) -> float:
+def _matmul_rate(dtype: str) -> float:
     import torch
 
-    a = torch.randn(size, size, dtype=torch.bfloat16)
-    b = torch.randn(size, size, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(NUM_REPEATS):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(seconds))
+    best = 0.0
+    for size in MATMUL_SIZES:
+        a, b = torch.randn(2, size, size, dtype=getattr(torch, dtype))
+        for _ in range(NUM_REPEATS):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            seconds = time.perf_counter() - start
+            best = max(best, 2 * size**3 / seconds)
+            if seconds > MATMUL_SECONDS:
+                return best
+    return best
 
 
 def floor(workload: Workload, shape: Shape, precision: Precision, limits: Limits) -> Floor:

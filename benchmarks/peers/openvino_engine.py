@@ -20,9 +20,12 @@ class Engine:
         scheduler.max_num_seqs = settings.max_num_seqs
         scheduler.max_num_batched_tokens = MAX_NUM_BATCHED_TOKENS
         scheduler.enable_prefix_caching = True
+        # Where the processor has no bf16 it computes in float32, and takes no other cache.
+        has_bf16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        floats = "bf16" if has_bf16 else "f32"
         properties = {
-            "INFERENCE_PRECISION_HINT": "bf16",
-            "KV_CACHE_PRECISION": "bf16" if settings.precision == "bf16" else "u8",
+            "INFERENCE_PRECISION_HINT": floats,
+            "KV_CACHE_PRECISION": floats if settings.precision == "bf16" else "u8",
             "INFERENCE_NUM_THREADS": settings.num_threads,
         }
         self._pipeline = genai.ContinuousBatchingPipeline(
