@@ -7,6 +7,7 @@ from nanovllm.adapter_registry import AdapterRegistry
 from nanovllm.async_engine import AsyncEngine, Observer
 from nanovllm.cluster.worker import Worker
 from nanovllm.config import EngineConfig, PoolConfig
+from nanovllm.errors import InvalidRequestError
 from nanovllm.request_stream import OutputT
 from nanovllm.worker.messages import LoadAdapter, UnloadAdapter
 
@@ -55,6 +56,10 @@ class AdaptedEngine(AsyncEngine[OutputT]):
                 engines were started without `enable_lora`.
             UnavailableError: No engine runs; try again later.
         """
+        if not self.config.enable_lora:
+            raise InvalidRequestError(
+                "this engine was started without LoRA adapters: start it with enable_lora=True"
+            )
         await self.start()
         return await self._adapters.register(name, path)
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError, NotReadyError, UnavailableError
+from nanovllm.validation import conformed
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class AdapterRegistry:
                 fits; the message says why.
             UnavailableError: No engine runs.
         """
+        name, path = _text("name", name), _text("path", path)
         if not name:
             raise InvalidRequestError("the name of a LoRA must not be empty", "name")
         if name in self._adapters:
@@ -182,7 +184,7 @@ class AdapterRegistry:
             adapter.idle.set()
 
     def _find(self, name: str) -> _Adapter:
-        adapter = self._adapters.get(name)
+        adapter = self._adapters.get(conformed("lora_name", name, str))
         if adapter is None or adapter.state == "loading":
             raise InvalidRequestError(f"LoRA '{name}' is not registered", "lora_name")
         return adapter
@@ -215,3 +217,17 @@ class AdapterRegistry:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _text(param: str, value: object) -> str:
+    """An argument as a string that an engine can be told.
+
+    Raises:
+        InvalidRequestError: It is none.
+    """
+    text: str = conformed(param, value, str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InvalidRequestError(f"{param} must be valid Unicode, got {text!r:.80}", param) from e
+    return text

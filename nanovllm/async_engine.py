@@ -25,6 +25,7 @@ from nanovllm.config import EngineConfig, PoolConfig, split_options
 from nanovllm.errors import InvalidRequestError, OverloadedError, UnavailableError
 from nanovllm.request_stream import EngineStream, Output, OutputT
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import check_type, conformed
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import AddRequest, News, Started
 
@@ -256,10 +257,13 @@ class AsyncEngine(ABC, Generic[OutputT]):
         With an `admission` they are part of what has been admitted, or open it.
 
         Raises:
-            InvalidRequestError: A name is taken, or the requests would never fit the queue.
+            InvalidRequestError: A name is taken or no string, or the requests would never fit the
+                queue.
             OverloadedError: The queue is full.
             NotReadyError: No engine is running.
         """
+        for name in names:
+            check_type("request_id", name, str, "a string")
         taken = [name for i, name in enumerate(names) if name in self._streams or name in names[:i]]
         if taken:
             raise InvalidRequestError(
@@ -281,7 +285,13 @@ class AsyncEngine(ABC, Generic[OutputT]):
         cache_salt: str | None = None,
         adapter_id: int | None = None,
     ) -> EngineRequest:
-        """Make a request that is ready to be sent."""
+        """Make a request that is ready to be sent.
+
+        Raises:
+            InvalidRequestError: It has something of a type or size that no engine can be told.
+        """
+        priority = conformed("priority", priority, int)
+        cache_salt = conformed("cache_salt", cache_salt, str | None)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         params = replace(params, seed=seed)
         first = self._parts.pool.reserve(params.n)

@@ -5,7 +5,7 @@ import contextlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from nanovllm.adapted_engine import AdaptedEngine
 from nanovllm.adapter_registry import AdapterLease
@@ -26,7 +26,7 @@ from nanovllm.sampling_params import MAX_SEED
 from nanovllm.single_adapter import SingleAdapter
 from nanovllm.speech_params import SpeechParams
 from nanovllm.speech_stream import Backlog, SpeechOutputs, SpeechStream
-from nanovllm.validation import check_type
+from nanovllm.validation import check_type, conformed
 from nanovllm.worker.messages import EncodeAudio, Started
 
 LONG_TEXT = 4096
@@ -317,6 +317,9 @@ class AsyncSpeech(AdaptedEngine[SpeechOutput]):
             UnavailableError: Too many recordings wait, no engine runs, or it died; try again later.
         """
         check_type("audio", audio, bytes, "the bytes of a file, as Path.read_bytes() has them")
+        wav_format = conformed("wav_format", wav_format, str | None)
+        if side not in get_args(Side):
+            raise InvalidRequestError(f"side must be 'left' or 'right', got {side!r:.80}", "side")
         await self.start()
         return await self._recordings(audio, wav_format, side)
 

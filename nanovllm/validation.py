@@ -21,9 +21,24 @@ def conform(instance: Any) -> None:
         InvalidRequestError: A value is of another type; the message names field and type.
     """
     for name, hint in _hints(type(instance)).items():  # type: ignore[arg-type]
-        value = getattr(instance, name)
-        if value is not None or not _admits(hint, None):
-            object.__setattr__(instance, name, _conformed(name, value, hint))
+        object.__setattr__(instance, name, conformed(name, getattr(instance, name), hint))
+
+
+def conformed(name: str, value: Any, hint: Any) -> Any:
+    """An argument brought to the type it should have, as `conform` does with fields.
+
+    Raises:
+        InvalidRequestError: It is of another type; the message names argument and type.
+    """
+    if value is None and type(None) in _members(hint):
+        return None
+    for kind in _members(hint):
+        try:
+            return _as_kind(value, kind)
+        except (TypeError, ValueError, OverflowError):
+            continue
+    described = " or ".join(_describe(kind) for kind in _members(hint) if kind is not type(None))
+    raise InvalidRequestError(f"{name} must be {described}, got {value!r:.80}", name)
 
 
 def check_type(name: str, value: object, kind: type, what: str) -> None:
@@ -48,22 +63,13 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(cls) if field.init}
 
 
-def _conformed(name: str, value: Any, hint: Any) -> Any:
-    for kind in _members(hint):
-        try:
-            return _as_kind(value, kind)
-        except (TypeError, ValueError):
-            continue
-    described = " or ".join(_describe(kind) for kind in _members(hint) if kind is not type(None))
-    raise InvalidRequestError(f"{name} must be {described}, got {value!r:.80}", name)
-
-
 def _as_kind(value: Any, kind: Any) -> Any:
     """The value as one plain type.
 
     Raises:
         TypeError: It is of another.
         ValueError: A mapping's key is no number.
+        OverflowError: It is too large a number.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
@@ -93,10 +99,6 @@ def _as_kind(value: Any, kind: Any) -> Any:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if isinstance(hint, UnionType) else (hint,)
-
-
-def _admits(hint: Any, value: None) -> bool:
-    return type(value) in _members(hint)
 
 
 def _describe(kind: Any) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nanovllm.audio.encoded_recordings import Encode
 from nanovllm.audio.voice_directory import VoiceDirectory
 from nanovllm.errors import InvalidRequestError
+from nanovllm.validation import check_type
 
 MAX_TEXT_CHARS = 4096
 MAX_PROMPTS = 4096
@@ -126,6 +127,7 @@ class VoiceStore:
         Raises:
             InvalidRequestError: There is no such voice, or the prompt has one.
         """
+        check_type("prompt_id", voice, str, "a string")
         prompt = prompt or VoicePrompt()
         if voice not in self:
             raise _not_found(voice)
@@ -175,6 +177,7 @@ class VoiceStore:
         Raises:
             InvalidRequestError: There is none with this id.
         """
+        check_type("prompt_id", prompt_id, str, "a string")
         if prompt_id not in self._prompts:
             raise _not_found(prompt_id)
         self._num_prompt_bytes -= len(self._prompts.pop(prompt_id).latents)

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +94,30 @@ def test_names_that_are_taken_unknown_or_empty_are_refused() -> None:
             registry.acquire("b")
         with fails("the name of a LoRA must not be empty"):
             await registry.register("", "/a")
+        for name in (None, 5, ["a"]):
+            bad: Any = name
+            with fails(re.escape(f"name must be a string, got {bad!r}")):
+                await registry.register(bad, "/a")
+            with fails(re.escape(f"lora_name must be a string, got {bad!r}")):
+                await registry.unregister(bad)
         assert list(engines.loaded.values()) == ["/a"]
+        assert engines.ids == [1]
+
+    run(scenario)
+
+
+def test_a_path_is_a_string_or_a_path_that_an_engine_can_be_told() -> None:
+    async def scenario(registry: AdapterRegistry, engines: Engines) -> None:
+        path: Any = Path("/adapters/a")
+        await registry.register("a", path)
+        for path, message in (
+            (5, "path must be a string, got 5"),
+            (None, "path must be a string, got None"),
+            ("/tmp/\ud800", "path must be valid Unicode, got '/tmp/.ud800'"),
+        ):
+            with fails(message):
+                await registry.register("b", path)
+        assert engines.loaded == {1: "/adapters/a"}
 
     run(scenario)
 

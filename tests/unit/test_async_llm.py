@@ -426,6 +426,30 @@ def test_what_no_message_can_hold_is_refused(run: Run, params: dict[str, Any]) -
     run(scenario)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": "x"}, "priority must be an integer, got 'x'"),
+        ({"cache_salt": 5}, "cache_salt must be a string, got 5"),
+        ({"cache_salt": "\ud800"}, "not valid Unicode"),
+        ({"request_id": 5}, "request_id must be a string, got int"),
+        ({"lora_name": ["x"]}, "lora_name must be a string"),
+    ],
+)
+def test_arguments_of_another_type_do_no_harm(
+    run: Run, options: dict[str, Any], message: str
+) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        await llm.start()
+        pid = llm.stats().workers[0].pid
+        with pytest.raises(InvalidRequestError, match=message):
+            await finish(llm.generate(PROMPT, SamplingParams(max_tokens=2), **options))
+        await finish(llm.generate(PROMPT, SamplingParams(max_tokens=2)))
+        assert llm.stats().workers[0].pid == pid
+
+    run(scenario)
+
+
 def test_a_form_that_takes_long_keeps_its_thread_and_nobody_pays_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

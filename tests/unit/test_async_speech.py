@@ -445,6 +445,12 @@ def test_an_adapter_for_who_names_none_does_not_join_a_text_that_has_begun(
             r"prompt_latents must be bytes, as encode\(\) returns them, got ndarray",
         ),
         ({"ref_audio_latents": "me.wav"}, "ref_audio_latents must be bytes, as .*, got str"),
+        ({"priority": "x"}, "priority must be an integer, got 'x'"),
+        ({"priority": True}, "priority must be an integer, got True"),
+        ({"request_id": ["a"]}, "request_id must be a string, got list"),
+        ({"voice": 5}, "prompt_id must be a string, got int"),
+        ({"voice": ["a"]}, "prompt_id must be a string, got list"),
+        ({"lora_name": ["x"]}, r"lora_name must be a string, got \['x'\]"),
     ],
 )
 def test_arguments_of_another_type(run: Run, options: dict[str, Any], message: str) -> None:
@@ -465,9 +471,17 @@ def test_recordings_that_are_no_bytes_or_have_no_text(run: Run, model: Path) -> 
                 await speech.encode(bad)
             with pytest.raises(InvalidRequestError, match="audio must be the bytes of a file"):
                 await speech.add_prompt(bad, "wav", "A tone.")
-        no_text: Any = None
-        with pytest.raises(InvalidRequestError, match="prompt_text must be a string"):
-            await speech.add_prompt(recording(), "wav", no_text)
+        wrong: Any
+        for wrong in (None, 5):
+            with pytest.raises(InvalidRequestError, match="prompt_text must be a string"):
+                await speech.add_prompt(recording(), "wav", wrong)
+            with pytest.raises(InvalidRequestError, match="prompt_id must be a string"):
+                speech.remove_prompt(wrong)
+            with pytest.raises(InvalidRequestError, match="side must be 'left' or 'right', got"):
+                await speech.encode(recording(), "wav", wrong)
+        wrong = 5
+        with pytest.raises(InvalidRequestError, match="wav_format must be a string, got 5"):
+            await speech.encode(b"zz", wrong)
         assert await speech.add_prompt(recording(), "wav", " ")
 
     run(scenario)
@@ -591,10 +605,14 @@ def test_an_engine_that_dies_ends_speech_and_calls_and_comes_back(
     assert error(adapted, again) < CLOSE
 
 
-def test_adapters_that_cannot_be_loaded_are_refused(run: Run, model: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_loaded_are_refused(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def scenario(speech: AsyncSpeech) -> None:
         with pytest.raises(InvalidRequestError, match="without LoRA"):
             await speech.register_lora("low", str(tmp_path))
+        await asyncio.sleep(0.1)
+        assert caplog.records == []  # nothing to forget, and no engine that could not
         with pytest.raises(InvalidRequestError, match="is not registered"):
             await speech.unregister_lora("low")
         assert speech.list_loras() == []

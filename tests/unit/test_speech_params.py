@@ -13,6 +13,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"cfg_value": 10.5}, "cfg_value must be in [0, 10], got 10.5"),
     ({"cfg_value": float("nan")}, "cfg_value must be in [0, 10], got nan"),
     ({"cfg_value": "2"}, "cfg_value must be a number, got '2'"),
+    ({"cfg_value": 10**400}, f"cfg_value must be a number, got 1{79 * '0'}"),
     ({"inference_timesteps": 1}, "inference_timesteps must be in [2, 100], got 1"),
     ({"inference_timesteps": 101}, "inference_timesteps must be in [2, 100], got 101"),
     ({"inference_timesteps": 9.5}, "inference_timesteps must be an integer, got 9.5"),
