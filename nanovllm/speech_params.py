@@ -11,9 +11,11 @@ LEAST_PATCHES_AT_MOST = 10
 """Patches that the shortest of texts may take."""
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeechParams:
     """How to speak one text. A patch is 80 or 160 ms of speech, by the model.
+
+    It stays as it was checked: `dataclasses.replace` makes another one.
 
     Args:
         cfg_value: Weight of classifier-free guidance, in [0, 10]: how closely the speech follows

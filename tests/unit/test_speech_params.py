@@ -1,5 +1,6 @@
 """Speech parameters are validated once, with a message that says what is right."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,14 @@ def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None
         SpeechParams(**options)
     assert str(caught.value) == message
     assert caught.value.param in options
+
+
+def test_what_was_checked_does_not_change() -> None:
+    params = SpeechParams()
+    with pytest.raises(AttributeError):
+        setattr(params, "inference_timesteps", 0)  # noqa: B010  # mypy knows
+    with pytest.raises(InvalidRequestError):
+        replace(params, inference_timesteps=0)
 
 
 def test_the_defaults_are_the_reference_s() -> None:
