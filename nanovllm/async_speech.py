@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -238,18 +239,16 @@ class AsyncSpeech(AdaptedEngine[SpeechOutput]):
         options, lease = await self._hold(options)
         has_design = self.info.supports_reference
         sentences = await in_thread_if(
-            len(text) >= LONG_TEXT, lambda: Sentences(text, options, has_design)
+            len(text) >= LONG_TEXT,
+            lambda: Sentences(text, params or SpeechParams(), options, has_design),
         )
         admission = self._parts.pool.admission()
-
-        async def begin(sentence: str, **options: Any) -> SpeechStream:
-            return await self.generate(sentence, params, **options, admission=admission)
 
         def last_begun() -> None:
             admission.close()
             lease.close()
 
-        speech = LongSpeech(sentences, begin, last_begun)
+        speech = LongSpeech(sentences, partial(self.generate, admission=admission), last_begun)
         await speech.start()
         return speech
 

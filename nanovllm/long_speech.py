@@ -1,6 +1,7 @@
 """A long text spoken sentence by sentence, in one voice."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -8,8 +9,12 @@ from typing import Any
 
 from nanovllm.audio.files import Samples
 from nanovllm.audio.sentences import split_sentences, split_voice_design
+from nanovllm.errors import ContextLengthError
 from nanovllm.outputs import SpeechOutput
+from nanovllm.speech_params import DEFAULT_MAX_PATCHES, SpeechParams
 from nanovllm.speech_stream import SampleStream, SpeechStream
+
+logger = logging.getLogger(__name__)
 
 Begin = Callable[..., Awaitable[SpeechStream]]
 
@@ -18,19 +23,25 @@ class Sentences:
     """A text's sentences, each with what makes it sound like the others.
 
     All get the same prompt. Without one, the others continue the first one's speech, as OpenBMB's
-    `merge_prompt_cache` does, so that the voice it happened to get is kept.
+    `merge_prompt_cache` does, so that the voice it happened to get is kept. Where that leaves a
+    sentence too little of the context, `forget` has it begin anew, and those after it continue it.
 
     Args:
         text: What to say; in VoxCPM2 it may begin with the description of a voice in parentheses.
-        options: The arguments of `AsyncSpeech.generate` that all requests share; `voice` is not
-            among them.
+        params: How; each sentence has its own cap.
+        options: The other arguments of `AsyncSpeech.generate` that all requests share; `voice` is
+            not among them.
         has_design: Whether the model takes such a description.
     """
 
-    def __init__(self, text: str, options: dict[str, Any], has_design: bool) -> None:
+    def __init__(
+        self, text: str, params: SpeechParams, options: dict[str, Any], has_design: bool
+    ) -> None:
         # Blank text is refused as a request, not here.
         self._left = deque(split_sentences(text) or [text])
+        self._params = params
         self._options = options
+        self._learnt: dict[str, Any] = {}
         continues = options.get("prompt_latents") is not None
         # A reference only lends its voice: it does not take the place of a description.
         self.must_learn = not continues and options.get("ref_audio_latents") is None
@@ -41,26 +52,43 @@ class Sentences:
     def __len__(self) -> int:
         return len(self._left)
 
-    def take(self) -> tuple[str, dict[str, Any]]:
-        """The next sentence, and the options of its request."""
-        sentence = self._left.popleft()
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether whoever asked for the speech wants its latents."""
+        return bool(self._options.get("keep_latents"))
+
+    def take(self) -> str:
+        """The next sentence."""
         self._num_taken += 1
-        if self._num_taken > 1:
-            return self._design + sentence, self._options
+        return self._left.popleft()
+
+    def request(self, sentence: str) -> dict[str, Any]:
+        """The arguments of `AsyncSpeech.generate` for the sentence that was taken last."""
+        if self._learnt:
+            return {"text": sentence, **self._options, **self._learnt}
+        text = sentence if self._num_taken == 1 else self._design + sentence
         learns = {"keep_latents": True} if self.must_learn else {}
-        return sentence, self._options | learns
+        return {"text": text, "params": self._params, **self._options, **learns}
 
     def learn(self, output: SpeechOutput) -> None:
-        """Let the sentences to come continue the first one's speech, if they need it."""
+        """Let the sentences to come continue a sentence's speech, if they need it."""
         if not self.must_learn or not output.latents:
             return
         self.must_learn = False
-        spoken = split_voice_design(output.text)[1] if self._has_design else output.text
-        self._design = ""
-        self._options = self._options | {
+        # With a cap of its own a sentence is refused, and not cut short, where it lacks room.
+        longest = self._params.max_generate_length or DEFAULT_MAX_PATCHES
+        self._learnt = {
+            "params": replace(self._params, max_generate_length=longest),
             "prompt_latents": b"".join(output.latents),
-            "prompt_text": spoken,
+            "prompt_text": split_voice_design(output.text)[1] if self._has_design else output.text,
         }
+
+    def forget(self) -> bool:
+        """Let the sentences to come begin anew; False if they continue nothing that was learnt."""
+        if not self._learnt:
+            return False
+        self._learnt, self.must_learn = {}, True
+        return True
 
 
 class LongSpeech(SampleStream):
@@ -121,6 +149,7 @@ class LongSpeech(SampleStream):
             metrics=replace(first.metrics, finished_time=last.metrics.finished_time),
             num_patches=sum(output.num_patches for output in outputs),
             num_samples=sum(output.num_samples for output in outputs),
+            latents=_latents(outputs) if self._sentences.keeps_latents else None,
             finish_reason=reason,
         )
 
@@ -191,17 +220,30 @@ class LongSpeech(SampleStream):
         self._current, self._next = following, None
 
     async def _begin_next(self) -> SpeechStream:
-        sentence, options = self._sentences.take()
+        sentences = self._sentences
+        sentence = sentences.take()
         try:
-            return await self._begin(sentence, **options)
+            return await self._begin(**sentences.request(sentence))
+        except ContextLengthError:
+            if not sentences.forget():
+                raise
+            logger.warning(
+                "a sentence of a long text begins with a voice of its own: behind the speech that it "
+                "would continue there is too little room in max_model_len"
+            )
+            return await self._begin(**sentences.request(sentence))
         finally:
-            if not len(self._sentences):
+            if not len(sentences):
                 self._last_begun()
 
 
 def _is_whole(output: SpeechOutput) -> bool:
     """Whether a sentence has been said as far as it goes, so that the next one may follow."""
     return output.finish_reason in ("stop", "length")
+
+
+def _latents(outputs: list[SpeechOutput]) -> list[bytes]:
+    return [latents for output in outputs for latents in output.latents or []]
 
 
 def _abort_unheard(begun: asyncio.Task[SpeechStream]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,12 +104,12 @@ class FakeSpeech:
     async def generate_long(
         self, text: str, params: SpeechParams | None = None, **options: Any
     ) -> LongSpeech:
-        async def begin(sentence: str, **more: Any) -> Any:
-            return await self.generate(sentence, params, **more)
-
         if (voice := options.pop("voice", None)) is not None:
             options |= (await self.voices.resolve(voice))._asdict()
-        speech = LongSpeech(Sentences(text, options, self.info.supports_reference), begin)
+        params, generate = params or SpeechParams(), cast(Any, self.generate)
+        speech = LongSpeech(
+            Sentences(text, params, options, self.info.supports_reference), generate
+        )
         await speech.start()
         return speech
 

@@ -341,6 +341,26 @@ def test_sentences_with_a_voice_all_have_it(run: Run) -> None:
     assert error(whole, np.concatenate(parts)) < CLOSE
 
 
+@pytest.mark.parametrize("max_generate_length", [None, 200])
+def test_a_long_text_goes_on_where_its_first_sentence_takes_most_of_the_context(
+    run: Run, max_generate_length: int | None
+) -> None:
+    params = replace(
+        SHORT, max_generate_length=max_generate_length, inference_timesteps=2, cfg_value=1.0
+    )
+
+    async def scenario(speech: AsyncSpeech) -> SpeechOutput:
+        text = "One two three four five six seven. Two. Three."
+        long = await speech.generate_long(text, params)
+        await long.read()
+        assert long.output.text == text
+        return long.output
+
+    output = run(scenario)
+    assert output.finish_reason == "length"
+    assert output.num_patches > 256  # positions of the context
+
+
 def test_closing_a_long_text_ends_the_sentence_and_begins_no_more(run: Run) -> None:
     async def scenario(speech: AsyncSpeech) -> None:
         stream = await speech.generate_long("One is here. Two is there. Three.", SHORT)

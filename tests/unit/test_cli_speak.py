@@ -12,7 +12,6 @@ import soundfile
 from nanovllm.cli import main
 from nanovllm.config import EngineConfig
 from nanovllm.errors import EngineDeadError
-from nanovllm.long_speech import LongSpeech, Sentences
 from nanovllm.speech_params import SpeechParams
 from tests.fake_speech import FakeSpeech
 
@@ -35,15 +34,6 @@ class SpokenTo(FakeSpeech):
 
     async def __aexit__(self, *error: object) -> None:
         self.is_ready = False
-
-    async def generate_long(
-        self, text: str, params: SpeechParams | None = None, **options: Any
-    ) -> LongSpeech:
-        begin: Any = self.generate
-        sentences = Sentences(text, options, has_design=False)
-        long = LongSpeech(sentences, lambda sentence, **more: begin(sentence, params, **more))
-        await long.start()
-        return long
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from nanovllm.cluster.admission import Admission
-from nanovllm.errors import OverloadedError
+from nanovllm.errors import ContextLengthError, OverloadedError
 from nanovllm.long_speech import LongSpeech, Sentences
 from nanovllm.loop_thread import LoopThread
-from tests.fake_speech import FakeSpeech
+from nanovllm.speech_params import SpeechParams
+from tests.fake_speech import PATCH_LATENTS, FakeSpeech
 
 TEXT = "One is here. Two is there. Three."
 
@@ -20,20 +21,24 @@ TEXT = "One is here. Two is there. Three."
 class Spoken:
     """A text of three sentences as a fake speaks it; sentences wait for `gate`."""
 
-    def __init__(self, num_patches: int = 2) -> None:
+    def __init__(self, num_patches: int = 2, **options: Any) -> None:
         self.fake = FakeSpeech(num_patches)
         self.gate = asyncio.Event()
         self.gate.set()
         self.num_released = 0
         self.error: Exception | None = None
+        self.too_long: set[str] = set()
         begin: Any = self._begin
-        self.long = LongSpeech(Sentences(TEXT, {}, has_design=False), begin, self._release)
+        sentences = Sentences(TEXT, SpeechParams(), options, has_design=False)
+        self.long = LongSpeech(sentences, begin, self._release)
 
-    async def _begin(self, sentence: str, **options: Any) -> Any:
+    async def _begin(self, text: str, **options: Any) -> Any:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return await self.fake.generate(sentence, **options)
+        if "prompt_latents" in options and text in self.too_long:
+            raise ContextLengthError("no room")
+        return await self.fake.generate(text, **options)
 
     def _release(self) -> None:
         self.num_released += 1
@@ -128,11 +133,49 @@ def test_a_sentence_that_is_refused_ends_the_text_with_that() -> None:
         assert [chunk async for chunk in spoken.long] == []
         assert spoken.long.output.finished
 
-        refused = Spoken()
-        refused.error = OverloadedError("the queue is full")
-        with pytest.raises(OverloadedError):
-            await refused.long.start()
-        assert refused.num_released
+        for error in (OverloadedError("the queue is full"), ContextLengthError("too long")):
+            refused = Spoken()
+            refused.error = error
+            with pytest.raises(type(error)):
+                await refused.long.start()
+            assert refused.num_released
+
+    run(scenario)
+
+
+def test_a_sentence_without_room_begins_anew_and_those_after_it_continue_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        spoken = Spoken()
+        spoken.too_long = {"Two is there. "}
+        await spoken.long.start()
+        await spoken.long.read()
+        (_, _, first), (_, second_params, second), (_, third_params, third) = spoken.fake.asked
+        assert first["keep_latents"]
+        assert second["keep_latents"]
+        assert "prompt_latents" not in second
+        assert third["prompt_text"] == "Two is there. "
+        # What continues another must have room for all it may say.
+        assert (second_params.max_generate_length, third_params.max_generate_length) == (None, 2000)
+
+    run(scenario)
+    assert [record.message[:33] for record in caplog.records] == [
+        "a sentence of a long text begins "
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_latents": True}])
+def test_the_latents_of_all_sentences_are_kept_if_they_are_asked_for(
+    options: dict[str, Any],
+) -> None:
+    async def scenario() -> None:
+        spoken = Spoken(**options)
+        await spoken.long.start()
+        await anext(spoken.long)
+        assert spoken.long.output.latents == ([PATCH_LATENTS] if options else None)
+        await spoken.long.read()
+        assert spoken.long.output.latents == (6 * [PATCH_LATENTS] if options else None)
 
     run(scenario)
 
