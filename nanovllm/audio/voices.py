@@ -155,7 +155,8 @@ class VoiceStore:
         Args:
             data: A file; see `read_audio`.
             wav_format: What the sender says it is.
-            prompt_text: What is said in it; without that it is a reference.
+            prompt_text: What is said in it, as the text to speak will follow it; if that is blank
+                the recording is a reference.
 
         Returns:
             Its id.
@@ -200,7 +201,8 @@ class VoiceStore:
         directory = self._require_directory()
         with self._alone_with(name):
             directory.check_new(name, data)
-            voice = await self._voice(name, data, wav_format, prompt_text)
+            # Without the white space around it, as the file's text is read.
+            voice = await self._voice(name, data, wav_format, prompt_text.strip())
             await asyncio.to_thread(directory.add, name, data, voice.prompt_text)
             self._named[name] = voice
 
@@ -252,7 +254,7 @@ class VoiceStore:
             self._changing.discard(name)
 
     async def _voice(self, voice: str, data: bytes, wav_format: str | None, text: str) -> Voice:
-        text = text.strip()
+        text = text if text.strip() else ""
         if len(text) > MAX_TEXT_CHARS:
             raise InvalidRequestError(
                 f"prompt_text may have {MAX_TEXT_CHARS} characters at most, got {len(text)}",

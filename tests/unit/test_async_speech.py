@@ -158,13 +158,13 @@ def test_a_seed_says_what_is_spoken_and_without_one_it_is_new(run: Run) -> None:
 
 def test_a_voice_is_encoded_once_and_is_what_its_latents_are(run: Run) -> None:
     async def scenario(speech: AsyncSpeech) -> list[Samples]:
-        prompt_id = await speech.add_prompt(recording(), "wav", "A tone.")
+        prompt_id = await speech.add_prompt(recording(), "wav", "A tone. ")
         before = speech.stats().workers[0].engine
         latents = await speech.encode(recording(), "wav")
         assert speech.stats().workers[0].engine is before  # the engine was not asked
         assert len(latents) == 7 * 4 * 16 * 4  # 16000 samples are 6.25 patches of 2560
         named = await say(speech, voice=prompt_id)
-        given = await say(speech, prompt_latents=latents, prompt_text="A tone.")
+        given = await say(speech, prompt_latents=latents, prompt_text="A tone. ")
         reference = await speech.encode(recording(), "wav", "right")
         spoken_as = await say(speech, ref_audio_latents=reference)
         both = await say(speech, voice=prompt_id, ref_audio_latents=reference)

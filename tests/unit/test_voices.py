@@ -175,11 +175,12 @@ def test_a_prompt_has_an_id_until_it_is_removed() -> None:
         prompt_id = await store.add_prompt(b"sound", "wav", " It says this. \n")
         assert len(prompt_id) == 32
         assert int(prompt_id, 16)
-        assert await store.get(prompt_id) == Voice(prompt_id, "It says this.", b"left:sound")
+        text = " It says this. \n"  # what is spoken follows it as it stands
+        assert await store.get(prompt_id) == Voice(prompt_id, text, b"left:sound")
         assert prompt_id in store
         assert list(store) == [prompt_id]
-        assert store.text_of(prompt_id) == "It says this."
-        assert await store.resolve(prompt_id) == VoicePrompt(b"left:sound", "It says this.")
+        assert store.text_of(prompt_id) == text
+        assert await store.resolve(prompt_id) == VoicePrompt(b"left:sound", text)
         store.remove_prompt(prompt_id)
         assert prompt_id not in store
         not_found = f"Prompt with id {prompt_id} not found"
@@ -196,9 +197,10 @@ def test_a_prompt_has_an_id_until_it_is_removed() -> None:
 def test_a_prompt_without_text_is_a_reference() -> None:
     async def run() -> None:
         store = VoiceStore(Encoder())
-        prompt_id = await store.add_prompt(b"sound", None)
-        assert (await store.get(prompt_id)).is_reference
-        assert await store.resolve(prompt_id) == VoicePrompt(ref_audio_latents=b"right:sound")
+        for text in ("", " \n"):
+            prompt_id = await store.add_prompt(b"sound", None, text)
+            assert (await store.get(prompt_id)).is_reference
+            assert await store.resolve(prompt_id) == VoicePrompt(ref_audio_latents=b"right:sound")
         assert "Reference audio and a prompt without text" in await refusal(
             store.resolve(prompt_id, VoicePrompt(ref_audio_latents=b"x"))
         )
@@ -306,7 +308,7 @@ def test_an_added_voice_survives_a_restart(tmp_path: Path, container: str, suffi
     async def run() -> None:
         store = VoiceStore(Encoder(), tmp_path)
         data = recording(container=container)
-        await store.add_voice("Anna B.2", data, None, "Text.")
+        await store.add_voice("Anna B.2", data, None, " Text. \n")
         assert {p.name for p in tmp_path.iterdir()} == {"Anna B.2.txt", f"Anna B.2.{suffix}"}
         assert await store.get("Anna B.2") == Voice("Anna B.2", "Text.", b"left:" + data[-8:])
         assert "already" in await refusal(store.add_voice("Anna B.2", data, None, "Text."))
