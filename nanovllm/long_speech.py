@@ -228,8 +228,8 @@ class LongSpeech(SampleStream):
             if not sentences.forget():
                 raise
             logger.warning(
-                "a sentence of a long text begins with a voice of its own: behind the speech that it "
-                "would continue there is too little room in max_model_len"
+                "a sentence of a long text begins with a voice of its own: the speech that it "
+                "would continue leaves it too little of max_model_len"
             )
             return await self._begin(**sentences.request(sentence))
         finally:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -13,12 +14,11 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._closed = False
+        # What is begun comes before the end. Reentrant: the garbage collector may come in between.
+        self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="nanovllm", daemon=True)
         self._thread.start()
-
-    @property
-    def is_closed(self) -> bool:
-        return self._loop.is_closed() or not self._thread.is_alive()
 
     def call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run a coroutine and wait for its result; it is cancelled if the wait is interrupted.
@@ -26,10 +26,9 @@ class LoopThread:
         Raises:
             RuntimeError: The loop has been closed.
         """
-        if self.is_closed:
-            work.close()
+        future = self._begin(work)
+        if future is None:
             raise RuntimeError("this pool has been stopped")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         finally:
@@ -40,18 +39,39 @@ class LoopThread:
 
         The garbage collector may call it in the loop's own thread, which does not wait for itself.
         """
-        if self.is_closed:
-            work.close()
-        elif threading.current_thread() is self._thread:
-            asyncio.run_coroutine_threadsafe(work, self._loop)
-        else:
-            self.call(work)
+        future = self._begin(work)
+        if future is not None and threading.current_thread() is not self._thread:
+            future.result()
 
-    def close(self) -> None:
-        """End the loop and the thread; whoever waits is cancelled."""
-        if not self.is_closed:
-            self._loop.call_soon_threadsafe(self._loop.stop)
+    def close(self, last: Coroutine[Any, Any, None]) -> None:
+        """Run a last coroutine, then end the loop and the thread; whoever waits is cancelled.
+
+        Of several threads that call it the first one's coroutine runs, and all wait for the end but
+        the loop's own, see `finish`.
+        """
+        with self._lock:
+            future = self._begin(self._end(last))
+            self._closed = True
+        if future is None:
+            last.close()
+        if threading.current_thread() is not self._thread:
             self._thread.join()
+            if future is not None:
+                future.result()
+
+    def _begin(self, work: Coroutine[Any, Any, Result]) -> "Future[Result] | None":
+        """Have a coroutine run; None once closed, or in a fork, where the thread is not."""
+        with self._lock:
+            if self._closed or not self._thread.is_alive():
+                work.close()
+                return None
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _end(self, last: Coroutine[Any, Any, None]) -> None:
+        try:
+            await last
+        finally:
+            self._loop.stop()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

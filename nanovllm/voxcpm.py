@@ -1,10 +1,9 @@
 """`VoxCPM.from_pretrained`: speech as nanovllm-voxcpm offers it, with and without an event loop."""
 
 import asyncio
-import atexit
 from collections.abc import Generator
 from typing import Any
-from weakref import WeakMethod
+from weakref import finalize
 
 from nanovllm.async_voxcpm import AsyncVoxCPMServerPool, with_arguments_of
 from nanovllm.audio.files import Samples
@@ -78,7 +77,8 @@ class VoxCPM:
 class SyncVoxCPMServerPool:
     """A speech model in worker processes, for programs and notebooks without `await`.
 
-    Its methods may be called from any thread. It is ready once it is built.
+    Its methods may be called from any thread. It is ready once it is built, and stopped if it is
+    dropped or the program ends.
 
     Args:
         model_path: Directory of a checkpoint, or id of a hub repository.
@@ -94,10 +94,8 @@ class SyncVoxCPMServerPool:
     def __init__(self, model_path: str, *args: Any, **kwargs: Any) -> None:
         self._pool = AsyncVoxCPMServerPool(model_path, *args, **kwargs)
         self._loop = LoopThread()
-        # The processes end with this one, but not without being asked to.
-        stop = WeakMethod(self.stop)
-        self._at_exit = lambda: (method := stop()) and method()
-        atexit.register(self._at_exit)
+        # At exit, too: the processes end with this one, but not without being asked to.
+        self._dropped = finalize(self, _stop, self._loop, self._pool)
         try:
             self._loop.call(self._pool.wait_for_ready())
         except BaseException:
@@ -106,12 +104,8 @@ class SyncVoxCPMServerPool:
 
     def stop(self) -> None:
         """End the processes and every open request; without effect if that is done."""
-        atexit.unregister(self._at_exit)
-        if not self._loop.is_closed:
-            try:
-                self._loop.call(self._pool.stop())
-            finally:
-                self._loop.close()
+        self._dropped.detach()
+        _stop(self._loop, self._pool)
 
     def __enter__(self) -> "SyncVoxCPMServerPool":
         return self
@@ -172,6 +166,10 @@ class SyncVoxCPMServerPool:
                 yield chunk
         finally:
             self._loop.finish(stream.aclose())
+
+
+def _stop(loop: LoopThread, pool: AsyncVoxCPMServerPool) -> None:
+    loop.close(pool.stop())
 
 
 async def _next(stream: SpeechStream | LongSpeech) -> Samples | None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
@@ -218,6 +219,47 @@ def test_the_loops_own_thread_does_not_wait_for_what_it_finishes() -> None:
     thread = loop.call(collect())
     assert in_loop.wait(10)
     assert set(ended) == {thread}
-    loop.close()
+    loop.close(end())
     loop.finish(end())
-    assert len(ended) == 2
+    loop.close(end())
+    assert len(ended) == 3
+
+
+def test_a_loop_that_several_threads_close_ends_once_and_for_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    loop = LoopThread()
+    begun = threading.Event()
+    ended: list[str] = []
+
+    async def end_late() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(30)
+        finally:
+            await asyncio.sleep(0.2)
+            ended.append("late")
+
+    async def end() -> None:
+        ended.append("last")
+
+    def wait() -> None:
+        with pytest.raises(CancelledError):
+            loop.call(end_late())
+
+    def close() -> None:
+        loop.close(end())
+        assert ended == ["last", "late"]
+
+    threads = [threading.Thread(target=target) for target in (wait, close, close, close)]
+    for thread in threads:
+        thread.start()
+        assert begun.wait(10)
+    for thread in threads:
+        thread.join(10)
+    assert failed == []
+    assert ended == ["last", "late"]
+    with pytest.raises(RuntimeError, match="stopped"):
+        loop.call(end())

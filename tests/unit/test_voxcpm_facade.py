@@ -1,6 +1,7 @@
 """`VoxCPM.from_pretrained` and its pools: what programs written for nanovllm-voxcpm rely on."""
 
 import asyncio
+import gc
 import inspect
 import io
 import json
@@ -394,6 +395,22 @@ def test_a_stopped_pool_says_so_and_a_notebook_may_have_the_sync_one(model: Path
         next(generator)
     with pytest.raises(RuntimeError, match="stopped"):
         pool.get_model_info()
+
+
+def test_a_pool_that_is_dropped_ends_its_process_and_its_thread(model: Path) -> None:
+    pool = SyncVoxCPMServerPool(str(model), **SMALL)
+    generator = pool.generate(TEXT, min_len=50)
+    next(generator)
+    speech, thread = pool._pool._speech, pool._loop._thread
+    assert speech is not None
+    pid = speech.stats().workers[0].pid or 0
+    del pool
+    os.kill(pid, 0)  # the generator has it
+    del generator, speech
+    gc.collect()
+    assert not thread.is_alive()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_stopping_before_it_was_ready_leaves_nothing_behind(model: Path) -> None:
