@@ -5,7 +5,7 @@ import base64
 import string
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from nanovllm.audio.latents import latents_fault
 from nanovllm.audio.voices import MAX_TEXT_CHARS
@@ -21,8 +21,12 @@ LARGE_BASE64 = 64 << 10
 
 Speakable = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 VoiceName = Annotated[str, Field(min_length=1, max_length=256)]
-PromptText = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-"""What a recording says."""
+PromptText = Annotated[
+    str,
+    Field(max_length=MAX_TEXT_CHARS),
+    AfterValidator(lambda text: text if text.strip() else ""),
+]
+"""What a recording says; blank is nothing."""
 AudioFormat = Annotated[str, Field(max_length=64)]
 """What a recording is said to be, such as "wav"; its first bytes decide."""
 

@@ -27,6 +27,13 @@ from nanovllm.server.speech.sound import Sound
 from nanovllm.server.speech.utterance import Utterance
 from nanovllm.server.state import ServerState
 
+FIELDS = {
+    "text": "target_text",
+    "prompt_latents": "prompt_latents_base64",
+    "ref_audio_latents": "ref_audio_latents_base64",
+}
+"""What the arguments of `AsyncSpeech.generate` are called here."""
+
 Format = Literal["raw", "f32le", "pcm", "mp3", "wav", "flac", "opus", "aac"]
 
 
@@ -68,7 +75,7 @@ async def answer_speech(body: SpeechGenerateRequest, http: Request, state: Serve
         prompt = await _prompt(body, state)
         params = body.params(state)
         text = body.target_text
-        return await Utterance(state, name, text, params, prompt, body.lora_name).start()
+        return await Utterance(state, name, text, params, prompt, body.lora_name, FIELDS).start()
 
     asked = body.response_format or "raw"
     wire_format = "raw" if asked == "f32le" else asked
@@ -95,7 +102,7 @@ def _check_consistent(body: SpeechGenerateRequest) -> None:
     has_wav = body.prompt_wav_base64 is not None or body.prompt_wav_format is not None
     has_reference = body.ref_audio_wav_base64 is not None or body.ref_audio_wav_format is not None
     has_latents = body.prompt_latents_base64 is not None
-    text = (body.prompt_text or "").strip()
+    text = body.prompt_text
     refused = [
         (
             has_wav and has_latents,

@@ -34,6 +34,15 @@ MAX_INPUT = 4096
 """Characters, as with OpenAI; with `split_sentences` more, up to an hour of speech."""
 
 
+FIELDS = {
+    "text": "input",
+    "prompt_id": "voice",
+    "prompt_latents": "ref_audio",
+    "prompt_text": "ref_text",
+    "ref_audio_latents": "ref_audio",
+}
+"""What the arguments of `AsyncSpeech.generate` are called here."""
+
 NO_PARENTHESES = str.maketrans("()", "[]")
 
 Base64Audio = Annotated[str, Field(min_length=1)]
@@ -110,7 +119,7 @@ async def create_speech(body: SpeechRequest, request: Request, state: State) -> 
         params = body.params(state, retry_badcase=bool(body.retry_badcase))
         by_sentence = bool(body.split_sentences)
         utterance = Utterance(
-            state, name, text, params, prompt, body.lora_name, by_sentence=by_sentence
+            state, name, text, params, prompt, body.lora_name, FIELDS, by_sentence=by_sentence
         )
         return await utterance.start()
 

@@ -2,14 +2,15 @@
 
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
 from nanovllm.audio.files import Samples
 from nanovllm.batch import UNUSABLE_PATCH
-from nanovllm.errors import UnavailableError
+from nanovllm.errors import InvalidRequestError, UnavailableError
 from nanovllm.server.errors import INTERNAL_ERROR, APIError
 from nanovllm.server.speech.inputs import SpeechPrompt
 from nanovllm.server.state import ServerState
@@ -41,6 +42,7 @@ class Utterance:
         params: How. With `retry_badcase` nothing is heard before all of it is there.
         prompt: In whose voice.
         lora_name: With which adapter.
+        fields: What the client calls the arguments of `AsyncSpeech.generate`, where not the same.
         by_sentence: Whether to say it sentence by sentence.
     """
 
@@ -52,6 +54,7 @@ class Utterance:
         params: SpeechParams,
         prompt: SpeechPrompt,
         lora_name: str | None,
+        fields: Mapping[str, str],
         *,
         by_sentence: bool = False,
     ) -> None:
@@ -61,6 +64,7 @@ class Utterance:
         self._state = state
         self._text = text
         self._params = params
+        self._fields = fields
         self._by_sentence = by_sentence
         self._name = uuid.uuid4().hex  # our own: two clients may send the same X-Request-Id
         self._options: dict[str, Any] = {
@@ -81,7 +85,8 @@ class Utterance:
         speech = self._state.speech
         if not self._params.retry_badcase:
             generate = speech.generate_long if self._by_sentence else speech.generate
-            self._stream = await generate(self._text, self._params, **self._options)
+            with self._in_words_of_the_client():
+                self._stream = await generate(self._text, self._params, **self._options)
         self._state.generations.add(self)
         return self
 
@@ -100,7 +105,9 @@ class Utterance:
         """
         try:
             if self._stream is None:
-                speech = await self._state.speech.speak(self._text, self._params, **self._options)
+                speak = self._state.speech.speak
+                with self._in_words_of_the_client():
+                    speech = await speak(self._text, self._params, **self._options)
                 self._output = speech.output
                 self.num_samples = len(speech.audio)
                 yield speech.audio
@@ -126,6 +133,14 @@ class Utterance:
         """Abort what has not ended."""
         if self._stream is not None:
             await self._stream.aclose()
+
+    @contextmanager
+    def _in_words_of_the_client(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidRequestError as e:
+            e.param = self._fields.get(e.param or "", e.param)
+            raise
 
     def _failure(self, e: RuntimeError) -> Exception:
         """What a client is told, which is not what an exception in an engine says."""

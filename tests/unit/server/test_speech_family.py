@@ -200,6 +200,12 @@ class TestGenerate:
         assert detail(speaker, **{"target_text": "Hello"} | body).startswith(begins)
         assert not speech.asked
 
+    def test_a_blank_text_is_none(self, speech: FakeSpeech, speaker: TestClient) -> None:
+        response = speaker.post("/generate", json={"target_text": " "})
+        assert response.json()["error"]["param"] == "target_text"
+        generate(speaker, prompt_text=" ")
+        assert speech.asked[0][2]["prompt_text"] == ""
+
     def test_text_and_speech_share_the_path(self) -> None:
         client = TestClient(build_speech(FakeSpeech(), FakeLLM()))
         assert generate(client).headers["content-type"] == "audio/raw"

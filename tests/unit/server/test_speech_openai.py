@@ -159,7 +159,8 @@ class TestErrors:
         ("body", "param", "says"),
         [
             ({"input": ""}, "input", "at least 1 character"),
-            ({"input": "   "}, "text", "non-empty"),
+            ({"input": "   "}, "input", "non-empty"),
+            ({"input": " ", "retry_badcase": True, "stream": False}, "input", "non-empty"),
             ({"input": "a" * 4097}, "input", "4096 characters, got 4097"),
             ({"input": "a" * 100_000, "split_sentences": True}, "input", "65536"),
             ({"speed": 1.5}, "speed", "must be 1, got 1.5"),
@@ -179,7 +180,14 @@ class TestErrors:
             ({"ref_audio": "*", "ref_text": "a"}, "ref_audio", "Invalid base64 in ref_audio"),
             ({"ref_audio": "http://x/a.wav", "ref_text": "a"}, "ref_audio", "fetches nothing"),
             ({"ref_audio": "file:///etc/passwd", "ref_text": "a"}, "ref_audio", "fetches nothing"),
-            ({"ref_audio": base64_of(recording())}, "ref_audio", "Reference audio is not supp"),
+            *(
+                (
+                    {"ref_audio": base64_of(recording())} | text,
+                    "ref_audio",
+                    "Reference audio is not",
+                )
+                for text in ({}, {"ref_text": "  "})
+            ),
             ({"ref_audio": base64_of(b"RIFF"), "ref_text": "a"}, None, "cannot decode"),
             ({"ref_audio": base64_of(b"MZ"), "ref_text": "a"}, None, "in none of the formats"),
             ({"retry_badcase": True}, "retry_badcase", "needs stream=false"),
