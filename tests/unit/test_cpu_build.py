@@ -1,8 +1,10 @@
 """Compiling the kernels: once, privately, anew when something changes, and not at all."""
 
+import ctypes
 import errno
 import logging
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -58,9 +60,11 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     done: list[Path] = []
     real = build._compile
 
-    def record(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
-        done.append(library)
-        real(compiler, flags, sources, library)
+    def record(
+        compiler: str, flags: list[str], sources: list[Path], directory: Path, name: str
+    ) -> Path:
+        done.append(real(compiler, flags, sources, directory, name))
+        return done[-1]
 
     monkeypatch.setattr(build, "_compile", record)
     return done
@@ -123,6 +127,22 @@ def test_a_second_call_compiles_nothing(home: Path, compilations: list[Path]) ->
     assert compilations == [first]
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut off", "zeros at its end"])
+def test_a_damaged_library_is_compiled_anew(
+    home: Path, compilations: list[Path], damage: str
+) -> None:
+    """As a machine leaves it that stops; to call what is cut off would be a bus error."""
+    library = compile_kernels(PORTABLE)
+    whole = library.read_bytes()
+    half = whole[: len(whole) // 2]
+    library.write_bytes({"empty": b"", "cut off": half}.get(damage, half.ljust(len(whole), b"\0")))
+    again = compile_kernels(PORTABLE)
+    assert len(compilations) == 2
+    ctypes.CDLL(str(again))
+    assert compile_kernels(PORTABLE) == again
+    assert len(compilations) == 2
+
+
 def test_a_changed_source_header_flag_or_compiler_compiles_anew(
     home: Path, compilations: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +191,22 @@ def test_a_file_system_without_locks_will_do(home: Path, monkeypatch: pytest.Mon
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr("fcntl.flock", no_lock)
+    assert compile_kernels(PORTABLE).is_file()
+
+
+@pytest.mark.parametrize("content", [b"#!/nonexistent\n", b"\x7fELF garbage", b"#!/bin/false\n"])
+def test_behind_a_compiler_that_does_not_run_the_next_is_tried(
+    home: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    working = next(filter(None, map(shutil.which, build.COMPILERS)))
+    programs = home / "programs"
+    programs.mkdir()
+    (programs / "g++").write_bytes(content)
+    (programs / "g++").chmod(0o700)
+    monkeypatch.setattr("shutil.which", lambda name: str(programs / name))
+    with pytest.raises(NoCompilerError, match=r"programs/g\+\+ (cannot compile|failed)"):
+        compile_kernels(PORTABLE)
+    (programs / "c++").symlink_to(working)
     assert compile_kernels(PORTABLE).is_file()
 
 
@@ -260,8 +296,8 @@ def test_sets_by_the_flags_of_the_processor(
     assert [isa.name for isa in choose_instruction_sets("auto")] == names
 
 
-def test_a_compiler_that_does_not_know_the_best_set_gives_the_next(
-    no_library: None, monkeypatch: pytest.MonkeyPatch
+def test_a_compiler_that_does_not_know_the_best_set_gives_the_next_and_says_so(
+    no_library: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     best, *others = choose_instruction_sets("auto")
     if not others:
@@ -275,6 +311,8 @@ def test_a_compiler_that_does_not_know_the_best_set_gives_the_next(
 
     monkeypatch.setattr("nanovllm.kernels.cpu.library.compile_kernels", old_compiler)
     assert load_library().isa == others[0].name
+    (line,) = caplog.records
+    assert re.search(rf"on the {others[0].name} kernels.*unrecognized", line.getMessage())
     with pytest.raises(NoCompilerError, match="unrecognized"):
         load_library(best.name)
 

@@ -100,11 +100,21 @@ def compile_kernels(isa: InstructionSet, extra_flags: Sequence[str] = ()) -> Pat
     """Return the path of the library for an instruction set, compiling it if need be.
 
     Raises:
-        NoCompilerError: There is no compiler, or it fails.
+        NoCompilerError: There is no compiler, or all fail: the reason of the first.
     """
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise NoCompilerError(f"none of {', '.join(COMPILERS)} is installed")
+    problem: NoCompilerError | None = None
+    for compiler in filter(None, map(shutil.which, COMPILERS)):
+        try:
+            return _compiled_by(compiler, isa, extra_flags)
+        except OSError as e:  # it cannot even be started, say
+            problem = problem or NoCompilerError(f"{compiler} cannot compile the kernels: {e}")
+        except NoCompilerError as e:
+            problem = problem or e
+    raise problem or NoCompilerError(f"none of {', '.join(COMPILERS)} is installed")
+
+
+def _compiled_by(compiler: str, isa: InstructionSet, extra_flags: Sequence[str]) -> Path:
+    """The library that one compiler makes, kept under a digest of all that goes into it."""
     flags = [*FLAGS, *_machine_flags(isa), *isa.defines, *extra_flags]
     sources = sorted(SOURCES.glob("*.cpp"))
     version = _run([compiler, "--version"])
@@ -112,13 +122,27 @@ def compile_kernels(isa: InstructionSet, extra_flags: Sequence[str] = ()) -> Pat
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     directory = private_cache("kernels")
-    library = directory / f"{isa.name}-{digest.hexdigest()[:16]}.so"
-    if not library.is_file():
+    name = f"{isa.name}-{digest.hexdigest()[:16]}"
+    library = _kept(directory, name)
+    if library is None:
         with _locked(directory):
-            if not library.is_file():
+            library = _kept(directory, name)
+            if library is None:
                 logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
-                _compile(compiler, flags, sources, library)
+                library = _compile(compiler, flags, sources, directory, name)
     return library
+
+
+def _kept(directory: Path, name: str) -> Path | None:
+    """The library of an earlier start, unless it is damaged: to run it would end the process."""
+    for path in directory.glob(f"{name}-*.so"):
+        if path.stem == f"{name}-{_content_digest(path)}":
+            return path
+    return None
+
+
+def _content_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
@@ -135,9 +159,15 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path) -> None:
-    """Compile the sources side by side, link them, and move the result into its place."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+def _compile(
+    compiler: str, flags: list[str], sources: list[Path], directory: Path, name: str
+) -> Path:
+    """Compile the sources side by side, link them, and move the result into its place.
+
+    Returns:
+        The library, whose name ends in a digest of its content.
+    """
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
         objects = [f"{scratch}/{source.stem}.o" for source in sources]
         jobs = [
             subprocess.Popen(
@@ -152,10 +182,12 @@ def _compile(compiler: str, flags: list[str], sources: list[Path], library: Path
         for source, job, error in zip(sources, jobs, errors, strict=True):
             if job.returncode:
                 raise NoCompilerError(f"{compiler} cannot compile {source.name}: {error[-2000:]}")
-        linked = f"{scratch}/{library.name}"
-        _run([compiler, *flags, "-shared", *objects, "-o", linked])
+        linked = Path(scratch) / "linked.so"
+        _run([compiler, *flags, "-shared", *objects, "-o", str(linked)])
+        with linked.open("rb") as file:
+            os.fsync(file.fileno())
         # Atomic: where there are no locks, another process may be doing the same.
-        os.replace(linked, library)
+        return linked.replace(directory / f"{name}-{_content_digest(linked)}.so")
 
 
 def private_cache(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.cpu.build import NoCompilerError, choose_instruction_sets, compile_kernels
 from nanovllm.kernels.cpu.threads import usable_cpus
+
+logger = logging.getLogger(__name__)
 
 
 class Weights(Structure):
@@ -142,9 +145,14 @@ class Library:
                 f"the system does not give this process {num_threads} threads", "cpu_threads"
             )
 
-    def enable(self) -> bool:
-        """Ask the system for what the instruction set needs; False if it refuses."""
-        return not self.isa.startswith("amx") or bool(self._enable_amx())
+    def enable(self) -> None:
+        """Ask the system for what the instruction set needs.
+
+        Raises:
+            NoCompilerError: It refuses.
+        """
+        if self.isa.startswith("amx") and not self._enable_amx():
+            raise NoCompilerError("the system does not allow the use of AMX tiles")
 
 
 @functools.cache
@@ -155,14 +163,18 @@ def load_library(isa: str = "auto") -> Library:
         InvalidRequestError: The processor does not have the instruction set that is asked for.
         NoCompilerError: The kernels cannot be compiled here.
     """
-    problem: Exception | None = None
+    problem: NoCompilerError | None = None
     for candidate in choose_instruction_sets(isa):
         try:
             library = Library(candidate.name, str(compile_kernels(candidate)))
+            library.enable()
         except NoCompilerError as e:
             # An old compiler may not know the newest instructions; the next set needs fewer.
             problem = problem or e
             continue
-        if library.enable():
-            return library
-    raise problem or NoCompilerError("the system does not allow the use of AMX tiles")
+        if problem is not None:
+            logger.warning(
+                "running on the %s kernels, the best ones cannot be had: %s", library.isa, problem
+            )
+        return library
+    raise problem or NoCompilerError(f"there are no kernels for {isa}")
