@@ -18,6 +18,10 @@ ARCHITECTURES = (
 )
 """What we read; `registry.py` has the classes."""
 
+ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+MLP_BIAS = ("LlamaForCausalLM",)
+"""Which of them have biases where the config says so; the others ignore what it says."""
+
 ROPE_FIELDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -176,8 +180,8 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
+            attention_bias=architecture in ATTENTION_BIAS and bool(raw.get("attention_bias")),
+            mlp_bias=architecture in MLP_BIAS and bool(raw.get("mlp_bias")),
             windows=_windows(architecture, given),
             rope=_rope(raw, head_dim),
             dtype=_dtype(raw),
@@ -239,12 +243,14 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
     """The attention window of each layer, from the ways the architectures say it."""
     num_layers: int = raw["num_hidden_layers"]
     window = positive(raw, "sliding_window") if "sliding_window" in raw else None
-    if architecture == "MistralForCausalLM":
-        return (window,) * num_layers
-    if window is None or not raw.get("use_sliding_window", False):
+    is_mistral = architecture == "MistralForCausalLM"
+    has_windows = is_mistral or raw.get("use_sliding_window", False)
+    if window is None or not has_windows or architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     if "layer_types" in raw:
         kinds = json_list(raw, "layer_types")
+    elif is_mistral:
+        return (window,) * num_layers
     else:
         first = 0 if raw.get("max_window_layers") == 0 else positive(raw, "max_window_layers", 28)
         kinds = ["sliding_attention" if i >= first else "" for i in range(num_layers)]
@@ -267,18 +273,25 @@ def _dtype(raw: dict[str, Any]) -> str:
 
 
 def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Rotary parameters, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`."""
-    scaling = dict(json_object(raw, "rope_parameters") or json_object(raw, "rope_scaling"))
-    if any(isinstance(value, dict) for value in scaling.values()):
+    """Rotary parameters, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`.
+
+    Where both are there, `rope_scaling` was added by hand, for a longer context. It replaces the
+    others, as in transformers, but for their theta.
+    """
+    parameters = json_object(raw, "rope_parameters")
+    scaling = dict(json_object(raw, "rope_scaling") or parameters)
+    given = parameters | scaling
+    if any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedModelError(
-            f"rope_parameters by the type of a layer ({', '.join(scaling)}) are not supported; "
+            f"rope_parameters by the type of a layer ({', '.join(given)}) are not supported; "
             "supported: the same for all",
             "rope_parameters",
         )
     old_name = scaling.pop("type", None)
     scaling["rope_type"] = str(scaling.get("rope_type") or old_name or "default")
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    rotated = scaling.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+    scaling.pop("rope_theta", None)
+    theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    rotated = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if rotated != 1.0:
         raise UnsupportedModelError(
             f"partial_rotary_factor {rotated} is not supported; supported: 1.0",
