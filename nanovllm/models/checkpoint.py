@@ -1,9 +1,10 @@
 """The tensors of a checkpoint, by their names in it."""
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -11,8 +12,11 @@ from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.kernels.kernels import QuantizedWeight
 from nanovllm.models.model_config import read_json
 
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-"""Buffers that old checkpoints store and everyone recomputes."""
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
+"""Buffers that some checkpoints store, and that everyone makes from the config."""
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a parameter may be stored in that is not quantized."""
 
 
 class WeightSource(Protocol):
@@ -23,7 +27,7 @@ class WeightSource(Protocol):
 
         Raises:
             InvalidRequestError: `Missing parameters: [...]`, `Unexpected parameters: [...]`, or a
-                wrong shape.
+                wrong shape or dtype.
         """
 
     def tensor(self, name: str) -> Tensor:
@@ -60,16 +64,30 @@ class Checkpoint:
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         self.check_names({*expected})
         for name, shape in expected.items():
-            self.check_shape(name, shape)
+            self.check_parameter(name, shape)
 
-    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
-        """Complain of a tensor whose shape is not what `config.json` makes it."""
-        found = self.shape(name)
-        if found != expected:
+    def check_parameter(self, name: str, expected: tuple[int, ...]) -> None:
+        """Complain of a parameter whose shape is not what `config.json` makes it."""
+        self.check_tensor(name, expected, FLOATS)
+
+    def check_tensor(
+        self, name: str, expected: tuple[int, ...], dtypes: Sequence[torch.dtype]
+    ) -> None:
+        """Complain of a tensor that is not of a shape and one of some dtypes."""
+        shape, dtype = self.shape(name), self.tensor(name).dtype
+        if shape != expected:
             raise InvalidRequestError(
-                f"parameter {name} has shape {list(found)} in the checkpoint; config.json makes "
+                f"parameter {name} has shape {list(shape)} in the checkpoint; config.json makes "
                 f"it {list(expected)}"
             )
+        if dtype not in dtypes:
+            message = (
+                f"parameter {name} is {dtype} in the checkpoint; it must be "
+                f"{' or '.join(map(str, dtypes))}".replace("torch.", "")
+            )
+            if dtypes == FLOATS:
+                message += ", or quantized as quantization_config says, with its scales"
+            raise InvalidRequestError(message)
 
     def check_names(self, expected: Set[str]) -> None:
         """Complain of tensors that are missing or that nobody asks for."""
@@ -122,8 +140,20 @@ def indexed_files(index: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: One is missing.
+        InvalidRequestError: The index does not name them.
     """
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weight_map = read_json(index).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise InvalidRequestError(
+            f"{index}: weight_map must be an object that names the file of each parameter, not "
+            f"{weight_map!r:.80}",
+            "weight_map",
+        )
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names files that are missing: {missing}")

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.kernels.kernels import QuantizedWeight
-from nanovllm.models.checkpoint import Checkpoint, weight_files
+from nanovllm.models.checkpoint import FLOATS, Checkpoint, weight_files
+from nanovllm.models.config_fields import json_object, positive
 from nanovllm.models.quantization import SCHEMES, quantize
 
 GROUP_SIZES = (128, 64, 32)
@@ -26,8 +27,13 @@ GROUP_SIZES = (128, 64, 32)
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word AWQ has each of eight columns."""
 
-IGNORED_SUFFIXES = (".input_scale", ".input_zero_point", ".k_scale", ".v_scale")
+IGNORED_SUFFIXES = tuple(
+    f".{of}_{what}" for of in ("input", "output", "q", "k", "v") for what in ("scale", "zero_point")
+)
 """Static scales of activations and of the KV cache: ours are measured as they come."""
+
+WORDS = (torch.int32,)
+"""What several codes are packed into."""
 
 
 class Stored(NamedTuple):
@@ -114,12 +120,12 @@ class QuantizedCheckpoint(Checkpoint, ABC):
         self._spare = {name for name in biases - {*expected} if not self.tensor(name).any()}
         super().check(expected)
 
-    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+    def check_parameter(self, name: str, expected: tuple[int, ...]) -> None:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in self._modules:
             self._check_module(module, *expected)
         else:
-            super().check_shape(name, expected)
+            super().check_parameter(name, expected)
 
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
         module = name.removesuffix(".weight")
@@ -127,10 +133,12 @@ class QuantizedCheckpoint(Checkpoint, ABC):
             return self.tensor(name)
         rows, depth = self._shapes[name]
         stored = self._read(module, rows, depth)
-        if stored.zeros is not None and stored.zeros.shape != stored.scales.shape:
+        # The kernels hold those of 4 bits in half precision.
+        largest = torch.finfo(torch.float16 if stored.bits == 4 else torch.float32).max
+        if not (stored.scales.float().abs() <= largest).all():  # false for NaN
             raise InvalidRequestError(
-                f"{module} has zero points {list(stored.zeros.shape)} for scales "
-                f"{list(stored.scales.shape)}"
+                f"a scale of {module} is NaN, infinite or beyond {largest:g}; quantize the "
+                f"original checkpoint instead, by quantization='int{stored.bits}'"
             )
         return _for_kernels(stored, self._group_size(module, depth, stored.scales.shape[1]))
 
@@ -140,7 +148,7 @@ class QuantizedCheckpoint(Checkpoint, ABC):
 
     @abstractmethod
     def _check_module(self, module: str, rows: int, depth: int) -> None:
-        """Complain of a matrix that is not whole, or whose shapes do not fit."""
+        """Complain of a matrix that is not whole, or whose shapes or dtypes do not fit."""
 
     @abstractmethod
     def _read(self, module: str, rows: int, depth: int) -> Stored:
@@ -151,24 +159,27 @@ class QuantizedCheckpoint(Checkpoint, ABC):
         if missing:
             raise InvalidRequestError(f"Missing parameters: {missing}")
 
-    def _bits(self, name: str, packed: int, unpacked: int) -> int:
-        """The bits of `unpacked` values that fill `packed` words."""
+    def _bits(self, name: str, dim: int, depth: int) -> int:
+        """The bits of `depth` codes that fill a dimension of a matrix of words."""
+        shape = self.shape(name)
         for bits in (4, 8):
-            if packed == -(-unpacked * bits // 32):
+            if len(shape) == 2 and shape[dim] == num_words(depth, bits):
                 return bits
         raise InvalidRequestError(
-            f"parameter {name} has shape {list(self.shape(name))} in the checkpoint, which is not "
-            f"that of {unpacked} values in 4 or 8 bits"
+            f"parameter {name} has shape {list(shape)} in the checkpoint, which is not "
+            f"that of {depth} values in 4 or 8 bits"
         )
 
-    def _check_scales(self, name: str, found: tuple[int, ...], rows: int, depth: int) -> None:
-        """Complain of scales that are not a whole number of groups of each row."""
+    def _num_groups(self, name: str, found: tuple[int, ...], rows: int, depth: int) -> int:
+        """Groups of a row by the scales `found`, which must be a whole number of them."""
         if len(found) != 2 or found[0] != rows:
             raise InvalidRequestError(
                 f"parameter {name} has shape {list(self.shape(name))} in the checkpoint, which is "
                 f"not that of scales for {rows} outputs"
             )
+        self.check_tensor(name, self.shape(name), FLOATS)
         self._group_size(name, depth, found[1])
+        return found[1]
 
     def _check_order(self, name: str, depth: int, num_groups: int) -> None:
         """Complain of columns that do not belong to their groups in order."""
@@ -176,7 +187,8 @@ class QuantizedCheckpoint(Checkpoint, ABC):
             return
         groups = self.tensor(name)
         in_order = torch.arange(depth) // self._group_size(name, depth, num_groups)
-        if not (torch.equal(groups.long(), in_order) or (groups < 0).all()):
+        # Zeros, and in compressed-tensors -1, are no order, as for vLLM and ExLlamaV2.
+        if not (torch.equal(groups.long(), in_order) or (groups <= 0).all()):
             raise UnsupportedModelError(
                 f"{name} orders the columns of a matrix by their activations (desc_act, or "
                 "actorder=group), which is not supported; supported: checkpoints made with "
@@ -211,27 +223,23 @@ class GptqCheckpoint(QuantizedCheckpoint):
                 f"GPTQ in the format {form!r} is not supported; supported: gptq, gptq_v2",
                 "quantization_config",
             )
-        _check_bits(settings.get("bits", 4), "GPTQ")
+        _check_bits(settings, "bits", "GPTQ")
         self._less_one = form == "gptq"
         self._symmetric = bool(settings.get("sym", True))
-        return {int(settings.get("group_size") or -1)}
+        return {_stored_group_size(settings, "group_size")}
 
     def _check_module(self, module: str, rows: int, depth: int) -> None:
         self._require(module, "qzeros", "scales")
-        packed, columns = self.shape(f"{module}.qweight")
-        self._bits(f"{module}.qweight", packed, depth)
-        if columns != rows:
-            raise InvalidRequestError(
-                f"parameter {module}.qweight has shape {[packed, columns]} in the checkpoint; "
-                f"config.json makes it {[packed, rows]}"
-            )
-        scales = self.shape(f"{module}.scales")
-        self._check_scales(f"{module}.scales", scales[::-1], rows, depth)
-        self._check_order(f"{module}.g_idx", depth, scales[0])
+        bits = self._bits(f"{module}.qweight", 0, depth)
+        scales = f"{module}.scales"
+        num_groups = self._num_groups(scales, self.shape(scales)[::-1], rows, depth)
+        self.check_tensor(f"{module}.qweight", (num_words(depth, bits), rows), WORDS)
+        self.check_tensor(f"{module}.qzeros", (num_groups, num_words(rows, bits)), WORDS)
+        self._check_order(f"{module}.g_idx", depth, num_groups)
 
     def _read(self, module: str, rows: int, depth: int) -> Stored:
         qweight = self.tensor(f"{module}.qweight")  # [depth / per_word, rows]
-        bits = self._bits(f"{module}.qweight", len(qweight), depth)
+        bits = self._bits(f"{module}.qweight", 0, depth)
         codes = unpack(qweight, bits).permute(1, 0, 2).reshape(rows, -1)[:, :depth]
         qzeros = self.tensor(f"{module}.qzeros")  # [num_groups, rows / per_word]
         if self._less_one:
@@ -255,25 +263,23 @@ class AwqCheckpoint(QuantizedCheckpoint):
                 f"AWQ in the version {version!r} is not supported; supported: gemm",
                 "quantization_config",
             )
-        if settings.get("bits", settings.get("w_bit", 4)) != 4:
-            raise UnsupportedModelError("AWQ is supported in 4 bits only", "quantization_config")
-        return {int(settings.get("group_size") or settings.get("q_group_size") or -1)}
+        _check_bits(settings, "bits" if "bits" in settings else "w_bit", "AWQ", supported=(4,))
+        self._symmetric = settings.get("zero_point") is False
+        name = "group_size" if settings.get("group_size") else "q_group_size"
+        return {_stored_group_size(settings, name)}
 
     def _check_module(self, module: str, rows: int, depth: int) -> None:
-        self._require(module, "scales")
-        found = self.shape(f"{module}.qweight")
-        if found != (depth, rows // 8):
-            raise InvalidRequestError(
-                f"parameter {module}.qweight has shape {list(found)} in the checkpoint; "
-                f"config.json makes it {[depth, rows // 8]}"
-            )
-        scales = self.shape(f"{module}.scales")
-        self._check_scales(f"{module}.scales", scales[::-1], rows, depth)
+        self._require(module, "scales", *(() if self._symmetric else ("qzeros",)))
+        scales = f"{module}.scales"
+        num_groups = self._num_groups(scales, self.shape(scales)[::-1], rows, depth)
+        self.check_tensor(f"{module}.qweight", (depth, num_words(rows, 4)), WORDS)
+        if f"{module}.qzeros" in self._files:
+            self.check_tensor(f"{module}.qzeros", (num_groups, num_words(rows, 4)), WORDS)
 
     def _read(self, module: str, rows: int, depth: int) -> Stored:
         def unpack_columns(suffix: str, num_rows: int) -> Tensor:
             words = self.tensor(f"{module}.{suffix}")  # [num_rows, rows / 8]
-            return unpack(words, 4)[..., AWQ_ORDER].reshape(num_rows, rows).T
+            return unpack(words, 4)[..., AWQ_ORDER].reshape(num_rows, -1)[:, :rows].T
 
         scales = self.tensor(f"{module}.scales")
         zeros = None
@@ -297,15 +303,18 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
 
     def _read_settings(self, settings: dict[str, Any]) -> set[int]:
         sizes = set()
-        sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+        self._symmetric = not settings.get("config_groups")
+        sparsity = json_object(settings, "sparsity_config").get("format", "dense")
         if sparsity != "dense" or settings.get("transform_config"):
             raise UnsupportedModelError(
                 "compressed-tensors with sparsity or transforms is not supported",
                 "quantization_config",
             )
-        for scheme in settings.get("config_groups", {}).values():
+        schemes = json_object(settings, "config_groups")
+        for name in schemes:
+            scheme = json_object(schemes, name)
             form = scheme.get("format") or settings.get("format")
-            weights = scheme.get("weights") or {}
+            weights = json_object(scheme, "weights")
             if weights.get("type", "int") != "int" or form not in self.formats:
                 kind = f"{weights.get('type')}{weights.get('num_bits')}"
                 raise UnsupportedModelError(
@@ -313,32 +322,31 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
                     f"supported: {', '.join(self.formats)} of integers in 4 or 8 bits",
                     "quantization_config",
                 )
-            _check_bits(weights.get("num_bits", 4), "compressed-tensors")
-            sizes.add(int(weights.get("group_size") or -1))
+            _check_bits(weights, "num_bits", "compressed-tensors")
+            sizes.add(_stored_group_size(weights, "group_size"))
+            # Which matrices are a group's we do not read: one such group excuses all.
+            self._symmetric |= weights.get("symmetric") is not False
         return sizes
 
     def _check_module(self, module: str, rows: int, depth: int) -> None:
-        if f"{module}.weight_packed" in self._files:
-            name = f"{module}.weight_packed"
-            found = self.shape(name)
-            self._bits(name, found[1], depth)
-            fits = found[0] == rows
+        packed, zeros = f"{module}.weight_packed", f"{module}.weight_zero_point"
+        if packed in self._files:
+            bits = self._bits(packed, 1, depth)
+            self.check_tensor(packed, (rows, num_words(depth, bits)), WORDS)
         else:
+            bits = 8
             self._require(module, "weight")
-            name = f"{module}.weight"
-            found = self.shape(name)
-            fits = found == (rows, depth) and self._type(name) == "I8"
-        if not fits:
-            raise InvalidRequestError(
-                f"parameter {name} is {self._type(name)} {list(found)} in the checkpoint; "
-                f"config.json makes it a matrix {[rows, depth]} of integers"
-            )
-        scales = self._scales(module, rows)
-        self._check_scales(f"{module}.weight_scale", tuple(scales.shape), rows, depth)
-        self._check_order(f"{module}.weight_g_idx", depth, scales.shape[1])
-
-    def _type(self, name: str) -> str:
-        return str(self._files[name].get_slice(name).get_dtype())
+            self.check_tensor(f"{module}.weight", (rows, depth), (torch.int8,))
+        scales = f"{module}.weight_scale"
+        shape = tuple(self._scales(module, rows).shape)
+        num_groups = self._num_groups(scales, shape, rows, depth)
+        if not self._symmetric:
+            self._require(module, "weight_zero_point")
+        if zeros in self._files and self.tensor(zeros).dtype in WORDS:
+            self.check_tensor(zeros, (num_words(rows, bits), num_groups), WORDS)
+        elif zeros in self._files:  # in int64 by the tool's first versions
+            self.check_tensor(zeros, self.shape(scales), (torch.int8, torch.int64))
+        self._check_order(f"{module}.weight_g_idx", depth, num_groups)
 
     def _scales(self, module: str, rows: int) -> Tensor:
         scales = self.tensor(f"{module}.weight_scale")
@@ -347,7 +355,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
     def _read(self, module: str, rows: int, depth: int) -> Stored:
         if f"{module}.weight_packed" in self._files:
             words = self.tensor(f"{module}.weight_packed")  # [rows, depth / per_word]
-            bits = self._bits(f"{module}.weight_packed", words.shape[1], depth)
+            bits = self._bits(f"{module}.weight_packed", 1, depth)
             codes = unpack(words, bits).flatten(1)[:, :depth]
         else:
             bits = 8
@@ -366,6 +374,11 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
     def _unsigned(self, codes: Tensor, bits: int) -> Tensor:
         """Codes around zero as codes around the middle; int8 wraps around as it should."""
         return codes.to(torch.int8).view(torch.uint8) + (1 << (bits - 1))
+
+
+def num_words(count: int, bits: int) -> int:
+    """Words of 32 bits that so many codes take."""
+    return -(-count * bits // 32)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -410,8 +423,17 @@ def _for_kernels(stored: Stored, group_size: int) -> QuantizedWeight:
     return QuantizedWeight(codes, split(scales), None if zeros is None else split(zeros), 4, size)
 
 
-def _check_bits(bits: Any, tool: str) -> None:
-    if bits not in (4, 8):
+def _check_bits(
+    settings: dict[str, Any], name: str, tool: str, supported: tuple[int, ...] = (4, 8)
+) -> None:
+    bits = positive(settings, name, 4)
+    if bits not in supported:
         raise UnsupportedModelError(
-            f"{tool} in {bits} bits is not supported; supported: 4, 8", "quantization_config"
+            f"{tool} in {bits} bits is not supported; supported: {', '.join(map(str, supported))}",
+            "quantization_config",
         )
+
+
+def _stored_group_size(settings: dict[str, Any], name: str) -> int:
+    """Columns of a group as the settings have it; -1 is a whole row."""
+    return -1 if settings.get(name) in (None, 0, -1) else positive(settings, name)

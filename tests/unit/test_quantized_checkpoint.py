@@ -257,6 +257,11 @@ def load(directory: Path, kernels: Kernels = PLAIN, **options: Any) -> CausalLM:
     return load_model(config, source, kernels, dtype=torch.float32, device=CPU)
 
 
+def edit_settings(directory: Path, settings: dict[str, Any]) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": settings}))
+
+
 def linears(model: CausalLM) -> dict[str, Linear]:
     return {p: m for p, m in model.named_modules() if isinstance(m, Linear)}
 
@@ -364,8 +369,8 @@ def test_biases_of_zeros_and_scales_of_activations_are_left_alone(
 
     def add(stored: Tensors) -> None:
         stored[f"{path}.o_proj.bias"] = torch.zeros(64)
-        stored[f"{path}.o_proj.input_scale"] = torch.ones(1)
-        stored[f"{path}.k_scale"] = torch.ones(1)
+        for name in ("o_proj.input_scale", "o_proj.output_scale", "q_scale", "k_zero_point"):
+            stored[f"{path}.{name}"] = torch.ones(1)
 
     load(make(change=add)[1])
 
@@ -380,10 +385,8 @@ def test_biases_of_zeros_and_scales_of_activations_are_left_alone(
         ({"o_proj.qweight": torch.zeros(9, 64).int()}, r"shape \[9, 64\].*128 values in 4 or 8"),
         ({"o_proj.scales": torch.ones(4, 9).half()}, r"o_proj.scales has shape \[4, 9\].*64 outp"),
         ({"o_proj.scales": torch.ones(3, 64).half()}, r"3 groups for 128 columns"),
-        (
-            {"o_proj.qzeros": torch.zeros(2, 8).int()},
-            r"o_proj has zero points \[64, 2\] for scales",
-        ),
+        ({"o_proj.qweight": torch.zeros(1024).int()}, r"o_proj.qweight has shape \[1024\]"),
+        ({"o_proj.qzeros": torch.zeros(2, 8).int()}, r"o_proj.qzeros has shape \[2, 8\].*\[4, 8\]"),
         ({"o_proj.g_idx": torch.randperm(128).int() // 32}, r"g_idx orders the columns.*desc_act"),
     ],
 )
@@ -401,6 +404,97 @@ def test_a_matrix_that_is_not_whole_is_refused_by_name(
     _, packed = make(change=change, sym=False)
     with pytest.raises(InvalidRequestError, match=message):
         load(packed)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        *(("gptq", suffix) for suffix in ("qweight", "qzeros", "scales")),
+        *(("awq", suffix) for suffix in ("qweight", "qzeros", "scales")),
+        ("compressed-zeros", "weight_packed"),
+        ("compressed-zeros", "weight_scale"),
+        ("compressed-zeros", "weight_zero_point"),
+        ("compressed-int8", "weight"),
+        ("compressed-int8-zeros", "weight_zero_point"),
+    ],
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensor: tensor.flatten(),
+        lambda tensor: tensor[:-1],
+        lambda tensor: tensor[:0],
+        lambda tensor: tensor.flatten()[0],
+        lambda tensor: tensor.repeat(1, 2),
+        lambda tensor: tensor.float() if not tensor.is_floating_point() else tensor.int(),
+        lambda tensor: tensor.to(torch.int16),
+    ],
+    ids=["flat", "short", "empty", "scalar", "wide", "other", "int16"],
+)
+def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(
+    make: Callable[..., tuple[Path, Path]],
+    name: str,
+    suffix: str,
+    damage: Callable[[Tensor], Tensor],
+) -> None:
+    """Or the one beside it is, where these two do not fit each other."""
+    path = "model.layers.0.self_attn.o_proj"
+
+    def change(stored: Tensors) -> None:
+        stored[f"{path}.{suffix}"] = damage(stored[f"{path}.{suffix}"]).clone()
+
+    with pytest.raises(InvalidRequestError, match=rf"parameter {path}\.|{path}.* groups for"):
+        load(make(name, change=change)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "message"),
+    [
+        ("awq", "qzeros", r"Missing parameters: \['.*o_proj.qzeros'\]"),
+        ("compressed-zeros", "weight_zero_point", r"Missing.*o_proj.weight_zero_point'\]"),
+        ("compressed-int8", "weight_scale", "o_proj.weight is int8 .*quantized.*its scales"),
+    ],
+)
+def test_scales_and_zero_points_must_be_there(
+    make: Callable[..., tuple[Path, Path]], name: str, suffix: str, message: str
+) -> None:
+    def change(stored: Tensors) -> None:
+        del stored[f"model.layers.0.self_attn.o_proj.{suffix}"]
+
+    with pytest.raises(InvalidRequestError, match=message):
+        load(make(name, change=change)[1])
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-8bit-row", "compressed-int8"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e5])
+def test_scales_that_no_kernel_can_hold_are_refused_by_name(
+    make: Callable[..., tuple[Path, Path]], name: str, scale: float
+) -> None:
+    path = "model.layers.0.self_attn.o_proj"
+    suffix = "weight_scale" if name == "compressed-int8" else "scales"
+
+    def change(stored: Tensors) -> None:
+        scales = stored[f"{path}.{suffix}"].float().clone()
+        scales[0, 0] = scale
+        stored[f"{path}.{suffix}"] = scales
+
+    _, packed = make(name, change=change)
+    if scale == 1e5 and name != "gptq":  # those of 8 bits are float32
+        load(packed)
+        return
+    with pytest.raises(InvalidRequestError, match=f"a scale of {path} is NaN, infinite or beyond"):
+        load(packed)
+
+
+@pytest.mark.parametrize("groups", [0, -1])
+def test_an_order_that_says_nothing_is_none(
+    make: Callable[..., tuple[Path, Path]], groups: int
+) -> None:
+    def change(stored: Tensors) -> None:
+        for name in [name for name in stored if name.endswith(".g_idx")]:
+            stored[name] = torch.full_like(stored[name], groups)
+
+    load(make(change=change)[1])
 
 
 def test_groups_of_other_sizes_are_refused(make: Callable[..., tuple[Path, Path]]) -> None:
@@ -442,7 +536,7 @@ def test_parts_of_one_matrix_that_differ_are_refused(
         (settings_of("gptq", bits=3), "GPTQ in 3 bits.*4, 8"),
         (settings_of("gptq", checkpoint_format="marlin"), "format 'marlin'.*gptq, gptq_v2"),
         (settings_of("awq", version="gemv"), "version 'gemv'.*gemm"),
-        (settings_of("awq", bits=8), "AWQ.*4 bits only"),
+        (settings_of("awq", bits=8), "AWQ in 8 bits.*supported: 4$"),
         (compressed_settings("float-quantized", type="float", num_bits=8), r"float8.*integers"),
         (compressed_settings("nvfp4-pack-quantized", type="float"), "nvfp4-pack-quantized"),
         (compressed_settings(num_bits=3), "compressed-tensors in 3 bits"),
@@ -458,11 +552,38 @@ def test_other_formats_are_refused_by_name(
     make: Callable[..., tuple[Path, Path]], settings: dict[str, Any], message: str
 ) -> None:
     _, packed = make()
-    config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = settings
-    (packed / "config.json").write_text(json.dumps(config))
+    edit_settings(packed, settings)
     with pytest.raises(UnsupportedModelError, match=message):
         load(packed)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (settings_of("gptq", group_size="x"), "group_size must be a positive integer, not 'x'"),
+        (settings_of("gptq", bits="4"), "bits must be a positive integer, not '4'"),
+        (settings_of("awq", group_size=[128, 128]), r"group_size must be .*not \[128, 128\]"),
+        (compressed_settings(group_size=[128, 128]), r"group_size must be .*not \[128, 128\]"),
+        (compressed_settings() | {"config_groups": [1]}, "config_groups must be an object"),
+        (compressed_settings() | {"config_groups": {"a": 3}}, "a must be an object, not 3"),
+        (compressed_settings() | {"config_groups": {"a": {"weights": 3}}}, "weights must be an"),
+        (compressed_settings() | {"sparsity_config": "x"}, "sparsity_config must be an object"),
+    ],
+)
+def test_a_setting_that_is_not_what_it_must_be_is_named(
+    make: Callable[..., tuple[Path, Path]], settings: dict[str, Any], message: str
+) -> None:
+    _, packed = make()
+    edit_settings(packed, settings)
+    with pytest.raises(InvalidRequestError, match=message):
+        load(packed)
+
+
+@pytest.mark.parametrize("groups", [None, {"a": None}])
+def test_groups_without_settings_go_by_what_is_stored(
+    make: Callable[..., tuple[Path, Path]], groups: dict[str, None] | None
+) -> None:
+    load(make("compressed", config_groups=groups)[1])
 
 
 def test_the_option_must_agree_with_the_checkpoint(

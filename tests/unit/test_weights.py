@@ -102,6 +102,42 @@ def test_a_wrong_shape_names_the_tensor_and_both_shapes(directory: Path) -> None
         load(directory)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int8, torch.uint8, torch.bool, torch.int64, torch.float8_e4m3fn, torch.complex64],
+)
+def test_weights_that_are_no_plain_floats_are_refused(directory: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(directory, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(InvalidRequestError, match=f"{name} is {kind} .*quantization_config"):
+        load(directory)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {}, "x", {"x": 3}])
+def test_an_index_that_names_no_files_is_refused(directory: Path, weight_map: object) -> None:
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InvalidRequestError, match=r"index.json: weight_map must be an object"):
+        weight_files(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("qwen2", ("attention_bias", "mlp_bias")),
+        ("mistral", ("attention_bias", "mlp_bias")),
+        ("qwen3", ("mlp_bias",)),
+    ],
+)
+def test_flags_that_an_architecture_does_not_have_are_ignored(
+    checkpoint: Callable[[str], Path], tmp_path: Path, name: str, flags: tuple[str, ...]
+) -> None:
+    directory = Path(shutil.copytree(checkpoint(name), tmp_path / "model"))
+    edit_config(directory, **dict.fromkeys(flags, True))
+    load(directory)
+
+
 def test_a_corrupt_file_is_named(directory: Path) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
@@ -174,6 +210,10 @@ def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
         (
             {"sliding_window": 8, "use_sliding_window": True, "layer_types": ["sliding_attention"]},
             "layer_types has 1 entries, and num_hidden_layers=3",
+        ),
+        (
+            {"rope_scaling": {"full_attention": {}}},
+            "by the type of a layer .*full_attention.* are not supported",
         ),
         ({"quantization_config": []}, r"quantization_config must be an object, not \[\]"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures must be a list"),
@@ -266,7 +306,8 @@ BARE = {
         ("factor", {"rope_scaling": {"type": "linear", "factor": None}}),
         (
             "max_window_layers",
-            {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": None},
+            {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4}
+            | {"use_sliding_window": True, "max_window_layers": None},
         ),
     ],
 )
@@ -287,6 +328,28 @@ def test_windows_begin_at_a_layer(first: int, windows: tuple[int | None, ...]) -
     raw = BARE | {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4}
     raw |= {"use_sliding_window": True, "max_window_layers": first}
     assert ModelConfig.from_dict(raw).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("architecture", "windows"),
+    [("Mistral", (4, None)), ("Qwen2", (4, None)), ("Llama", (None, None))],
+)
+def test_windows_by_the_types_of_layers(architecture: str, windows: tuple[int | None, ...]) -> None:
+    """As transformers has it: Mistral by `AutoModel`, and Llama without any."""
+    raw = BARE | {"architectures": [f"{architecture}ForCausalLM"], "sliding_window": 4}
+    raw |= {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
+    assert ModelConfig.from_dict(raw).windows == windows
+
+
+@pytest.mark.parametrize("theta", [{}, {"rope_theta": 7e5}])
+def test_rope_scaling_that_was_added_by_hand_counts(theta: dict[str, float]) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    saved = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+    both = BARE | {"rope_parameters": saved, "rope_scaling": yarn | theta}
+    alone = BARE | {"rope_theta": 5e5, "rope_scaling": yarn | theta}
+    assert ModelConfig.from_dict(both) == ModelConfig.from_dict(alone)
+    assert ModelConfig.from_dict(both).rope.theta == theta.get("rope_theta", 5e5)
+    assert ModelConfig.from_dict(both).max_model_len == 128
 
 
 def test_old_and_new_spellings_of_rope_mean_the_same() -> None:

@@ -20,8 +20,8 @@ from nanovllm.models.voxcpm.vae import AudioVAE
 from nanovllm.models.weights import RandomWeights, expected_tensors, fill, quantized_if_wanted
 
 VAE_STEM = "audiovae"
-UNUSED_VAE_TENSORS = ("encoder.fc_logvar.", "decoder.sr_bin_boundaries")
-"""Prefixes of what a file of the autoencoder may lack."""
+UNUSED_VAE_TENSORS = "encoder.fc_logvar."
+"""Prefix of what a file of the autoencoder may lack."""
 
 
 def load_speech_model(
@@ -124,7 +124,7 @@ def random_vae(config: AudioVAEConfig, seed: int) -> dict[str, Tensor]:
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         if name.endswith((".weight_g", ".alpha", "scale_embed.weight")):
             return torch.ones(shape)
-        if name.endswith(("bias", "bias_embed.weight", "boundaries")):
+        if name.endswith(("bias", "bias_embed.weight")):
             return torch.zeros(shape)
         generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
         return torch.randn(shape, generator=generator)

@@ -276,8 +276,6 @@ def _decoder_shapes(config: AudioVAEConfig) -> dict[str, tuple[int, ...]]:
     last = len(config.decoder_rates) + 2
     shapes[f"decoder.model.{last}.alpha"] = (1, width, 1)
     shapes |= _conv_shapes(f"decoder.model.{last + 1}", 1, width, TAPS)
-    if boundaries is not None:
-        shapes["decoder.sr_bin_boundaries"] = (len(boundaries),)
     return shapes
 
 
