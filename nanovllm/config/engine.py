@@ -46,8 +46,8 @@ class EngineConfig(Options):
         local_files_only: Whether to use only what is already downloaded.
         dummy_weights: Fill the model with seeded random weights and read only its `config.json`.
         device: "auto" takes CUDA, then Apple's MPS, then the CPU.
-        dtype: "auto" is the checkpoint's own; "half" and "fp16" are "float16", "bf16" is
-            "bfloat16", "float" and "fp32" are "float32".
+        dtype: "auto" is the checkpoint's own, but bfloat16 for float16 on a CPU; "half" and "fp16"
+            are "float16", "bf16" is "bfloat16", "float" and "fp32" are "float32".
         max_model_len: Longest prompt plus output in tokens; None is what the model and the memory
             allow.
         max_num_seqs: Sequences that run at the same time; None is 256, on a CPU 64.
