@@ -19,8 +19,9 @@ PATTERNS = ("pattern", "format")
 PLACE_LENGTH = 3
 """Names of properties that tell places apart; a recursive schema has places without end."""
 
-# As llguidance reads them: a pattern may go over lines. One without an end is looked at once.
-_LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\])+/?|//[^\n]*|#[^\n]*')
+LITERALS = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\])+/?|//[^\n]*|#[^\n]*')
+"""Texts, patterns and comments of a Lark grammar as llguidance reads them: a pattern may go over
+lines. One without an end is looked at once."""
 
 Place = tuple[str, ...]
 Asked = dict[Place, frozenset[str]]
@@ -43,7 +44,7 @@ def check_operators(grammar: str) -> None:
     Raises:
         InvalidRequestError: They do.
     """
-    _check_number(_LITERALS.sub("", grammar).count("&") + 1)
+    _check_number(LITERALS.sub("", grammar).count("&") + 1)
 
 
 def _check_number(number: int) -> None:

@@ -7,8 +7,9 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import StructuredOutputsParams
@@ -33,14 +34,18 @@ MAX_CHECKED_CHARS = 16 * 2**20
 """Characters of the grammars that are known to be sound."""
 
 
-class Vocabulary(NamedTuple):
-    """A model's tokens, as llguidance needs them, and the texts of those that are special.
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """A model's tokens, as llguidance needs them.
 
-    Of the tokens, only the first `vocab_size` have a row in the model's embedding.
+    Args:
+        tokens: All of them; a special one is none of its characters, and named by its id alone.
+        special_tokens: Ids of the special tokens by their text.
+        vocab_size: How many of the tokens, the first ones, have a row in the model's embedding.
     """
 
     tokens: "LLTokenizer"
-    special_tokens: frozenset[str]
+    special_tokens: Mapping[str, int]
     vocab_size: int
 
     @classmethod
@@ -59,11 +64,16 @@ class Vocabulary(NamedTuple):
         """
         from llguidance import LLTokenizer
 
+        special_tokens = {
+            token.content: token_id
+            for token_id, token in tokenizer.added_tokens.items()
+            if token.special and token_id < vocab_size
+        }
+        own_ids = tokenizer.backend.get_vocab(with_added_tokens=False).values()
         try:
-            text, num_tokens = _known_to_model(tokenizer, vocab_size)
             tokens = LLTokenizer(
-                text,
-                n_vocab=num_tokens,
+                _json_of(tokenizer, special_tokens, vocab_size),
+                n_vocab=max(vocab_size, max(own_ids, default=0) + 1),
                 eos_token=list(eos_token_ids) or None,
             )
         except ValueError as e:
@@ -71,23 +81,34 @@ class Vocabulary(NamedTuple):
                 f"structured outputs do not go with this model's tokenizer: {e}",
                 "structured_outputs",
             ) from e
-        special = (
-            token.content
-            for token_id, token in tokenizer.added_tokens.items()
-            if token.special and token_id < vocab_size
-        )
-        return cls(tokens, frozenset(special), vocab_size)
+        return cls(tokens, special_tokens, vocab_size)
 
 
-def _known_to_model(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, int]:
-    """A tokenizer's JSON without added tokens that its model has not, and how many that leaves."""
-    text = tokenizer.backend.to_str()
-    if tokenizer.end_id <= vocab_size:
-        return text, vocab_size
-    parts = json.loads(text)
-    parts["added_tokens"] = [t for t in parts["added_tokens"] if t["id"] < vocab_size]
-    own_ids = tokenizer.backend.get_vocab(with_added_tokens=False).values()
-    return json.dumps(parts), max(vocab_size, max(own_ids, default=0) + 1)
+def _json_of(tokenizer: Tokenizer, special_tokens: Mapping[str, int], vocab_size: int) -> str:
+    """A tokenizer's JSON with the tokens its model has, in which no text is a special one.
+
+    By their own names, llguidance would take special tokens for what a form has in its texts.
+    """
+    # Unicode has promised that these characters will never be any.
+    names = {text: f"\ufdd0{token_id}\ufdd1" for text, token_id in special_tokens.items()}
+    parts = json.loads(tokenizer.backend.to_str())
+    parts["added_tokens"] = [
+        token | {"content": names.get(token["content"], token["content"])}
+        for token in parts["added_tokens"]
+        if token["id"] < vocab_size
+    ]
+    model = parts["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [
+            pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))
+        ]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return json.dumps(parts)
 
 
 class GrammarCompiler:

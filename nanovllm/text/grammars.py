@@ -5,7 +5,7 @@ The dialect is https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.m
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import StructuredOutputsParams
-from nanovllm.text.conjunctions import check_operators
+from nanovllm.text.conjunctions import LITERALS, check_operators
 from nanovllm.text.json_schemas import check_schema, json_rule
 
 MAX_GRAMMAR_SIZE = 64 * 1024
@@ -28,9 +28,10 @@ MAX_RULES = 1000
 """Rules and terminals of a grammar; two thousand, each of which is part of the next, have ended the
 process that compiles them."""
 
-# `re` keeps the whole process waiting: neither may look twice at what it has seen.
+# `re` keeps the whole process waiting: none may look twice at what it has seen.
 _GBNF_RULE = re.compile(r"^[^\S\n]*[\w-]+[^\S\n]*::=", re.MULTILINE)
 _RULE = re.compile(r"^[^\S\n]*[^\s:]+[^\S\n]*:", re.MULTILINE)
+_TOKEN_NAME = re.compile(rf"{LITERALS.pattern}|(<[^<>\s]+>)")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,19 +61,20 @@ class StructuralTag(msgspec.Struct):
     triggers: list[str]
 
 
-def lark(params: StructuredOutputsParams, special_tokens: Collection[str] = ()) -> str:
+def lark(params: StructuredOutputsParams, special_tokens: Mapping[str, int] | None = None) -> str:
     """Write a form down as a whole grammar, whose first rule is `start`.
 
     Args:
         params: The form.
-        special_tokens: Texts that are a token of their own and not characters, such as
-            "<tool_call>"; the triggers of structural tags among them are.
+        special_tokens: Ids of the tokens that are no characters, by their text, such as
+            "<|im_end|>". As a trigger, or outside the quotes of a grammar, such a text is the
+            token; anywhere else it is what it is made of.
 
     Raises:
         InvalidRequestError: It is not well-formed, or too large; `param` is the field to blame.
             Whether it can be enforced is up to `GrammarCompiler`.
     """
-    kind = params.kind
+    kind, special_tokens = params.kind, special_tokens or {}
     if isinstance(params, ComposedGrammar) and params.grammar is not None:
         if len(params.grammar) > MAX_COMPOSED_SIZE:
             raise _too_large(kind, len(params.grammar), MAX_COMPOSED_SIZE)
@@ -89,7 +91,7 @@ def lark(params: StructuredOutputsParams, special_tokens: Collection[str] = ()) 
             # As a terminal it is one automaton, however many there are.
             text = f"start: FORM\nFORM: {' | '.join(map(quoted, params.choice))}\n"
         elif params.grammar is not None:
-            text = _grammar(params.grammar)
+            text = _grammar(params.grammar, special_tokens)
         else:
             text = _structural_tag(params.structural_tag or {}, special_tokens)
     except InvalidRequestError as e:
@@ -102,7 +104,9 @@ def lark(params: StructuredOutputsParams, special_tokens: Collection[str] = ()) 
 
 
 def embedded(
-    params: StructuredOutputsParams, name: str = "answer", special_tokens: Collection[str] = ()
+    params: StructuredOutputsParams,
+    name: str = "answer",
+    special_tokens: Mapping[str, int] | None = None,
 ) -> LarkRules:
     """Write a form down as one rule of a larger grammar; see `lark`."""
     text = lark(params, special_tokens)
@@ -111,11 +115,16 @@ def embedded(
 
 
 def quoted(text: str) -> str:
-    """A text as Lark's literal; what has special tokens in it must name those instead."""
+    """A text as Lark's literal, in which nothing is a special token."""
     return json.dumps(text) if text else '""'
 
 
-def _grammar(text: str) -> str:
+def token_name(token_id: int) -> str:
+    """A special token in Lark, which knows none by its text."""
+    return f"<[{token_id}]>"
+
+
+def _grammar(text: str, special_tokens: Mapping[str, int]) -> str:
     """A user's grammar as Lark.
 
     Raises:
@@ -136,10 +145,15 @@ def _grammar(text: str) -> str:
     decoder = json.JSONDecoder()
     for match in re.finditer(r"%json\b\s*", text):
         check_schema(decoder.raw_decode(text, match.end())[0])
-    return text
+
+    def by_id(match: re.Match[str]) -> str:
+        token_id = special_tokens.get(match[1])
+        return match[0] if token_id is None else token_name(token_id)
+
+    return _TOKEN_NAME.sub(by_id, text)
 
 
-def _structural_tag(tag: str | Mapping[str, Any], special_tokens: Collection[str]) -> str:
+def _structural_tag(tag: str | Mapping[str, Any], special_tokens: Mapping[str, int]) -> str:
     """Free text in which whatever begins with a trigger is one of the tags.
 
     Raises:
@@ -160,7 +174,7 @@ def _structural_tag(tag: str | Mapping[str, Any], special_tokens: Collection[str
             raise InvalidRequestError(f"{begin!r:.80} begins with none of the triggers")
         body = f"{quoted(begin[len(trigger) :])} {json_rule(schema)} {quoted(end)}"
         if trigger in special_tokens:
-            rules.append(f"tag_{index}: TEXT {trigger} {body}")
+            rules.append(f"tag_{index}: TEXT {token_name(special_tokens[trigger])} {body}")
         else:
             # Lazy: the text ends where the trigger does, and what follows is the tag.
             rules.append(f"trigger_{index}[lazy]: TEXT {quoted(trigger)}")

@@ -19,7 +19,7 @@ from nanovllm.text.call_grammars import (
     pythonic,
     qwen3_coder,
 )
-from nanovllm.text.grammars import MAX_COMPOSED_SIZE, ComposedGrammar, quoted
+from nanovllm.text.grammars import MAX_COMPOSED_SIZE, ComposedGrammar, quoted, token_name
 from nanovllm.text.json_schemas import check_schema
 from nanovllm.text.message_grammars import message_grammar, thoughts_rules
 from nanovllm.text.message_parser import MessageParser
@@ -230,7 +230,7 @@ class MessageFormat:
             self.calls.style(functions, self._mark, not free) if functions else None,
             None if forced else answer,
             self._mark,
-            special_tokens=self.special_tokens.keys(),
+            special_tokens=self.special_tokens,
             parallel=parallel,
             free=free,
             never="" if self.thoughts is None else re.escape(self.thoughts.begin),
@@ -244,7 +244,7 @@ class MessageFormat:
     def _mark(self, text: str) -> str:
         """Name a string in Lark, which takes special tokens for no characters."""
         token_id = self.special_tokens.get(text)
-        return quoted(text) if token_id is None else f"<[{token_id}]>"
+        return quoted(text) if token_id is None else token_name(token_id)
 
     def _thoughts_rules(self, prompt: str, thinking: bool) -> str:
         """Lark's rules for `thoughts`, "" if there are none."""

@@ -1,6 +1,6 @@
 """A whole message as a grammar: thoughts, then calls, an answer, or text in which calls may be."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.text.call_grammars import CallRules, Mark
@@ -34,7 +34,7 @@ def message_grammar(
     answer: StructuredOutputsParams | None,
     mark: Mark,
     *,
-    special_tokens: Collection[str],
+    special_tokens: Mapping[str, int],
     parallel: bool,
     free: bool,
     never: str,

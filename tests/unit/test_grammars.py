@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import tokenizers
 from llguidance import LLMatcher
+from tokenizers.decoders import ByteFallback, Sequence
+from tokenizers.models import BPE, Unigram, WordLevel
+from tokenizers.pre_tokenizers import Split
 
 from nanovllm.config import DEMO_MODEL, EngineConfig
 from nanovllm.errors import InvalidRequestError
@@ -95,6 +98,72 @@ def test_a_trigger_may_be_a_special_token(
     grammar = compiler.check(StructuredOutputsParams(structural_tag=tag), CONTEXT)
     assert accepts(compiler, frontend, grammar, "so <|im_start|>add 12; it is")
     assert not accepts(compiler, frontend, grammar, "so <|im_start|>sub 12;")
+
+
+@pytest.mark.parametrize(
+    ("form", "chosen", "certain"),
+    [
+        ({"json": {"const": "<|im_end|>"}}, "", '"<|im_end|>"'),
+        (
+            {"json": PERSON | {"properties": {"<|im_end|>": {}}, "required": ["<|im_end|>"]}},
+            "",
+            '{"<|im_end|>":',
+        ),
+        ({"regex": r"(a|b)<\|im_end\|>"}, "a", "<|im_end|>"),
+        ({"choice": ["x<|im_start|>y"]}, "", "x<|im_start|>y"),
+        ({"grammar": 'start: "<|im_end|>" /<\\|im_end\\|>/ # <|im_end|>'}, "", "<|im_end|>" * 2),
+    ],
+)
+def test_a_text_is_never_a_special_token(
+    compiler: GrammarCompiler,
+    frontend: TextFrontend,
+    form: dict[str, Any],
+    chosen: str,
+    certain: str,
+) -> None:
+    matcher = compiler.compile(compiler.check(StructuredOutputsParams(**form), CONTEXT)).deep_copy()
+    assert matcher.consume_tokens(frontend.encode(chosen, False))
+    forced = matcher.compute_ff_tokens()
+    assert matcher.consume_tokens(forced)
+    assert frontend.decode(forced, skip_special_tokens=True) == certain
+
+
+def test_a_grammar_may_name_a_special_token(
+    compiler: GrammarCompiler, frontend: TextFrontend
+) -> None:
+    form = StructuredOutputsParams(grammar='start: "a" <|im_start|> "b"')
+    matcher = compiler.compile(compiler.check(form, CONTEXT)).deep_copy()
+    assert matcher.compute_ff_tokens() == frontend.encode("a<|im_start|>b", False)
+
+
+PIECES = ["<unk>", "<", "/", "s", ">", "s>", "</", "</s>"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BPE(
+            {piece: index for index, piece in enumerate(PIECES)},
+            [("s", ">"), ("<", "/"), ("</", "s>")],
+            unk_token="<unk>",
+        ),
+        Unigram([(piece, -float(bool(piece))) for piece in PIECES], unk_id=0),
+        WordLevel({piece: index for index, piece in enumerate(PIECES)}, unk_token="<unk>"),
+    ],
+)
+def test_special_tokens_keep_their_ids_wherever_they_are(model: Any) -> None:
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = Sequence([ByteFallback()])
+    backend.pre_tokenizer = Split("", "isolated") if isinstance(model, WordLevel) else None
+    backend.add_special_tokens(["<unk>", "</s>", "<new>"])
+    vocabulary = Vocabulary.of(Tokenizer(backend), backend.get_vocab_size(), (7,))
+    assert vocabulary.special_tokens == {"<unk>": 0, "</s>": 7, "<new>": 8}
+    compiler = GrammarCompiler(lambda: vocabulary)
+    grammar = compiler.check(StructuredOutputsParams(grammar='start: "</s>" <new>'), CONTEXT)
+    forced = compiler.compile(grammar).deep_copy().compute_ff_tokens()
+    assert forced[-1] == 8
+    assert "".join(PIECES[index] for index in forced[:-1]) == "</s>"
+    assert not {0, 7} & set(forced)
 
 
 def nested(depth: int) -> dict[str, Any]:

@@ -385,7 +385,7 @@ def test_every_walk_is_calls_that_are_valid(
         tools = wrap(TOOLS)
         params = message_format.constrain(answer, tools, mode, "weather", parallel, prompt)
         assert params is not None
-        grammar = lark(params, ids.keys())
+        grammar = lark(params, ids)
         for seed, beginning in enumerate(BEGINNINGS * num_rounds):
             walk = Walk(grammar, special, seed)
             if prompt == prompts[1]:
