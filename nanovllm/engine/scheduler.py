@@ -105,8 +105,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
-        self._sequences[seq.seq_id] = seq
         insort(self.waiting, seq, key=precedence)
+        self._sequences[seq.seq_id] = seq
 
     def abort(self, seq_id: int) -> EngineOutput | None:
         """End a sequence at any moment; None if it has ended already."""

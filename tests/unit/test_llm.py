@@ -177,6 +177,19 @@ def test_add_step_and_abort(llm: LLM) -> None:
     assert dropped not in final
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"priority": "x"}, {"priority": None}, {"priority": 1.5}, {"cache_salt": 5}],
+    ids=str,
+)
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_is_added_whole_or_not_at_all(llm: LLM, n: int, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        llm.add_request("Once", SamplingParams(n=n), **options)
+    assert caught.value.param in options
+    assert not llm.has_unfinished()
+
+
 def test_n_completions_share_the_prompt_and_differ(llm: LLM) -> None:
     params = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=20)
     output = llm.generate("Once upon a time", params, use_tqdm=False)[0]
