@@ -1,6 +1,6 @@
 """A conversation that is being answered: thoughts, text and calls as they come."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import NamedTuple
 
 from nanovllm.errors import InvalidRequestError
@@ -166,14 +166,20 @@ class Conversation:
         generation: What the engine generates.
         choices: The answers.
         reasons: Whether the model may think before it answers.
+        left_out: Ids of tokens that are no part of any text.
     """
 
     def __init__(
-        self, generation: Generation, choices: list[ChatChoice], reasons: bool = False
+        self,
+        generation: Generation,
+        choices: list[ChatChoice],
+        reasons: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
         self._generation = generation
         self.choices = choices
         self.reasons = reasons
+        self.left_out = left_out
 
     @classmethod
     async def start(
@@ -220,7 +226,11 @@ class Conversation:
             )
             for completion in output.outputs
         ]
-        return cls(generation, choices, plan.reasons)
+        tokenizer = state.llm.tokenizer
+        left_out: Collection[int] = ()
+        if tokenizer is not None and plan.params.skip_special_tokens:
+            left_out = tokenizer.special_ids
+        return cls(generation, choices, plan.reasons, left_out)
 
     async def news(self) -> AsyncIterator[list[ChatNews]]:
         """Yield what is new of each choice that there is something new of, until all have ended.

@@ -1,7 +1,7 @@
 """`POST /v1/responses`."""
 
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
@@ -117,7 +117,9 @@ class ResponseAnswer:
                     event
                     for item in news
                     for event in self._output.push(
-                        item.deltas, choice.tool_calls, self._logprobs(item.piece)
+                        item.deltas,
+                        choice.tool_calls,
+                        self._logprobs(item.piece, conversation.left_out),
                     )
                 ]
         finally:
@@ -163,8 +165,11 @@ class ResponseAnswer:
             self._num_events += 1
         return sent
 
-    def _logprobs(self, piece: Piece | None) -> list[ChatTokenLogprob]:
+    def _logprobs(self, piece: Piece | None, left_out: Collection[int]) -> list[ChatTokenLogprob]:
+        """Those of the tokens that the piece's text is of."""
         num_top = self._request.num_logprobs
         if num_top is None or piece is None or piece.logprobs is None:
             return []
-        return chat_logprobs(piece.token_ids, piece.logprobs, num_top, self._names)
+        scores = chat_logprobs(piece.token_ids, piece.logprobs, num_top, self._names)
+        written = zip(piece.token_ids, scores, strict=True)
+        return [score for token_id, score in written if token_id not in left_out]

@@ -64,7 +64,7 @@ def _is_whole(item: FunctionCallItem) -> bool:
         arguments_of(item.arguments, "")
     except InvalidRequestError:
         return False
-    return item.status == "completed"
+    return item.status in (None, "completed")  # clients may leave it out
 
 
 def _add_reasoning(messages: list[Message], item: ReasoningItem) -> None:

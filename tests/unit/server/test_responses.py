@@ -140,6 +140,19 @@ class TestAnswers:
         assert [entry["token"] for entry in logprobs] == [" upon", " a", " time"]
         assert [top["logprob"] for top in logprobs[0]["top_logprobs"]] == [-0.5]
 
+    def test_log_probabilities_of_a_text_with_a_special_token_in_it(
+        self, client: TestClient, llm: FakeLLM
+    ) -> None:
+        """What the text leaves out is none of its tokens; half a character is held back."""
+        first, *rest = llm.frontend.encode("\U0001f600")
+        llm.reply_ids = [first, *llm.frontend.encode("<|im_start|>"), *rest]
+        include = ["message.output_text.logprobs"]
+        response = post(client, RESPONSES, input="Hi", include=include)
+        logprobs = response["output"][0]["content"][0]["logprobs"]
+        assert [byte for entry in logprobs for byte in entry["bytes"]] == list(
+            text_of(response).encode()
+        )
+
     def test_the_prompt(self, client: TestClient, llm: FakeLLM) -> None:
         post(client, RESPONSES, input="Hi", instructions="Be brief.")
         assert llm.submitted[0][0].prompt == (
@@ -227,6 +240,21 @@ class TestCalls:
         calls = said["tool_calls"]
         assert [item["function"]["arguments"]["city"] for item in calls] == ["Oslo", "Rome"]
         assert [item["id"] for item in calls] == [oslo["tool_call_id"], rome["tool_call_id"]]
+
+    def test_going_on_behind_calls_that_came_without_a_status(
+        self, client: TestClient, llm: FakeLLM
+    ) -> None:
+        assert llm.tokenizer is not None
+        llm.tokenizer.chat_templates["default"] = "{{ messages | tojson }}"
+        conversation = [
+            {"role": "user", "content": "Weather?"},
+            {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "cold"},
+        ]
+        first = post(client, RESPONSES, input=conversation)
+        post(client, RESPONSES, input="And?", previous_response_id=first["id"])
+        before, after = (json.loads(item.prompt or "") for item, *_ in llm.submitted)
+        assert after[:3] == before
 
     def test_a_call_that_was_cut_off_is_forgotten(self, client: TestClient, llm: FakeLLM) -> None:
         assert llm.tokenizer is not None
