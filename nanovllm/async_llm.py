@@ -23,6 +23,7 @@ from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import InputProcessor, Prompt, TextInput
 from nanovllm.text.output_processor import OutputProcessor
 from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.validation import check_type
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import Started
 
@@ -119,7 +120,8 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             UnavailableError: The queue is full, or the engine died; try again later.
         """
         await self.start()
-        inputs = await self.prepare(prompt, sampling_params or self.default_sampling_params())
+        given = self.default_sampling_params() if sampling_params is None else sampling_params
+        inputs = await self.prepare(prompt, given)
         request_ids = None if request_id is None else [request_id]
         (stream,) = await self.submit(
             [inputs],
@@ -187,6 +189,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             ContextLengthError: The prompt leaves no room for an output.
             OverloadedError: Too many forms are being compiled.
         """
+        check_type("sampling_params", params, SamplingParams, "SamplingParams")
         if self._text is None:  # warming up is part of starting, and comes here, too
             await self.start()
         inputs = self._started.inputs
@@ -325,8 +328,10 @@ class _Text(NamedTuple):
     outputs: OutputProcessor
 
 
-def _is_short(messages: Sequence[Message], options: Mapping[str, Any]) -> bool:
+def _is_short(messages: Any, options: Mapping[str, Any]) -> bool:
     """Whether a conversation is rendered in a millisecond: it is a little text and nothing else."""
+    if not isinstance(messages, Sequence):
+        return True  # and refused at once
     if len(messages) > 64 or any(options.get(name) for name in ("tools", "documents")):
         return False
     given = [*messages, options.get("chat_template_kwargs") or {}]

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.progress import progress_bar
 from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.batches import as_batch, params_for_each
+from nanovllm.text.batches import as_batch, as_conversations, params_for_each
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import Prompt
 from nanovllm.text.tokenizer import Tokenizer
@@ -119,9 +119,10 @@ class LLM:
         Raises:
             InvalidRequestError: The model has no chat template, or it refuses the messages.
         """
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if single else messages
-        prompts: list[Prompt] = [self.render(c, **template_options) for c in conversations]
+        prompts: list[Prompt] = [
+            self.render(conversation, **template_options)
+            for conversation in as_conversations(messages)
+        ]
         params = self._params_for(sampling_params, len(prompts))
         return self._run(prompts, params, lora_request, use_tqdm, False)
 

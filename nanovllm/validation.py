@@ -81,7 +81,7 @@ def _as_kind(value: Any, kind: Any) -> Any:
     if arguments[:1] == (str,) and origin is dict and isinstance(value, Mapping):
         return dict(value)
     if origin is dict and isinstance(value, Mapping):
-        return {int(k): _as_kind(v, arguments[1]) for k, v in value.items()}  # JSON keys are text
+        return {_as_id(key): _as_kind(item, arguments[1]) for key, item in value.items()}
     if origin is bool and type(value).__name__ in ("bool", "bool_"):
         return bool(value)
     if type(value) is bool:
@@ -95,6 +95,11 @@ def _as_kind(value: Any, kind: Any) -> Any:
     if isinstance(origin, type) and is_dataclass(origin) and isinstance(value, origin):
         return value
     raise TypeError
+
+
+def _as_id(key: Any) -> int:
+    """A mapping's key as an integer: those of JSON are text."""
+    return int(key) if isinstance(key, str) else int(_as_kind(key, int))
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -27,6 +27,13 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [batch] if single else batch
 
 
+def as_conversations(messages: Any) -> list[Any]:
+    """Conversations as a list, where there may be a single one; what is neither is one, too."""
+    if not isinstance(messages, Sequence) or (messages and isinstance(messages[0], Mapping)):
+        return [messages]
+    return list(messages)
+
+
 def params_for_each(
     given: SamplingParams | Sequence[SamplingParams], num_prompts: int
 ) -> list[SamplingParams]:

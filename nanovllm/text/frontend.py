@@ -10,6 +10,7 @@ from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.models.model_config import ModelConfig, read_generation_config
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.conversations import as_templates_read
 from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
@@ -111,7 +112,8 @@ class TextFrontend:
         """The prompt a conversation becomes by the model's chat template.
 
         Args:
-            messages: The conversation.
+            messages: The conversation, in OpenAI's form: content may be text or text parts, and
+                arguments of calls may be objects or their JSON text.
             tools: JSON schemas of functions the model may call.
             documents: Texts for retrieval.
             chat_template: Jinja text in place of the model's own.
@@ -123,7 +125,7 @@ class TextFrontend:
             InvalidRequestError: There is no template, or it refuses the conversation.
         """
         return self._require_tokenizer().apply_chat_template(
-            list(messages),
+            as_templates_read(messages),
             tools=tools,
             documents=documents,
             chat_template=chat_template,

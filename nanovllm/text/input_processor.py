@@ -125,10 +125,7 @@ class InputProcessor:
     def _token_ids(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             tokenizer = self._require_tokenizer("a text prompt")
-            try:
-                return tokenizer.encode(prompt, add_special_tokens)
-            except TypeError as e:  # what the library makes of lone surrogates
-                raise InvalidRequestError("the prompt is not valid Unicode text", "prompt") from e
+            return tokenizer.encode(prompt, add_special_tokens, "prompt")
         try:
             token_ids = [] if isinstance(prompt, bytes) else list(prompt)
             valid = not isinstance(prompt, bytes)
@@ -157,7 +154,7 @@ class InputProcessor:
             return ()
         tokenizer = self._require_tokenizer("bad_words")
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
-        encoded = [tuple(tokenizer.encode(spelling, False)) for spelling in spellings]
+        encoded = [tuple(tokenizer.encode(spelling, False, "bad_words")) for spelling in spellings]
         return tuple(dict.fromkeys(ids for ids in encoded if ids))
 
     def _grammar(self, params: SamplingParams) -> str | None:

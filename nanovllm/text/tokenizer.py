@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.decoders import DecodeStream
 
-from nanovllm.errors import UnsupportedModelError
+from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.text.chat_template import (
     load_chat_template,
     read_chat_templates,
@@ -83,11 +83,25 @@ class Tokenizer:
             templates = {"default": load_chat_template(chat_template)}
         return cls(backend, special_tokens, templates)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Encode a text; `add_special_tokens` lets the tokenizer put its own around it."""
-        if len(text) >= LONG_TEXT:
-            return self.encode_batch([text], add_special_tokens)[0]
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, text: str, add_special_tokens: bool = True, param: str = "text") -> list[int]:
+        """Encode a text.
+
+        Args:
+            text: Any.
+            add_special_tokens: Whether the tokenizer puts its own around it.
+            param: What to blame in errors.
+
+        Raises:
+            InvalidRequestError: It is no text, or has half a surrogate pair.
+        """
+        try:
+            if len(text) >= LONG_TEXT:
+                return self.encode_batch([text], add_special_tokens)[0]
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:  # also what the library makes of half a pair
+            raise InvalidRequestError(
+                f"{param} must be valid Unicode text, got {text!r:.80}", param
+            ) from e
         return ids
 
     def encode_batch(

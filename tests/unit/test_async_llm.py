@@ -151,6 +151,8 @@ def test_what_is_no_message_is_refused(run: Run) -> None:
         await llm.start()
         with pytest.raises(InvalidRequestError, match="a message must be an object"):
             await llm.render(["Hi"])  # type: ignore[list-item]
+        with pytest.raises(InvalidRequestError, match="messages must be a list"):
+            await llm.render(None)  # type: ignore[arg-type]
 
     run(scenario)
 
@@ -233,6 +235,16 @@ def test_bad_requests_are_refused_and_cost_nothing(
         with pytest.raises(error):
             await finish(llm.generate(prompt, SamplingParams(**params)))
         assert llm.stats().workers[0].engine.num_steps == num_steps
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 1}, {}, "x", [SamplingParams()]])
+def test_parameters_of_another_type_are_refused(run: Run, params: Any) -> None:
+    async def scenario(llm: AsyncLLM) -> None:
+        with pytest.raises(InvalidRequestError, match="must be SamplingParams") as caught:
+            await finish(llm.generate(PROMPT, params))
+        assert caught.value.param == "sampling_params"
 
     run(scenario)
 

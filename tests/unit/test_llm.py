@@ -1,5 +1,6 @@
 """`LLM` as a user meets it: results, streams, aborts, and what their mistakes are told."""
 
+import copy
 import errno
 import gc
 import itertools
@@ -380,6 +381,62 @@ def test_unknown_options_of_a_chat_are_refused(llm: LLM) -> None:
     assert rendered == "x"
 
 
+def test_messages_come_in_openais_form(llm: LLM) -> None:
+    parts = ["Look:", {"type": "text", "text": "5"}, {"type": "refusal", "refusal": "No."}]
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+    said = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    blank = {"function": {"name": "g", "arguments": ""}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": parts},
+        said,
+        {"role": "tool", "content": "5", "tool_call_id": "c1"},
+        {"role": "assistant", "tool_calls": (blank,)},
+    ]
+    before = copy.deepcopy(messages)
+    read = json.loads(llm.render(messages, chat_template="{{ messages | tojson }}"))
+    decoded = {**call, "function": {"name": "f", "arguments": {"a": [1]}}}
+    assert read == [
+        {"role": "user", "content": "Look:\n5\nNo."},
+        {"role": "assistant", "content": "", "tool_calls": [decoded]},
+        messages[2],
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "g", "arguments": {}}}],
+        },
+    ]
+    assert messages == before
+    assert llm.render(read) == llm.render(messages)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        (5, "messages"),
+        ("Hi", "messages"),
+        ([5], "messages"),
+        ({"role": "user", "content": "Hi"}, "messages"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0"),
+        (
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}],
+            "messages.0.tool_calls.0.function.arguments",
+        ),
+    ],
+)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any, param: str) -> None:
+    for ask in (llm.render, llm.chat, llm.stream_chat):
+        with pytest.raises(InvalidRequestError) as caught:
+            ask(messages)
+        assert caught.value.param == param
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a" * 5000 + "\ud800", 5])
+def test_what_is_no_text_has_no_tokens(llm: LLM, text: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="text must be valid Unicode text"):
+        llm.encode(text)
+
+
 MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty prompt": ("", {}, "the prompt is empty: give at least one token"),
     "empty ids": ([[]], {}, "the prompt is empty: give at least one token"),
@@ -399,7 +456,8 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unknown mapping": ({"promt": "x"}, {}, "a prompt mapping has 'prompt' or"),
     "only a salt": ({"cache_salt": "x"}, {}, "a prompt mapping has 'prompt' or"),
     "salt": ({"prompt": "a", "cache_salt": 1}, {}, "cache_salt must be a string, got 1"),
-    "surrogates": ("a\udcff", {}, "the prompt is not valid Unicode text"),
+    "surrogates": ("a\udcff", {}, "prompt must be valid Unicode text, got"),
+    "half a bad word": ("a", {"bad_words": ["\ud800"]}, "bad_words must be valid Unicode text"),
     "temperature as text": ("a", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
     "fractional tokens": ("a", {"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
     "truth as text": ("a", {"ignore_eos": "false"}, "ignore_eos must be True or False, got 'fal"),

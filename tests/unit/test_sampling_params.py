@@ -38,6 +38,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"logit_bias": {1: float("nan")}},
         "logit_bias must be finite numbers, got {1: nan}",
     ),
+    *(
+        (
+            {"logit_bias": biases},
+            f"logit_bias must be a mapping of integers to numbers, got {biases}",
+        )
+        for biases in ({5.7: 1}, {True: 2}, {"x": 1}, {None: 1})
+    ),
 ]
 
 
@@ -66,6 +73,7 @@ def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None
         {"logprobs": 0, "prompt_logprobs": 20},
         {"truncate_prompt_tokens": -1},
         {"logit_bias": {}, "bad_words": [], "stop": []},
+        {"logit_bias": {np.int64(5): 1.0}},
     ],
 )
 def test_values_on_the_edge_are_taken(options: dict[str, Any]) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.server.anthropic import requests as wire
-from nanovllm.server.chat.calls import call_of
 from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.chat.prompt import as_one, checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
 from nanovllm.server.errors import APIError
 from nanovllm.server.state import ServerState
+from nanovllm.text.conversations import call_of
 
 BILLING = "x-anthropic-billing-header"
 """Claude Code begins its instructions with it, different in each request: no prefix would be

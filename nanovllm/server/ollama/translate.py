@@ -7,11 +7,11 @@ from itertools import count
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-from nanovllm.server.chat.calls import call_of
 from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.chat.request import ChatRequest
 from nanovllm.server.ollama import requests as wire
 from nanovllm.server.state import ServerState
+from nanovllm.text.conversations import call_of
 
 LATEST = ":latest"
 """The tag that a model's name has in Ollama if it has none."""

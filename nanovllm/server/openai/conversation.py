@@ -5,12 +5,12 @@ from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.server.chat.calls import arguments_of, call_of
 from nanovllm.server.chat.prompt import checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
 from nanovllm.server.openai.messages import AllowedToolsChoice, Message, NamedTool, ToolCall
 from nanovllm.server.openai.requests import ChatCompletionRequest, ChatTemplateOptions
 from nanovllm.server.state import ServerState
+from nanovllm.text.conversations import arguments_of, call_of
 
 
 def template_request(options: ChatTemplateOptions, state: ServerState) -> ChatRequest:

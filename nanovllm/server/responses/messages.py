@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
-from nanovllm.server.chat.calls import arguments_of, call_of
 from nanovllm.server.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
@@ -13,6 +12,7 @@ from nanovllm.server.responses.items import (
     ReasoningItem,
     text_of,
 )
+from nanovllm.text.conversations import arguments_of, call_of
 
 Message = dict[str, Any]
 
