@@ -154,7 +154,8 @@ def _methods_of(request: Request) -> list[str]:
         if route.path and compile_path(route.path)[0].match(path)
     ]
     literal = [route for route in routes if route.path == path]
-    return sorted(method for route in literal or routes for method in route.methods or ())
+    methods = {method for route in literal or routes for method in route.methods or ()}
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 @asynccontextmanager

@@ -41,6 +41,7 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        method, scope = scope["method"], _as_routed(scope)
         route = self._route(scope)
         common = [NOSNIFF, *_sent_id(scope)]
         status = 0
@@ -60,15 +61,15 @@ class Edge:
         try:
             await self._app(scope, receive, send_watched)
         except BrokenStreamError as e:  # what the server that runs us makes of a cut-off answer
-            logger.warning("%s %s is broken off: %s", scope["method"], route, e)
+            logger.warning("%s %s is broken off: %s", method, route, e)
         except Exception as e:  # the last resort
-            logger.exception("%s %s failed", scope["method"], route)
+            logger.exception("%s %s failed", method, route)
             self._metrics.exceptions.labels(route, type(e).__name__).inc()
             if status == 0:
                 error = respond(to_api_error(e), route_path(scope))
                 await error(scope, receive, send_watched)
         finally:
-            method = scope["method"] if scope["method"] in METHODS else "other"
+            method = method if method in METHODS else "other"
             self._metrics.inflight.labels(route).dec()
             self._metrics.requests.labels(route, method, status or CLIENT_CLOSED_REQUEST).inc()
             self._metrics.duration.labels(route, method).observe(time.monotonic() - start)
@@ -88,6 +89,18 @@ def arrival_time(scope: Scope) -> float:
     """The monotonic time at which a request's head was there, in seconds."""
     time_of_arrival: float = scope[ARRIVAL]
     return time_of_arrival
+
+
+def _as_routed(scope: Scope) -> Scope:
+    """A request as the routes know it.
+
+    A HEAD is a GET, of whose answer the server that runs us leaves out the body. A target that has
+    scheme and host, too, is its path (RFC 9112, section 3.2.2).
+    """
+    method, path = scope["method"], scope["path"]
+    if not path.startswith("/") and "://" in path:
+        path = "/" + path.partition("://")[2].partition("/")[2]
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path}
 
 
 def _sent_id(scope: Scope) -> list[tuple[bytes, bytes]]:

@@ -56,7 +56,7 @@ def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-COMMON_ERROR_RESPONSES = _documented(400, 401, 405, 408, 413, 414, 431, 500, 503)
+COMMON_ERROR_RESPONSES = _documented(400, 401, 405, 408, 413, 414, 415, 431, 500, 503)
 """What any route may answer, for `responses=`; the app sets it on every router."""
 
 ERROR_RESPONSES = COMMON_ERROR_RESPONSES | _documented(404)

@@ -68,4 +68,4 @@ def _endpoint_of(name: str, media_type: str) -> Callable[[Request], Awaitable[Re
 
 
 for path, (name, media_type) in ASSETS.items():
-    router.add_api_route(path, _endpoint_of(name, media_type), methods=["GET", "HEAD"], name=name)
+    router.add_api_route(path, _endpoint_of(name, media_type), methods=["GET"], name=name)

@@ -525,7 +525,7 @@ def test_every_path_needs_the_key(llm: FakeLLM) -> None:
 
 
 def test_paths_that_another_one_matches(client: TestClient) -> None:
-    for path, allowed in (("/input_tokens", "POST"), ("/resp_1", "DELETE, GET")):
+    for path, allowed in (("/input_tokens", "POST"), ("/resp_1", "DELETE, GET, HEAD")):
         assert client.put(RESPONSES + path).headers["allow"] == allowed
     post(client, RESPONSES + "/input_tokens", input="Hi")
     metrics = client.get("/metrics").text

@@ -1,6 +1,7 @@
 """What stands around every route: keys, limits, error bodies."""
 
 import asyncio
+import gzip
 import json
 import time
 from pathlib import Path
@@ -289,6 +290,17 @@ class TestLimits:
         large = error_of(client.get("/health", headers={"x": "y" * 1000}), 431)
         assert many["code"] == large["code"] == "headers_too_large"
 
+    def test_a_body_is_not_compressed(self) -> None:
+        body = gzip.compress(b'{"count": 1}')
+        answer = client_of().post("/probe", content=body, headers={"Content-Encoding": "gzip"})
+        error = error_of(answer, 415)
+        assert error["code"] == "unsupported_media_type"
+        assert "'gzip'" in error["message"]
+        plain = client_of().post(
+            "/probe", json={"count": 1}, headers={"Content-Encoding": "Identity"}
+        )
+        assert plain.status_code == 200
+
     def test_urls(self) -> None:
         error = error_of(client_of().get(f"/health?{'x' * MAX_URL_SIZE}"), 414)
         assert error["code"] == "url_too_long"
@@ -424,8 +436,25 @@ class TestErrors:
         assert error_of(client.get("/health/"), 404)
         response = client.delete("/probe")
         assert error_of(response, 405)["code"] == "method_not_allowed"
-        assert response.headers["allow"] == "POST"
-        assert client.put("/loras").headers["allow"] == "GET, POST"
+        assert response.headers["allow"] == client.head("/probe").headers["allow"] == "POST"
+        assert client.put("/loras").headers["allow"] == "GET, HEAD, POST"
+
+    @pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/api/tags"])
+    def test_head_is_answered_as_get_without_the_body(self, path: str) -> None:
+        client = client_of()
+        answer, full = client.head(path), client.get(path)
+        assert answer.status_code == full.status_code == 200
+        assert answer.headers["content-type"] == full.headers["content-type"]
+        assert full.content
+        assert not answer.content
+
+    @pytest.mark.parametrize("path", ["http://x/version", "HTTPS://u@x:80/version"])
+    def test_a_target_may_have_scheme_and_host(self, path: str) -> None:
+        nothing = {"type": "http.request", "body": b""}
+        start, *_ = call(build(), scope_of(path, method="GET"), nothing)
+        assert start["status"] == 200
+        start, *_ = call(build(api_key=[KEY]), scope_of(path, method="GET"), nothing)
+        assert start["status"] == 401
 
     def test_an_exception_nobody_handles(self, caplog: pytest.LogCaptureFixture) -> None:
         response = client_of().get("/broken/hunter2")
