@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,11 @@ async def settled(server: Server, timeout: float = 60.0) -> None:
 
 def workers(server: Server) -> list[int]:
     """Process ids of the engines, the oldest first."""
-    tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
-    return sorted(int(pid) for task in tasks for pid in (task / "children").read_text().split())
+    pids: list[int] = []
+    for task in Path(f"/proc/{server.process.pid}/task").iterdir():
+        with suppress(OSError):  # of a thread that has just ended
+            pids += map(int, (task / "children").read_text().split())
+    return sorted(pids)
 
 
 def lives(pid: int) -> bool:
