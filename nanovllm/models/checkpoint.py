@@ -61,6 +61,13 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        # Of a tensor as a whole all would be read.
+        empty: Tensor = (
+            self._files[name].get_slice(name)[:0] if self.shape(name) else self.tensor(name)
+        )
+        return empty.dtype
+
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         self.check_names({*expected})
         for name, shape in expected.items():
@@ -74,7 +81,7 @@ class Checkpoint:
         self, name: str, expected: tuple[int, ...], dtypes: Sequence[torch.dtype]
     ) -> None:
         """Complain of a tensor that is not of a shape and one of some dtypes."""
-        shape, dtype = self.shape(name), self.tensor(name).dtype
+        shape, dtype = self.shape(name), self.dtype(name)
         if shape != expected:
             raise InvalidRequestError(
                 f"parameter {name} has shape {list(shape)} in the checkpoint; config.json makes "

@@ -342,7 +342,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         num_groups = self._num_groups(scales, shape, rows, depth)
         if not self._symmetric:
             self._require(module, "weight_zero_point")
-        if zeros in self._files and self.tensor(zeros).dtype in WORDS:
+        if zeros in self._files and self.dtype(zeros) in WORDS:
             self.check_tensor(zeros, (num_words(rows, bits), num_groups), WORDS)
         elif zeros in self._files:  # in int64 by the tool's first versions
             self.check_tensor(zeros, self.shape(scales), (torch.int8, torch.int64))
