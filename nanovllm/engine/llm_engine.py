@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import ContextLengthError, InvalidRequestError
 from nanovllm.interrupts import interrupts_held_back, interrupts_let_in
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.validation import check_type
+from nanovllm.validation import conformed
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +156,8 @@ class LLMEngine:
             InvalidRequestError: The prompt is empty, or a value of another type.
             ContextLengthError: The prompt leaves no room for an output.
         """
-        check_type("priority", priority, int, "an integer, of which lower ones run first")
-        if cache_salt is not None:
-            check_type("cache_salt", cache_salt, str, "a string")
+        priority = conformed("priority", priority, int)
+        cache_salt = conformed("cache_salt", cache_salt, str | None)
         if not keys:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
         if len(keys) >= self.max_model_len:

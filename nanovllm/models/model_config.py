@@ -297,12 +297,12 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
             f"partial_rotary_factor {rotated} is not supported; supported: 1.0",
             "partial_rotary_factor",
         )
-    if scaling["rope_type"] in ("yarn", "llama3") and raw.get("original_max_position_embeddings"):
-        scaling.setdefault(
-            "original_max_position_embeddings", raw["original_max_position_embeddings"]
-        )
+    original = "original_max_position_embeddings"
+    extends = scaling["rope_type"] in ("yarn", "llama3")
+    if extends and scaling.get(original) is None and raw.get(original):
+        scaling[original] = raw[original]
     needed = ROPE_FIELDS.get(scaling["rope_type"], ())
-    for name in ("factor", "original_max_position_embeddings", *needed):
+    for name in ("factor", original, *needed):
         if scaling.get(name) is not None or name in needed:
             positive_number(scaling, name)
     return RopeConfig(

@@ -33,6 +33,9 @@ class PickledCheckpoint(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 

@@ -7,6 +7,7 @@ several with the same scale; and 8 bits with one scale a row, so 8 bits in group
 points are rounded once more.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Set
 from pathlib import Path
@@ -345,7 +346,9 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         if zeros in self._files and self.dtype(zeros) in WORDS:
             self.check_tensor(zeros, (num_words(rows, bits), num_groups), WORDS)
         elif zeros in self._files:  # in int64 by the tool's first versions
-            self.check_tensor(zeros, self.shape(scales), (torch.int8, torch.int64))
+            is_one = math.prod(self.shape(zeros)) == math.prod(self.shape(scales)) == 1
+            shape = self.shape(zeros if is_one else scales)
+            self.check_tensor(zeros, shape, (torch.int8, torch.int64))
         self._check_order(f"{module}.weight_g_idx", depth, num_groups)
 
     def _scales(self, module: str, rows: int) -> Tensor:

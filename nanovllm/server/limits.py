@@ -73,10 +73,11 @@ class RequestLimits:
             )
         if sum(len(name) + len(value) for name, value in headers) > size:
             raise APIError(431, f"the headers exceed {size} bytes", code="headers_too_large")
-        encoding = dict(headers).get(b"content-encoding", b"identity").decode("latin-1")
-        if encoding.lower() != "identity":
-            message = f"the body has the Content-Encoding {encoding!r:.80}: send it as it is"
-            raise APIError(415, message, code="unsupported_media_type")
+        for name, value in headers:
+            encoding = value.decode("latin-1").strip()
+            if name == b"content-encoding" and encoding.lower() not in ("", "identity"):
+                message = f"the body has the Content-Encoding {encoding!r:.80}: send it as it is"
+                raise APIError(415, message, code="unsupported_media_type")
         length = dict(headers).get(b"content-length", b"")
         if length.isdigit() and int(length) > self._max_size(scope):
             raise _too_large(self._max_size(scope))

@@ -73,7 +73,9 @@ def _read(message: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _text_of(part: Any, path: str) -> str:
-    text = part.get("text", part.get("refusal")) if isinstance(part, Mapping) else part
+    text = part
+    if isinstance(part, Mapping):
+        text = part.get("refusal") if part.get("text") is None else part["text"]
     if not isinstance(text, str):
         raise InvalidRequestError(
             f"{path}: this model reads and writes text, and {part!r:.80} is none", path

@@ -70,11 +70,14 @@ class Vocabulary:
             if token.special and token_id < vocab_size
         }
         own_ids = tokenizer.backend.get_vocab(with_added_tokens=False).values()
+        num_tokens = max(vocab_size, max(own_ids, default=0) + 1)
         try:
+            ends = list(eos_token_ids)
+            if not ends:  # by their names it may know one
+                by_name = LLTokenizer(_json_of(tokenizer, {}, vocab_size), n_vocab=num_tokens)
+                ends = [by_name.eos_token]
             tokens = LLTokenizer(
-                _json_of(tokenizer, special_tokens, vocab_size),
-                n_vocab=max(vocab_size, max(own_ids, default=0) + 1),
-                eos_token=list(eos_token_ids) or None,
+                _json_of(tokenizer, special_tokens, vocab_size), n_vocab=num_tokens, eos_token=ends
             )
         except ValueError as e:
             raise InvalidRequestError(

@@ -74,7 +74,8 @@ def lark(params: StructuredOutputsParams, special_tokens: Mapping[str, int] | No
         InvalidRequestError: It is not well-formed, or too large; `param` is the field to blame.
             Whether it can be enforced is up to `GrammarCompiler`.
     """
-    kind, special_tokens = params.kind, special_tokens or {}
+    kind = params.kind
+    special_tokens = special_tokens or {}
     if isinstance(params, ComposedGrammar) and params.grammar is not None:
         if len(params.grammar) > MAX_COMPOSED_SIZE:
             raise _too_large(kind, len(params.grammar), MAX_COMPOSED_SIZE)

@@ -106,8 +106,6 @@ def compile_kernels(isa: InstructionSet, extra_flags: Sequence[str] = ()) -> Pat
     for compiler in filter(None, map(shutil.which, COMPILERS)):
         try:
             return _compiled_by(compiler, isa, extra_flags)
-        except OSError as e:  # it cannot even be started, say
-            problem = problem or NoCompilerError(f"{compiler} cannot compile the kernels: {e}")
         except NoCompilerError as e:
             problem = problem or e
     raise problem or NoCompilerError(f"none of {', '.join(COMPILERS)} is installed")
@@ -128,6 +126,8 @@ def _compiled_by(compiler: str, isa: InstructionSet, extra_flags: Sequence[str])
         with _locked(directory):
             library = _kept(directory, name)
             if library is None:
+                for damaged in directory.glob(f"{name}-*.so"):
+                    damaged.unlink()
                 logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
                 library = _compile(compiler, flags, sources, directory, name)
     return library
@@ -222,7 +222,10 @@ def _machine_flags(isa: InstructionSet) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as e:
+        raise NoCompilerError(f"{command[0]} cannot be run: {e}") from e
     if done.returncode:
         raise NoCompilerError(f"{command[0]} failed: {done.stderr[-2000:]}")
     return done.stdout

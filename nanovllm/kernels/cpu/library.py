@@ -177,4 +177,4 @@ def load_library(isa: str = "auto") -> Library:
                 "running on the %s kernels, the best ones cannot be had: %s", library.isa, problem
             )
         return library
-    raise problem or NoCompilerError(f"there are no kernels for {isa}")
+    raise problem or NoCompilerError(f"there are no kernels for this processor and {isa!r}")

@@ -33,7 +33,6 @@ router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
 MAX_INPUT = 4096
 """Characters, as with OpenAI; with `split_sentences` more, up to an hour of speech."""
 
-
 FIELDS = {
     "text": "input",
     "prompt_id": "voice",
