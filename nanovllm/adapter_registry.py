@@ -94,7 +94,7 @@ class AdapterRegistry:
                 fits; the message says why.
             UnavailableError: No engine runs.
         """
-        name, path = _text("name", name), _text("path", path)
+        name, path = _valid_text("name", name), _valid_text("path", path)
         if not name:
             raise InvalidRequestError("the name of a LoRA must not be empty", "name")
         if name in self._adapters:
@@ -219,11 +219,11 @@ class AdapterRegistry:
         return task
 
 
-def _text(param: str, value: object) -> str:
-    """An argument as a string that an engine can be told.
+def _valid_text(param: str, value: object) -> str:
+    """An argument as a string that can be sent to an engine.
 
     Raises:
-        InvalidRequestError: It is none.
+        InvalidRequestError: It is none, or has half a surrogate pair.
     """
     text: str = conformed(param, value, str)
     try:

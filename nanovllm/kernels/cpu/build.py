@@ -126,8 +126,6 @@ def _compiled_by(compiler: str, isa: InstructionSet, extra_flags: Sequence[str])
         with _locked(directory):
             library = _kept(directory, name)
             if library is None:
-                for damaged in directory.glob(f"{name}-*.so"):
-                    damaged.unlink()
                 logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
                 library = _compile(compiler, flags, sources, directory, name)
     return library

@@ -20,7 +20,7 @@ from nanovllm.models.voxcpm.vae import AudioVAE
 from nanovllm.models.weights import RandomWeights, expected_tensors, fill, quantized_if_wanted
 
 VAE_STEM = "audiovae"
-UNUSED_VAE_TENSORS = "encoder.fc_logvar."
+UNUSED_VAE_PREFIX = "encoder.fc_logvar."
 """Prefix of what a file of the autoencoder may lack."""
 
 
@@ -112,7 +112,7 @@ def _vae_tensors(config: AudioVAEConfig, directory: Path) -> dict[str, Tensor]:
     expected = {
         name: shape
         for name, shape in vae.expected_tensors(config).items()
-        if name in checkpoint.names or not name.startswith(UNUSED_VAE_TENSORS)
+        if name in checkpoint.names or not name.startswith(UNUSED_VAE_PREFIX)
     }
     checkpoint.check(expected)
     return {name: checkpoint.tensor(name) for name in expected}
