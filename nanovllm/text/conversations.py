@@ -11,7 +11,8 @@ def as_templates_read(messages: Sequence[Any]) -> list[Any]:
     """Return messages whose content is text, and whose calls have objects for arguments.
 
     Parts of a content are lines, and none of it is an empty one. What a message has without a value
-    it has not. What is no message stays what it is, for the template's side to refuse.
+    it has not, nor an empty list of calls: templates ask whether there is one. What is no message
+    stays what it is, for the template's side to refuse.
 
     Args:
         messages: A conversation, which is left alone.
@@ -64,7 +65,10 @@ def _read(message: Mapping[str, Any], path: str) -> dict[str, Any]:
         parts = enumerate(content)
         content = "\n".join(_text_of(part, f"{path}.content.{index}") for index, part in parts)
     read["content"] = content
-    if isinstance(calls := read.get("tool_calls"), list | tuple):
+    calls = read.get("tool_calls")
+    if calls is not None and not calls:
+        del read["tool_calls"]
+    elif isinstance(calls, list | tuple):
         read["tool_calls"] = [
             _call(call, f"{path}.tool_calls.{index}.function.arguments")
             for index, call in enumerate(calls)

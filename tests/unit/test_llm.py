@@ -391,6 +391,7 @@ def test_messages_come_in_openais_form(llm: LLM) -> None:
         said,
         {"role": "tool", "content": "5", "tool_call_id": "c1"},
         {"role": "assistant", "tool_calls": (blank,)},
+        {"role": "assistant", "content": "None.", "tool_calls": []},
     ]
     before = copy.deepcopy(messages)
     read = json.loads(llm.render(messages, chat_template="{{ messages | tojson }}"))
@@ -404,6 +405,7 @@ def test_messages_come_in_openais_form(llm: LLM) -> None:
             "content": "",
             "tool_calls": [{"function": {"name": "g", "arguments": {}}}],
         },
+        {"role": "assistant", "content": "None."},
     ]
     assert messages == before
     assert llm.render(read) == llm.render(messages)

@@ -13,7 +13,7 @@ from nanovllm.server.chat.logprobs import chat_logprobs
 from nanovllm.server.chat.run import ChatChoice, ChatNews, Conversation
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.answer import Answer, Choice, usage_of
-from nanovllm.server.openai.conversation import chat_request, text_of
+from nanovllm.server.openai.conversation import chat_request
 from nanovllm.server.openai.logprobs import prompt_logprobs
 from nanovllm.server.openai.requests import ChatCompletionRequest
 from nanovllm.server.openai.responses import (
@@ -54,16 +54,20 @@ class ChatAnswer(Answer[Conversation]):
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
     request: ChatCompletionRequest
+    _continued_text = ""
+    """With `echo`, what the answer goes on from."""
 
     async def start(self) -> Conversation:
         request = self.request
         if request.top_logprobs and not request.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs=true", "top_logprobs")
         params = sampling_params(request, self.state)
+        asked = chat_request(request, self.state, params, self.request_id)
+        last = asked.messages[-1]
+        if request.echo and last["role"] == "assistant":
+            self._continued_text = last["content"]
         return await Conversation.start(
-            self.state,
-            chat_request(request, self.state, params, self.request_id),
-            by_token=bool(request.return_token_ids),
+            self.state, asked, by_token=bool(request.return_token_ids)
         )
 
     async def choices(self, run: Conversation) -> list[Choice]:
@@ -146,12 +150,6 @@ class ChatAnswer(Answer[Conversation]):
             closing["finish_reason"] = choice.finish_reason
             closing["stop_reason"] = choice.stop_reason
             yield closing
-
-    @property
-    def _continued_text(self) -> str:
-        """With `echo`, the text that the answer goes on from."""
-        last = self.request.messages[-1]
-        return text_of(last) if self.request.echo and last.role == "assistant" else ""
 
     @property
     def _shows_reasoning(self) -> bool:

@@ -1,16 +1,19 @@
 """From OpenAI's words for a conversation to ours."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+from pydantic import BaseModel
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.chat.prompt import checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
-from nanovllm.server.openai.messages import AllowedToolsChoice, Message, NamedTool, ToolCall
+from nanovllm.server.openai.messages import AllowedToolsChoice, NamedTool
 from nanovllm.server.openai.requests import ChatCompletionRequest, ChatTemplateOptions
 from nanovllm.server.state import ServerState
-from nanovllm.text.conversations import arguments_of, call_of
+from nanovllm.text.conversations import as_templates_read
 
 
 def template_request(options: ChatTemplateOptions, state: ServerState) -> ChatRequest:
@@ -24,12 +27,9 @@ def template_request(options: ChatTemplateOptions, state: ServerState) -> ChatRe
     begins = options.add_generation_prompt
     return ChatRequest(
         request_id="",
-        messages=[
-            _as_template_reads(message, f"messages.{index}")
-            for index, message in enumerate(options.messages)
-        ],
+        messages=as_templates_read(_dumped(options.messages)),
         params=SamplingParams(),
-        tools=_tools(options),
+        tools=_dumped(options.tools),
         documents=options.documents,
         template_kwargs=checked_kwargs(options.chat_template_kwargs, state),
         add_generation_prompt=not continues if begins is None else begins,
@@ -63,13 +63,13 @@ def chat_request(
     )
 
 
-def _tools(options: ChatTemplateOptions) -> list[dict[str, Any]]:
-    return [tool.model_dump(exclude_none=True) for tool in options.tools or []]
+def _dumped(given: Sequence[BaseModel] | None) -> list[dict[str, Any]]:
+    return [item.model_dump(exclude_none=True) for item in given or ()]
 
 
 def _callable_tools(request: ChatCompletionRequest) -> list[dict[str, Any]]:
     """The tools, of which a request may allow but some."""
-    tools, choice = _tools(request), request.tool_choice
+    tools, choice = _dumped(request.tools), request.tool_choice
     if not isinstance(choice, AllowedToolsChoice):
         return tools
     by_name = {tool["function"]["name"]: tool for tool in tools}
@@ -88,35 +88,3 @@ def _tool_choice(request: ChatCompletionRequest) -> ToolChoice:
     if isinstance(choice, AllowedToolsChoice):
         return ToolChoice(mode=choice.allowed_tools.mode, parallel=parallel)
     return ToolChoice(mode=choice or "auto", parallel=parallel)
-
-
-def text_of(message: Message) -> str:
-    """The text of a message; parts are lines."""
-    content = message.content
-    if isinstance(content, list):
-        return "\n".join(part if isinstance(part, str) else part.text for part in content)
-    return content or ""
-
-
-def _as_template_reads(message: Message, path: str) -> dict[str, Any]:
-    """A message as templates expect it.
-
-    Args:
-        message: The message.
-        path: Where in the request it is.
-    """
-    read: dict[str, Any] = {"role": message.role, "content": text_of(message)}
-    for name in ("name", "reasoning", "reasoning_content", "tool_call_id"):
-        if (value := getattr(message, name)) is not None:
-            read[name] = value
-    if message.tool_calls:
-        read["tool_calls"] = [
-            _call(call, f"{path}.tool_calls.{index}.function.arguments")
-            for index, call in enumerate(message.tool_calls)
-        ]
-    return read
-
-
-def _call(call: ToolCall, path: str) -> dict[str, Any]:
-    function = call.function
-    return call_of(call.id, function.name, arguments_of(function.arguments, path))

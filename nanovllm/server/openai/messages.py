@@ -43,8 +43,8 @@ def _kind_of_part(part: Any) -> str:
     # Names with a space, so that they are no part of the path in an error's `param`.
     if isinstance(part, str):
         return "a string"
-    is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
-    return "a refusal" if is_refusal else "a text"
+    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return "a refusal" if kind == "refusal" else "a text"
 
 
 Part = Annotated[
