@@ -66,9 +66,7 @@ class ChatAnswer(Answer[Conversation]):
         last = asked.messages[-1]
         if request.echo and last["role"] == "assistant":
             self._continued_text = last["content"]
-        return await Conversation.start(
-            self.state, asked, by_token=bool(request.return_token_ids)
-        )
+        return await Conversation.start(self.state, asked, by_token=bool(request.return_token_ids))
 
     async def choices(self, run: Conversation) -> list[Choice]:
         await run.finish()
