@@ -912,8 +912,8 @@ FAULTS = [
     Fault(
         "the requests of a dead engine are not told",
         "nanovllm/cluster/pool.py",
-        "            self._lose(lost, error)\n",
-        "            self._lose([], error)\n",
+        "        self._lose(lost, error)\n        self._router",
+        "        self._lose([], error)\n        self._router",
         POOL,
     ),
     Fault(

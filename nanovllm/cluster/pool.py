@@ -1,4 +1,4 @@
-"""A pool of engine processes: placed, watched, started anew, and given requests.
+"""A pool of engine processes: placed, and given requests.
 
 One engine is a pool of one. A request goes to an engine once and stays there; if that engine dies
 the request ends with an error that says to try again.
@@ -6,10 +6,8 @@ the request ends with an error that says to try again.
 
 import asyncio
 import contextlib
-import logging
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,10 @@ from typing import Protocol
 import zmq.asyncio
 
 from nanovllm.cluster.admission import Admission
+from nanovllm.cluster.line import Line
 from nanovllm.cluster.router import make_router, policy_name
 from nanovllm.cluster.stats import WorkerStats
+from nanovllm.cluster.supervisor import Supervision, supervise
 from nanovllm.cluster.worker import Worker, share_of_cpus
 from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.engine.block_manager import root_hash
@@ -35,18 +35,12 @@ from nanovllm.worker.client import MakeCall, WorkerClient
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import News, Start, Started
 
-logger = logging.getLogger(__name__)
-
 QUEUED_PER_RUNNING = 4
 MIN_QUEUED_TOKENS = 1 << 20
-FIRST_BACKOFF, LAST_BACKOFF = 0.5, 30.0
-"""Seconds before an engine is started anew; doubled each time it does not come up."""
 LEAST_START_TIMEOUT = 120.0
 """Seconds an engine may take to start anew at least; ten times as long as the first one took."""
 MAX_DIRECTORY_PATH = 70
 """Characters, so that 107 are enough for the whole path of a socket."""
-STABLE_AFTER = 60.0
-"""Seconds after which an engine's death no longer counts as the same trouble as the last one."""
 
 
 class PoolListener(Protocol):
@@ -93,7 +87,7 @@ class EnginePool:
         self._closed = False
         self._router = make_router(self._effective_policy(engine))
         self._workers: list[Worker] = []
-        self._line: deque[EngineRequest] = deque()
+        self._line = Line(config.queue_timeout, self._on_expired)
         self._supervisors: list[asyncio.Task[None]] = []
         self._idle = asyncio.Event()
         self._idle.set()
@@ -103,8 +97,6 @@ class EnginePool:
         self._context = zmq.asyncio.Context.shadow(zmq.Context.instance())
         self._sockets = _private_directory()
         self._num_processes = 0
-        self._expiry: asyncio.TimerHandle | None = None
-        self._start_timeout = LEAST_START_TIMEOUT
         self._next_seq_id = 0
 
     @property
@@ -122,8 +114,8 @@ class EnginePool:
     @property
     def num_open_sequences(self) -> int:
         """Completions that run, wait in an engine or stand in line."""
-        in_line = sum(request.num_open for request in self._line)
-        return in_line + sum(worker.num_open_sequences for worker in self._workers)
+        in_engines = sum(worker.num_open_sequences for worker in self._workers)
+        return self._line.num_open_sequences + in_engines
 
     @property
     def ready_workers(self) -> list[Worker]:
@@ -152,10 +144,16 @@ class EnginePool:
                 task.cancel()
             await self.close()
             raise
-        self._start_timeout = max(LEAST_START_TIMEOUT, 10 * (time.monotonic() - begun))
+        supervision = Supervision(
+            self._make_client,
+            self.config.step_timeout,
+            max(LEAST_START_TIMEOUT, 10 * (time.monotonic() - begun)),
+            self._on_died,
+            self._on_restarted,
+        )
         for worker in self._workers:
             worker.state = "ready"
-            self._supervisors.append(asyncio.ensure_future(self._supervise(worker)))
+            self._supervisors.append(asyncio.ensure_future(supervise(worker, supervision)))
         return started[0]
 
     async def close(self, force: bool = False) -> None:
@@ -166,13 +164,10 @@ class EnginePool:
         """
         self.draining = self._closed = True
         error = NotReadyError("the engines are being shut down")
-        if self._expiry is not None:
-            self._expiry.cancel()
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        lost = [seq_id for request in self._line for seq_id in request.seq_ids]
-        self._line.clear()
+        lost = self._line.clear()
         for worker in self._workers:
             lost += worker.client.give_up(error)
         self._lose(lost, error)
@@ -245,7 +240,7 @@ class EnginePool:
                 reason="requests",
             )
         waiting = sum(worker.client.load.waiting_tokens for worker in self._workers)
-        waiting += sum(len(request.keys) for request in self._line)
+        waiting += self._line.num_tokens
         limit = self.config.max_num_queued_tokens
         if limit is None:
             limit = max(MIN_QUEUED_TOKENS, 8 * ready[0].max_model_len)
@@ -269,11 +264,9 @@ class EnginePool:
     def submit(self, request: EngineRequest) -> None:
         """Give a request to an engine, or a place in line while the caps are reached."""
         self._idle.clear()
-        request.deadline = time.monotonic() + self.config.queue_timeout
         self._line.append(request)
         self._move_line()
-        if self._line and self._expiry is None:
-            self._expire()
+        self._line.watch()
 
     def submit_to(self, worker: Worker, request: EngineRequest) -> None:
         """Give a request to this engine, past the line.
@@ -291,10 +284,7 @@ class EnginePool:
         aborted = set(seq_ids)
         for worker in self._workers:
             worker.client.abort(aborted)
-        for request in [request for request in self._line if aborted & set(request.seq_ids)]:
-            request.num_open -= len(aborted & set(request.seq_ids))
-            if not request.num_open:
-                self._line.remove(request)
+        self._line.abort(aborted)
         self._move_line()
 
     def pause(self, seq_ids: Iterable[int], paused: bool) -> None:
@@ -379,48 +369,13 @@ class EnginePool:
         address = Path(self._sockets.name, f"worker-{self._num_processes}")
         return WorkerClient(start, address, self._context, self._on_news)
 
-    async def _supervise(self, worker: Worker) -> None:
-        """Watch a worker for ever; when its process dies, end its requests and start another."""
-        backoff = FIRST_BACKOFF
-        while True:
-            started = time.monotonic()
-            ending = await worker.client.run(self.config.step_timeout)
-            worker.state = "dead"
-            error = EngineDeadError("the engine died while it worked on this; try again")
-            lost = worker.client.give_up(error)
-            logger.error(
-                "engine %d died (%s) with %d sequences; another one is started",
-                worker.index,
-                ending,
-                len(lost),
-            )
-            # Whoever waits must not wait for a process that is stuck to be reaped.
-            self._lose(lost, error)
-            self._router.forget(worker.index)
-            await worker.client.kill()
-            if time.monotonic() - started > STABLE_AFTER:
-                backoff = FIRST_BACKOFF
-            while worker.state != "ready":
-                await asyncio.sleep(backoff)
-                backoff = min(2 * backoff, LAST_BACKOFF)
-                await self._restart(worker)
+    def _on_died(self, worker: Worker, lost: list[int], error: UnavailableError) -> None:
+        self._lose(lost, error)
+        self._router.forget(worker.index)
 
-    async def _restart(self, worker: Worker) -> None:
-        worker.num_restarts += 1
-        worker.state = "starting"
-        worker.client = self._make_client(worker.index)
-        try:
-            await asyncio.wait_for(worker.client.start(), self._start_timeout)
-        except Exception as e:  # noqa: BLE001  # whatever it is, the next attempt may succeed
-            reason = str(e) or f"not within {self._start_timeout:g} s"
-            logger.error("engine %d does not start: %s", worker.index, reason)
-            worker.state = "dead"
-            await worker.client.kill()
-        else:
-            logger.info("engine %d runs again", worker.index)
-            worker.state = "ready"
-            self._listener.on_restarted(worker)
-            self._move_line()
+    def _on_restarted(self, worker: Worker) -> None:
+        self._listener.on_restarted(worker)
+        self._move_line()
 
     def _on_news(self, news: News) -> None:
         self._listener.on_news(news)
@@ -464,18 +419,9 @@ class EnginePool:
         message = request.message
         return root_hash(str(self._directory), message.adapter_id, message.cache_salt)
 
-    def _expire(self) -> None:
-        """Refuse the requests that have waited in line for too long, now and when it is time."""
-        now = time.monotonic()
-        expired: list[int] = []
-        while self._line and self._line[0].deadline <= now:
-            expired += self._line.popleft().seq_ids
-        self._expiry = None
-        if self._line:
-            delay = self._line[0].deadline - now
-            self._expiry = asyncio.get_running_loop().call_later(delay, self._expire)
+    def _on_expired(self, seq_ids: list[int]) -> None:
         waited = f"no engine was free within {self.config.queue_timeout:g} s: try again later"
-        self._lose(expired, OverloadedError(waited, reason="timeout"))
+        self._lose(seq_ids, OverloadedError(waited, reason="timeout"))
 
     def _lose(self, seq_ids: list[int], error: UnavailableError) -> None:
         """Say that sequences have ended, which nobody has any more."""
