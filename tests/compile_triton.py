@@ -29,7 +29,7 @@ from nanovllm.kernels.attention_backend import (
     PlanBuffers,
 )
 from nanovllm.kernels.audio import DepthwiseConv, snake_table
-from nanovllm.kernels.kernels import Draws, Penalties, WeightSpec
+from nanovllm.kernels.kernels import Draws, Penalties, Routing, WeightSpec
 from nanovllm.kernels.triton.attention import TritonAttention
 from nanovllm.kernels.triton.kernels import TritonKernels
 
@@ -138,6 +138,10 @@ def launch_layers(dtype: torch.dtype, hidden: int, intermediate: int, rows: int)
             packed = kernels.pack(WeightSpec(hidden, hidden), [torch.zeros(hidden, hidden)], None)
             kernels.linear(x, packed)
             kernels.logits(x, packed)
+        matrices = 16 * [torch.zeros(hidden, hidden)]
+        gate_up = kernels.pack_experts(WeightSpec(2 * hidden, hidden, gated=True), 8, matrices)
+        down = kernels.pack_experts(WeightSpec(hidden, hidden), 8, matrices[:8])
+        kernels.mixture(x, torch.zeros(rows, 8), Routing(2, True), gate_up, down)
     for rank in (16, 96):
         adapters = kernels.lora_weights(WeightSpec(intermediate, hidden), rank, 4)
         batch = kernels.lora_batch(np.zeros(rows, dtype=np.int64))

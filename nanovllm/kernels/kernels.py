@@ -61,6 +61,19 @@ class WeightSpec:
     replaceable: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How tokens are shared out among experts.
+
+    Args:
+        top_k: Experts that a token goes through: those with the best scores.
+        normalized: Whether their shares, the softmax of all scores, are scaled to sum to one.
+    """
+
+    top_k: int
+    normalized: bool
+
+
 class Choice(NamedTuple):
     """Chosen ids `[num_rows]`, and whether each row's logits were usable."""
 
@@ -132,6 +145,14 @@ class Kernels(Protocol):
     ) -> Any:
         """Take over a linear layer's weight, part by part `[part_rows, depth]`, and its bias."""
 
+    def pack_experts(
+        self, spec: WeightSpec, num_experts: int, parts: Iterable[Tensor | QuantizedWeight]
+    ) -> Any:
+        """Take over the weights of many layers of one shape, the parts of each after the other's.
+
+        What becomes of them is for `mixture`.
+        """
+
     def repack(self, weight: Any, matrix: Tensor) -> None:
         """Replace a weight that was packed of a dense matrix, in its place, by another one.
 
@@ -146,6 +167,22 @@ class Kernels(Protocol):
 
     def logits(self, x: Tensor, weight: Any) -> Tensor:
         """The same, in float32."""
+
+    def mixture(
+        self, x: Tensor, scores: Tensor, routing: Routing, gate_up: Any, down: Any
+    ) -> Tensor:
+        """Take each token through a few of many MLPs, and sum what they make by their shares.
+
+        Args:
+            x: `[num_tokens, depth]`.
+            scores: Of each expert for each token, float32 `[num_tokens, num_experts]`.
+            routing: What becomes of them.
+            gate_up: The experts' first weights, which are gated.
+            down: Their second ones.
+
+        Returns:
+            `[num_tokens, rows of down]`.
+        """
 
     def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
         """Take the memory for adapters of a layer: its own shape, their rank, their number."""

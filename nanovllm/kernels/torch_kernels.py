@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,13 +14,23 @@ from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
 from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
-from nanovllm.kernels.kernels import Choice, Draws, Penalties, QuantizedWeight, WeightSpec
+from nanovllm.kernels.kernels import (
+    Choice,
+    Draws,
+    Penalties,
+    QuantizedWeight,
+    Routing,
+    WeightSpec,
+)
 from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
 from nanovllm.kernels.sdpa import attend_locally
 
 
 class DenseWeight(NamedTuple):
-    """A weight `[rows, depth]`, its bias, and whether its halves are a gate and what it gates."""
+    """A weight `[rows, depth]`, its bias, and whether its halves are a gate and what it gates.
+
+    Those of experts are `[num_experts, rows, depth]`.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -60,6 +71,12 @@ class TorchKernels:
             bias = bias.to(self._device, self._dtype)
         return DenseWeight(weight, bias, spec.gated)
 
+    def pack_experts(
+        self, spec: WeightSpec, num_experts: int, parts: Iterable[Tensor | QuantizedWeight]
+    ) -> DenseWeight:
+        stacked = self.pack(replace(spec, rows=num_experts * spec.rows), parts, None)
+        return stacked._replace(weight=stacked.weight.view(num_experts, spec.rows, spec.depth))
+
     def repack(self, weight: DenseWeight, matrix: Tensor) -> None:
         weight.weight.copy_(matrix)
 
@@ -72,6 +89,23 @@ class TorchKernels:
 
     def logits(self, x: Tensor, weight: DenseWeight) -> Tensor:
         return self.linear(x, weight).float()
+
+    def mixture(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: DenseWeight,
+        down: DenseWeight,
+    ) -> Tensor:
+        shares, experts = route(scores, routing)
+        out = torch.zeros(len(x), down.weight.shape[1], device=x.device)
+        for expert in experts.unique().tolist():
+            rows, rank = (experts == expert).nonzero(as_tuple=True)
+            hidden = self.silu_mul(F.linear(x[rows], gate_up.weight[expert]))
+            made = F.linear(hidden, down.weight[expert])
+            out.index_add_(0, rows, made.float() * shares[rows, rank, None])
+        return out.to(x.dtype)
 
     def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
         return GroupedWeights(self, spec, rank, num_slots)
@@ -145,6 +179,20 @@ class TorchKernels:
         stride: int,
     ) -> Tensor:
         return audio.causal_windows(x, snake, history, slots, width, stride)
+
+
+def route(scores: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The experts that tokens go through, and their shares in what becomes of them.
+
+    Args:
+        scores: float32 `[num_tokens, num_experts]`.
+        routing: See `Kernels.mixture`.
+
+    Returns:
+        Shares, float32, and experts, int64, both `[num_tokens, top_k]`.
+    """
+    shares, experts = scores.softmax(-1).topk(routing.top_k, dim=-1)
+    return shares / shares.sum(-1, keepdim=True) if routing.normalized else shares, experts
 
 
 def apply_penalties(logits: Tensor, penalties: Penalties) -> None:

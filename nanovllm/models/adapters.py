@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.kernels.lora import NO_ADAPTER, IntArray, LoRABatch
+from nanovllm.layers.experts import ExpertLinear
 from nanovllm.layers.linear import Linear, PackedLinear
 from nanovllm.layers.lora import LoRATable, PartWeights
 from nanovllm.lora_config import LoRAConfig
@@ -33,7 +34,7 @@ def reserve_adapters(model: nn.Module, config: LoRAConfig, kernels: Kernels) -> 
         kernels: What it runs on.
     """
     for path, module in model.named_modules():
-        if not isinstance(module, Linear):
+        if not isinstance(module, Linear) or isinstance(module, ExpertLinear):
             continue
         first, parts = 0, {}
         for part, width in module.parts(path).items():
@@ -207,6 +208,12 @@ class AdapterTable:
                 raise InvalidRequestError(
                     f"the LoRA has a tensor {name}, which belongs to no linear layer of the "
                     "model: <module>.lora_A and <module>.lora_B are expected",
+                    "path",
+                )
+            if ".experts." in part:
+                raise InvalidRequestError(
+                    f"the LoRA changes {part}: adapters of experts are not supported; train one "
+                    "of the attention's projections instead",
                     "path",
                 )
             if part not in self._table_of:

@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.kernels import Kernels
+from nanovllm.kernels.kernels import Kernels, Routing
 from nanovllm.layers.attention import Attention, LocalAttention
 from nanovllm.layers.context import ForwardContext
+from nanovllm.layers.experts import Mixture
 from nanovllm.layers.linear import Embedding, Linear, PackedLinear
 from nanovllm.layers.norm import RMSNorm, head_norms
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary import Rotary, RotaryEmbedding
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_config import MixtureConfig, ModelConfig
 from nanovllm.models.sharding import Sharding
 
 Part = tuple[Tensor, ...]
@@ -96,17 +97,25 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm, on a residual stream that is carried beside."""
+    """Attention and MLP, each behind a norm, on a residual stream that is carried beside.
+
+    Args:
+        config: Hyper-parameters.
+        attention: What its heads see.
+        traits: The architecture's.
+        mixture: What it has in place of an MLP.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         attention: Attention | LocalAttention,
         traits: type[Traits] = Traits,
+        mixture: MixtureConfig | None = None,
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, attention, traits)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if mixture is None else _mixture_of(config.hidden_size, mixture)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._scale = config.residual_scale
@@ -141,6 +150,11 @@ class DecoderLayer(nn.Module):
         return x if self._scale == 1.0 else x * self._scale
 
 
+def _mixture_of(hidden_size: int, config: MixtureConfig) -> Mixture:
+    routing = Routing(config.top_k, config.norm_topk_prob)
+    return Mixture(hidden_size, config.expert_size, config.num_experts, routing)
+
+
 class Layers(nn.Module):
     """Layers and the final norm.
 
@@ -157,7 +171,11 @@ class Layers(nn.Module):
         traits: type[Traits] = Traits,
     ) -> None:
         super().__init__()
-        stack = [DecoderLayer(config, attention, traits) for attention in attentions]
+        mixed = config.mixture.layers if config.mixture else ()
+        stack = [
+            DecoderLayer(config, attention, traits, config.mixture if index in mixed else None)
+            for index, attention in enumerate(attentions)
+        ]
         self.layers = nn.ModuleList(stack)
         self._has_cache = any(isinstance(layer.self_attn.attention, Attention) for layer in stack)
         # What the kernels know this network by: the network itself they would keep alive.

@@ -15,10 +15,11 @@ ARCHITECTURES = (
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
 )
 """What we read; `registry.py` has the classes."""
 
-ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 MLP_BIAS = ("LlamaForCausalLM",)
 """Which of them have biases where the config says so; the others ignore what it says."""
 
@@ -37,6 +38,35 @@ ROPE_FIELDS = {
 DTYPES = ("bfloat16", "float16", "float32")
 
 NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types")
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """MLPs of which each token goes through a few.
+
+    Args:
+        num_experts: How many MLPs there are.
+        top_k: How many of them a token goes through.
+        expert_size: Width of each.
+        norm_topk_prob: Whether the shares of these few sum to one.
+        layers: The layers that have such a mixture; the others have an MLP.
+
+    Raises:
+        InvalidRequestError: A token would go through more experts than there are.
+    """
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    norm_topk_prob: bool
+    layers: frozenset[int]
+
+    def __post_init__(self) -> None:
+        if self.top_k > self.num_experts:
+            raise InvalidRequestError(
+                f"num_experts_per_tok={self.top_k} is more than num_experts={self.num_experts}",
+                "num_experts_per_tok",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +91,7 @@ class ModelConfig:
         rope: Rotary parameters.
         dtype: Name of the checkpoint's dtype.
         eos_token_ids: Ids that end a text.
+        mixture: What some layers have in place of an MLP; None is none.
         embedding_scale: Factor on the embeddings of tokens.
         residual_scale: Factor on what each attention and MLP adds to the residual stream.
         no_rope: Whether attention does without positions.
@@ -85,6 +116,7 @@ class ModelConfig:
     rope: RopeConfig
     dtype: str
     eos_token_ids: tuple[int, ...]
+    mixture: MixtureConfig | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     no_rope: bool = False
@@ -101,6 +133,14 @@ class ModelConfig:
                 f"head_dim={self.head_dim} is not supported: it must be even and at least 2",
                 "head_dim",
             )
+
+    @property
+    def num_mlp_values(self) -> int:
+        """Values that a step holds at most for a token in an MLP, or in a mixture of them."""
+        mixed = 0
+        if self.mixture is not None:
+            mixed = self.mixture.top_k * (3 * self.mixture.expert_size + 2 * self.hidden_size)
+        return max(4 * self.intermediate_size, mixed)
 
     @property
     def num_row_values(self) -> int:
@@ -186,6 +226,7 @@ class ModelConfig:
             rope=_rope(raw, head_dim),
             dtype=_dtype(raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
+            mixture=_mixture(raw) if architecture == "Qwen3MoeForCausalLM" else None,
         )
 
 
@@ -261,6 +302,24 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
             "layer_types",
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
+    """The experts of `Qwen3MoeForCausalLM`; None if no layer has any."""
+    every = positive(raw, "decoder_sparse_step", 1)
+    dense = set(json_list(raw, "mlp_only_layers") if raw.get("mlp_only_layers") else ())
+    layers = frozenset(range(every - 1, raw["num_hidden_layers"], every)) - dense
+    # Transformers 5 has the second name.
+    name = "num_experts" if "num_experts" in raw else "num_local_experts"
+    if not layers or raw.get(name) == 0:
+        return None
+    return MixtureConfig(
+        num_experts=positive(raw, name),
+        top_k=positive(raw, "num_experts_per_tok"),
+        expert_size=positive(raw, "moe_intermediate_size"),
+        norm_topk_prob=bool(raw.get("norm_topk_prob")),
+        layers=layers,
+    )
 
 
 def _dtype(raw: dict[str, Any]) -> str:

@@ -79,40 +79,46 @@ class Sharding:
                 "query heads: each device needs the same number of them",
                 "tensor_parallel_size",
             )
-        if min(config.intermediate_size, config.vocab_size) < size:
+        mixture = config.mixture
+        mlp_size = config.intermediate_size
+        narrowest = mlp_size if mixture is None else min(mlp_size, mixture.expert_size)
+        if min(narrowest, config.vocab_size) < size:
             raise InvalidRequestError(
                 f"tensor_parallel_size={size} is more than the width of the model's MLP, "
-                f"{config.intermediate_size}, or its vocabulary, {config.vocab_size}",
+                f"{narrowest}, or its vocabulary, {config.vocab_size}",
                 "tensor_parallel_size",
             )
         self._rank = rank
         num_heads = config.num_heads // size
         heads = range(rank * num_heads, (rank + 1) * num_heads)
-        mlp = part_of(config.intermediate_size, rank, size)
+        mlp = part_of(mlp_size, rank, size)
         self.vocab = part_of(config.vocab_size, rank, size)
         kv_heads = local_kv_heads(heads, config.num_heads // config.num_kv_heads)
         self.local = replace(
             config, num_heads=num_heads, num_kv_heads=len(kv_heads), intermediate_size=len(mlp)
         )
+        self._expert_parts: Mapping[str, Part] = {}
+        if mixture is not None:
+            expert = part_of(mixture.expert_size, rank, size)
+            self.local = replace(self.local, mixture=replace(mixture, expert_size=len(expert)))
+            self._expert_parts = _mlp_parts(Cut(mixture.expert_size, (expert,)))
         queries = _cut_heads(list(heads), config.num_heads, config.head_dim)
         keys = _cut_heads(kv_heads, config.num_kv_heads, config.head_dim)
-        width = Cut(config.intermediate_size, (mlp,))
         vocab = Cut(config.vocab_size, (self.vocab,))
         self._parts: Mapping[str, Part] = {
             "q_proj": Part(rows=queries),
             "k_proj": Part(rows=keys),
             "v_proj": Part(rows=keys),
             "o_proj": Part(depth=queries),
-            "gate_proj": Part(rows=width),
-            "up_proj": Part(rows=width),
-            "down_proj": Part(depth=width),
             "embed_tokens": Part(rows=vocab),
             "lm_head": Part(rows=vocab),
+            **_mlp_parts(Cut(mlp_size, (mlp,))),
         }
 
     def part(self, path: str) -> Part:
         """This rank's part of a linear layer, by its path in the checkpoint."""
-        return self._parts.get(path.rpartition(".")[2], Part())
+        parts = self._expert_parts if ".experts." in path else self._parts
+        return parts.get(path.rpartition(".")[2], Part())
 
     def tensor(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor of the checkpoint, by its name."""
@@ -184,6 +190,12 @@ def local_kv_heads(heads: range, group_size: int) -> list[int]:
     """
     shared = math.gcd(group_size, len(heads))
     return [head // group_size for head in heads[::shared]]
+
+
+def _mlp_parts(width: Cut) -> dict[str, Part]:
+    """The parts of an MLP's layers, which share out its width."""
+    rows = Part(rows=width)
+    return {"gate_proj": rows, "up_proj": rows, "down_proj": Part(depth=width)}
 
 
 def _cut_heads(heads: list[int], num_heads: int, head_dim: int) -> Cut:

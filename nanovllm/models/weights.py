@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels, QuantizedWeight
+from nanovllm.layers.experts import ExpertLinear
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.lora_config import LoRAConfig
@@ -84,14 +85,13 @@ def fill(
             if isinstance(module, Linear):
                 parts = module.parts(path)
                 biases = [source.tensor(f"{part}.bias") for part in parts if module.has_bias]
-                module.weight = kernels.pack(
-                    module.spec,
-                    _alike(
-                        (f"{part}.weight" for part in parts),
-                        source.tensor if module.exact else source.matrix,
-                    ),
-                    torch.cat(biases) if biases else None,
-                )
+                read = source.tensor if module.exact else source.matrix
+                matrices = _alike((f"{part}.weight" for part in parts), read)
+                if isinstance(module, ExpertLinear):
+                    module.weight = kernels.pack_experts(module.spec, module.num_experts, matrices)
+                else:
+                    bias = torch.cat(biases) if biases else None
+                    module.weight = kernels.pack(module.spec, matrices, bias)
                 continue
             for name, _ in module.named_parameters(recurse=False):
                 tensor = source.tensor(f"{path}.{name}").to(device, dtype, copy=True)

@@ -50,8 +50,8 @@ class ModelShape(Protocol):
         """Width of the residual stream."""
 
     @property
-    def intermediate_size(self) -> int:
-        """Width of the MLP."""
+    def num_mlp_values(self) -> int:
+        """Values that a step holds at most for a token in an MLP."""
 
     @property
     def num_row_values(self) -> int:
@@ -152,7 +152,7 @@ def allocate_kv_cache(spec: CacheSpec, device: torch.device) -> Tensor:
 def activation_bytes(config: EngineConfig, model: ModelShape) -> int:
     """What one step needs at most beside weights and cache, estimated from above."""
     tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
-    hidden = tokens * (8 * model.hidden_size + 4 * model.intermediate_size) * 4
+    hidden = tokens * (8 * model.hidden_size + model.num_mlp_values) * 4
     return hidden + seqs * model.num_row_values * 4 + (1 << 30)
 
 
@@ -162,7 +162,7 @@ def graph_bytes(config: EngineConfig, model: ModelShape) -> int:
     if config.enforce_eager or not sizes:
         return 0
     # What the tail reads has a place of its own, and the pool holds what the largest graph makes.
-    row = 4 * (3 * model.num_row_values + 16 * model.hidden_size + 8 * model.intermediate_size)
+    row = 4 * (3 * model.num_row_values + 16 * model.hidden_size + 2 * model.num_mlp_values)
     return sizes[-1] * row + len(sizes) * model.num_layers * GRAPH_LAYER_BYTES
 
 

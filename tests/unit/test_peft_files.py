@@ -17,7 +17,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.models.adapter_settings import AdapterSettings, peft_settings
 from nanovllm.models.adapters import AdapterTable
 from nanovllm.worker.loading import load_engine
-from tests.peft_oracle import write_peft
+from tests.peft_oracle import EVERY_LAYER, write_peft
 from tests.small_engine import SMALL
 
 QUERY = "model.layers.1.self_attn.q_proj"
@@ -231,6 +231,15 @@ def test_modules_that_have_no_adapters(
     }
     change(directory, lambda tensors: tensors.update(more))
     refused(table, directory, message)
+
+
+def test_experts_have_no_adapters(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    directory = checkpoint("qwen3-moe")
+    table = load_engine(EngineConfig(**SMALL), directory).runner.adapters
+    assert isinstance(table, AdapterTable)
+    write_peft(directory, tmp_path / "all", modules=EVERY_LAYER)
+    refused(table, tmp_path / "all", "layers.0.mlp.experts.0.down_proj", "of experts are not")
+    assert table.load(1, write_peft(directory, tmp_path / "attention"))
 
 
 def test_ranks_are_what_the_config_says(table: AdapterTable, directory: Path) -> None:

@@ -303,8 +303,9 @@ def test_our_kernels_multiply_by_them(
         assert float(off.norm() / expected.norm()) < 0.02, path
 
 
-def test_a_model_generates_from_them(make: Callable[..., tuple[Path, Path]]) -> None:
-    dense, packed = make("awq")
+@pytest.mark.parametrize("base", ["qwen3", "qwen3-moe"])
+def test_a_model_generates_from_them(make: Callable[..., tuple[Path, Path]], base: str) -> None:
+    dense, packed = make("awq", base)
     params = SamplingParams(temperature=0.0, max_tokens=12)
     texts = []
     for directory in (dense, packed):

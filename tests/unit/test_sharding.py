@@ -20,8 +20,8 @@ from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.quantization import SCHEMES, quantize
 from nanovllm.models.sharding import Sharding, local_kv_heads
 from nanovllm.worker import loading
-from tests.conftest import TINY, make_checkpoint
-from tests.peft_oracle import EVERY_LAYER, write_peft
+from tests.conftest import EXPERTS, TINY, make_checkpoint
+from tests.peft_oracle import ATTENTION, EVERY_LAYER, write_peft
 from tests.small_engine import SMALL
 from tests.thread_ranks import RankThreads, on_ranks
 
@@ -31,6 +31,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 # Key heads that are shared out, one for two ranks, three for two, and two for three; an MLP and a
 # vocabulary that do not divide.
 UNEVEN = {"vocab_size": 317, "intermediate_size": 99, "head_dim": 16}
+UNEVEN_EXPERTS = {**UNEVEN, **EXPERTS, "moe_intermediate_size": 45}
 SHAPES: dict[str, tuple[str, dict[str, object], int]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}, 2),
     "qwen3-tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}, 2),
@@ -41,6 +42,8 @@ SHAPES: dict[str, tuple[str, dict[str, object], int]] = {
     "1-kv-head": ("Llama", {**UNEVEN, "num_key_value_heads": 1}, 2),
     "3-kv-heads": ("Qwen3", {**UNEVEN, "num_attention_heads": 6, "num_key_value_heads": 3}, 2),
     "2-kv-heads": ("Qwen2", {**UNEVEN, "num_attention_heads": 6, "num_key_value_heads": 2}, 3),
+    "experts": ("Qwen3Moe", {**UNEVEN_EXPERTS, "mlp_only_layers": [1]}, 2),
+    "3-part-experts": ("Qwen3Moe", {**UNEVEN_EXPERTS, "num_attention_heads": 6}, 3),
     "8-ranks": ("Llama", {**UNEVEN, "num_attention_heads": 8, "num_key_value_heads": 2}, 8),
 }
 
@@ -201,7 +204,8 @@ def test_nobody_waits_for_an_abort(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_tokens_are_those_of_one_rank(tmp_path: Path, rank_threads: None, kind: str) -> None:
     family, overrides, size = SHAPES[kind]
     directory = make_checkpoint(tmp_path / "base", family, **overrides)
-    adapter = write_peft(directory, tmp_path / "adapter", seed=2, r=8, modules=EVERY_LAYER)
+    modules = ATTENTION if family == "Qwen3Moe" else EVERY_LAYER
+    adapter = write_peft(directory, tmp_path / "adapter", seed=2, r=8, modules=modules)
     lora = LoRARequest("a", 1, str(adapter))
     outputs = []
     for tensor_parallel_size in (1, size):

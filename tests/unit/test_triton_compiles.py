@@ -18,6 +18,7 @@ KERNELS = {
     "_silu_mul_kernel",
     "_write_kernel",
     "_matmul_kernel",
+    "_visit_kernel",
     "_shrink_kernel",
     "_expand_kernel",
     "_local_kernel",

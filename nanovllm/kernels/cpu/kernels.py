@@ -12,11 +12,18 @@ from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
-from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedWeight, pointer
+from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedExperts, PackedWeight, pointer
 from nanovllm.kernels.cpu.prefault import prefault
 from nanovllm.kernels.cpu.replay import Replays
 from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
-from nanovllm.kernels.kernels import Choice, Draws, Penalties, QuantizedWeight, WeightSpec
+from nanovllm.kernels.kernels import (
+    Choice,
+    Draws,
+    Penalties,
+    QuantizedWeight,
+    Routing,
+    WeightSpec,
+)
 from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
 from nanovllm.kernels.torch_kernels import apply_penalties
 
@@ -78,6 +85,13 @@ class CpuKernels:
         weight.compact(self._library, self._arena)
         return weight
 
+    def pack_experts(
+        self, spec: WeightSpec, num_experts: int, parts: Iterable[Tensor | QuantizedWeight]
+    ) -> PackedExperts:
+        parts, num_parts = iter(parts), 2 if spec.gated else 1
+        each = (itertools.islice(parts, num_parts) for _ in range(num_experts))
+        return PackedExperts([self.pack(spec, of_one, None) for of_one in each])
+
     def repack(self, weight: PackedWeight, matrix: Tensor) -> None:
         if not weight.spec.replaceable:
             raise ValueError("only a weight that was packed as replaceable can be replaced")
@@ -88,6 +102,30 @@ class CpuKernels:
 
     def logits(self, x: Tensor, weight: PackedWeight) -> Tensor:
         return self._linear(x, weight, torch.float32)
+
+    def mixture(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: PackedExperts,
+        down: PackedExperts,
+    ) -> Tensor:
+        num_rows, num_experts = scores.shape
+        out = self._replays.empty(num_rows, down.weights[0].width, dtype=self._dtype)
+        self._library.mixture(
+            gate_up.pointers,
+            down.pointers,
+            num_experts,
+            x.data_ptr(),
+            scores.data_ptr(),
+            num_rows,
+            routing.top_k,
+            routing.normalized,
+            self._deterministic,
+            out.data_ptr(),
+        )
+        return out
 
     def linear_add(self, x: Tensor, weight: PackedWeight, total: Tensor) -> Tensor:
         return self._linear_into(x, weight, total, add=True)

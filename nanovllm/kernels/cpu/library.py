@@ -78,6 +78,9 @@ class Library:
         self.compact = bind("compact", weights, weights)
         self.embed = bind("embed", weights, pointer, count, pointer)
         self.linear = bind("linear", weights, pointer, count, pointer, flag, flag, flag)
+        self.mixture = bind(
+            "mixture", *[pointer] * 2, count, *[pointer] * 2, *[count] * 2, *[flag] * 2, pointer
+        )
         self.add_rms_norm = bind(
             "add_rms_norm", flag, pointer, pointer, pointer, c_float, count, count, pointer
         )

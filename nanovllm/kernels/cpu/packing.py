@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -184,6 +184,26 @@ class PackedWeight:
         self.struct.blocks = self.blocks.data_ptr()
         library.compact(ctypes.byref(dense), self.reference)
         self.data = data
+
+
+class PackedExperts:
+    """The weights of one linear layer of every expert, of equal shapes.
+
+    Attributes:
+        weights: These.
+        pointers: Where the pointers to their structs are.
+    """
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        self.weights = weights
+        structs = (ctypes.addressof(weight.struct) for weight in weights)
+        self._table = (ctypes.c_void_p * len(weights))(*structs)
+        self.pointers = ctypes.addressof(self._table)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that they take."""
+        return sum(weight.num_bytes for weight in self.weights)
 
 
 def _form(part: Tensor | QuantizedWeight, activation: torch.dtype) -> tuple[int, int]:

@@ -23,7 +23,10 @@ from nanovllm.kernels.cpu.packing import anonymous
 
 Tensors = tuple[Tensor, ...]
 
-REPLAYABLE = ("linear", "add_rms_norm", "silu_mul", "write_kv", "attend", "local_attention")
+REPLAYABLE = (
+    *("linear", "mixture", "add_rms_norm", "silu_mul"),
+    *("write_kv", "attend", "local_attention"),
+)
 """What can be repeated."""
 MAX_ROWS = 256
 """Of more rows at a time nothing is written down: what is between the kernels is little then."""

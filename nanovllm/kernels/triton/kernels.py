@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels.audio import DepthwiseConv
-from nanovllm.kernels.kernels import Choice, Draws, Penalties, WeightSpec
+from nanovllm.kernels.kernels import Choice, Draws, Penalties, Routing, WeightSpec
 from nanovllm.kernels.lora import IndexedBatch, IntArray, LoRABatch, LoRAWeights
 from nanovllm.kernels.torch_kernels import DenseWeight, TorchKernels
 from nanovllm.kernels.triton.audio import causal_windows, depthwise_conv, serves_audio
@@ -12,6 +12,7 @@ from nanovllm.kernels.triton.elementwise import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.linear import matmul
 from nanovllm.kernels.triton.local_attention import local_attention, serves_local
 from nanovllm.kernels.triton.lora import StackedWeights
+from nanovllm.kernels.triton.mixture import mixture
 from nanovllm.kernels.triton.penalties import PenaltyKernel
 from nanovllm.kernels.triton.sampling import choose
 
@@ -44,6 +45,17 @@ class TritonKernels(TorchKernels):
             return super().linear(x, weight)
         y = matmul(x, weight.weight, weight.bias)
         return self.silu_mul(y) if weight.gated else y
+
+    def mixture(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        routing: Routing,
+        gate_up: DenseWeight,
+        down: DenseWeight,
+    ) -> Tensor:
+        weights = gate_up.weight, down.weight
+        return mixture(x, scores, routing, *weights, deterministic=self._deterministic)
 
     def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
         return StackedWeights(spec, rank, num_slots, self._dtype, self._device)

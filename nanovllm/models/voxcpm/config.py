@@ -177,8 +177,8 @@ class VoxCPMConfig:
         return self.base.hidden_size
 
     @property
-    def intermediate_size(self) -> int:
-        return self.base.intermediate_size
+    def num_mlp_values(self) -> int:
+        return self.base.num_mlp_values
 
     @property
     def vocab_size(self) -> int:

@@ -157,9 +157,12 @@ def _family(model: "ModelConfig") -> str:
 def _num_parameters(model: "ModelConfig") -> int:
     """Weights of the embeddings and the linear layers; norms and biases are next to nothing."""
     num_heads = 2 * (model.num_heads + model.num_kv_heads)  # queries, outputs, keys and values
-    layer = model.hidden_size * (num_heads * model.head_dim + 3 * model.intermediate_size)
+    width = model.num_layers * (num_heads * model.head_dim + 3 * model.intermediate_size)
+    if (mixture := model.mixture) is not None:
+        experts = mixture.num_experts * mixture.expert_size
+        width += len(mixture.layers) * 3 * (experts - model.intermediate_size)
     tables = 1 if model.tie_word_embeddings else 2
-    return tables * model.vocab_size * model.hidden_size + model.num_layers * layer
+    return model.hidden_size * (tables * model.vocab_size + width)
 
 
 def _precision(state: ServerState) -> str:

@@ -10,6 +10,7 @@
 
 #include "compact.h"
 #include "int4.h"
+#include "linear.h"
 #include "pool.h"
 #include "replay.h"
 
