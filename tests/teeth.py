@@ -49,6 +49,7 @@ REPLAYS = ("tests/unit/test_cpu_replay.py", "tests/unit/test_cpu_replay_engines.
 GPU_ELEMENTWISE = ("tests/unit/test_triton_elementwise.py",)
 GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
 GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
+MIXTURES = ("tests/unit/test_mixture.py",)
 GPU_ADAPTERS = ("tests/unit/test_triton_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
 TEXT_ADAPTERS = ("tests/unit/test_text_lora.py", "tests/unit/test_peft_files.py")
@@ -1253,6 +1254,41 @@ FAULTS = [
         "slot = tl.load(slots_ptr + token).to(tl.int64)",
         "slot = tl.maximum(tl.load(slots_ptr + token).to(tl.int64), 0)",
         GPU_WRITE,
+    ),
+    Fault(
+        "an expert's rows are those of the one before",
+        "nanovllm/kernels/cpu/csrc/mixture.cpp",
+        "visits.data() + first[e];",
+        "visits.data() + first[e ? e - 1 : 0];",
+        MIXTURES,
+    ),
+    Fault(
+        "shares that do not sum to one",
+        "nanovllm/kernels/cpu/csrc/mixture.cpp",
+        "if (!normalized) {",
+        "if (true) {",
+        MIXTURES,
+    ),
+    Fault(
+        "the GPU: an expert ends with the visit before its last",
+        "nanovllm/kernels/triton/mixture.py",
+        "numbers < end",
+        "numbers < end - 1",
+        MIXTURES,
+    ),
+    Fault(
+        "experts in layers that have an MLP",
+        "nanovllm/models/model_config.py",
+        "if index not in dense",
+        "if True",
+        MODELS,
+    ),
+    Fault(
+        "ranks cut experts as they cut an MLP",
+        "nanovllm/models/sharding.py",
+        'self._expert_parts if ".experts." in path else self._parts',
+        "self._parts",
+        SHARDING,
     ),
     Fault(
         "the GPU: sums depend on the number of rows",

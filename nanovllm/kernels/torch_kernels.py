@@ -100,7 +100,7 @@ class TorchKernels:
     ) -> Tensor:
         shares, experts = route(scores, routing)
         out = torch.zeros(len(x), down.weight.shape[1], device=x.device)
-        for expert in experts.unique().tolist():
+        for expert in experts.unique().tolist():  # type: ignore[no-untyped-call]
             rows, rank = (experts == expert).nonzero(as_tuple=True)
             hidden = self.silu_mul(F.linear(x[rows], gate_up.weight[expert]))
             made = F.linear(hidden, down.weight[expert])

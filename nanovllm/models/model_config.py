@@ -35,6 +35,9 @@ ROPE_FIELDS = {
 }
 """What each kind of rope scaling cannot do without."""
 
+ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
+"""Which have the same window in all layers, unless `layer_types` says else."""
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types")
@@ -290,7 +293,7 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
         return (None,) * num_layers
     if "layer_types" in raw:
         kinds = json_list(raw, "layer_types")
-    elif is_mistral:
+    elif architecture in ONE_WINDOW:
         return (window,) * num_layers
     else:
         first = 0 if raw.get("max_window_layers") == 0 else positive(raw, "max_window_layers", 28)
@@ -307,8 +310,9 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
 def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
     """The experts of `Qwen3MoeForCausalLM`; None if no layer has any."""
     every = positive(raw, "decoder_sparse_step", 1)
-    dense = set(json_list(raw, "mlp_only_layers") if raw.get("mlp_only_layers") else ())
-    layers = frozenset(range(every - 1, raw["num_hidden_layers"], every)) - dense
+    dense = json_list(raw, "mlp_only_layers") if raw.get("mlp_only_layers") else []
+    sparse = range(every - 1, raw["num_hidden_layers"], every)
+    layers = frozenset(index for index in sparse if index not in dense)
     # Transformers 5 has the second name.
     name = "num_experts" if "num_experts" in raw else "num_local_experts"
     if not layers or raw.get(name) == 0:

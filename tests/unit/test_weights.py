@@ -294,6 +294,13 @@ BARE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+MIXED = BARE | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 6,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -304,6 +311,8 @@ BARE = {
         ("rms_norm_eps", {"rms_norm_eps": None}),
         ("max_position_embeddings", {"max_position_embeddings": None}),
         ("factor", {"rope_scaling": {"type": "linear", "factor": None}}),
+        ("moe_intermediate_size", MIXED | {"moe_intermediate_size": None}),
+        ("num_experts_per_tok", MIXED | {"num_experts_per_tok": None}),
         (
             "max_window_layers",
             {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4}
@@ -321,6 +330,41 @@ def test_the_architecture_decides_and_not_the_type_of_the_model() -> None:
     assert ModelConfig.from_dict(mistral).windows == (4, 4)
     assert ModelConfig.from_dict(BARE | {"architectures": ["Qwen3ForCausalLM"]}).head_dim == 128
     assert ModelConfig.from_dict(BARE | {"model_type": "qwen3"}).head_dim == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers"),
+    [
+        ({}, {0, 1, 2, 3, 4, 5}),
+        ({"mlp_only_layers": [0, 4]}, {1, 2, 3, 5}),
+        ({"decoder_sparse_step": 2}, {1, 3, 5}),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, {1, 5}),
+        ({"num_experts": None, "num_local_experts": 4, "mlp_only_layers": [1, 2, 3]}, {0, 4, 5}),
+    ],
+)
+def test_layers_with_experts(changes: dict[str, Any], layers: set[int]) -> None:
+    raw = {name: value for name, value in (MIXED | changes).items() if value is not None}
+    mixture = ModelConfig.from_dict(raw).mixture
+    assert mixture is not None
+    assert (mixture.layers, mixture.num_experts, mixture.norm_topk_prob) == (layers, 4, False)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_experts": 0}, {"decoder_sparse_step": 7}, {"mlp_only_layers": [*range(6)]}]
+)
+def test_a_mixture_of_no_layer_is_none(changes: dict[str, Any]) -> None:
+    assert ModelConfig.from_dict(MIXED | changes).mixture is None
+
+
+def test_a_token_goes_through_no_more_experts_than_there_are() -> None:
+    with pytest.raises(InvalidRequestError, match="num_experts_per_tok=5 is more than"):
+        ModelConfig.from_dict(MIXED | {"num_experts_per_tok": 5})
+
+
+def test_experts_have_one_window() -> None:
+    raw = MIXED | {"sliding_window": 4, "max_window_layers": 3}
+    assert ModelConfig.from_dict(raw).windows == (None,) * 6
+    assert ModelConfig.from_dict(raw | {"use_sliding_window": True}).windows == (4,) * 6
 
 
 @pytest.mark.parametrize(("first", "windows"), [(0, (4, 4)), (1, (None, 4)), (2, (None, None))])
