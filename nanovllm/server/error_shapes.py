@@ -44,12 +44,13 @@ def respond(error: APIError, path: str) -> Response:
         error: The error.
         path: Where the request went, as routes have it.
     """
-    if _is_below(path, ANTHROPIC_PATH):
+    if is_below(path, ANTHROPIC_PATH):
         return error.response_with(anthropic_error(error))
-    if _is_below(path, OLLAMA_PATH):
+    if is_below(path, OLLAMA_PATH):
         return error.response_with(ollama_error(error))
     return error.response()
 
 
-def _is_below(path: str, parent: str) -> bool:
+def is_below(path: str, parent: str) -> bool:
+    """Whether a path is another one, or below it."""
     return path == parent or path.startswith(f"{parent}/")

@@ -1,6 +1,5 @@
 """Errors on the wire: one body for all of them, and the status that each of ours has."""
 
-import http
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -47,20 +46,6 @@ class ErrorResponse(BaseModel):
     """The body of every response that is not a success."""
 
     error: ErrorInfo
-
-
-def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {
-        status: {"model": ErrorResponse, "description": http.HTTPStatus(status).phrase}
-        for status in statuses
-    }
-
-
-COMMON_ERROR_RESPONSES = _documented(400, 401, 405, 408, 413, 414, 415, 431, 500, 503)
-"""What any route may answer, for `responses=`; the app sets it on every router."""
-
-ERROR_RESPONSES = COMMON_ERROR_RESPONSES | _documented(404)
-"""The same and 404, for routes that name a model or another resource."""
 
 
 class APIError(HTTPException):

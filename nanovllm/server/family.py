@@ -23,7 +23,7 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Field, Tag
 from typing_extensions import TypedDict
 
-from nanovllm.server.errors import ERROR_RESPONSES, APIError
+from nanovllm.server.errors import APIError
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import (
     OrSay,
@@ -54,7 +54,7 @@ DEFAULT_MAX_TOKENS = 128
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
-router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["the family"])
+router = APIRouter(route_class=FamilyRoute, tags=["the family"])
 
 
 class GenerateRequest(WireModel):

@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field
 from nanovllm import __version__
 from nanovllm.cluster.stats import WorkerStats
 from nanovllm.errors import NotReadyError
-from nanovllm.server.errors import COMMON_ERROR_RESPONSES, ErrorInfo, to_api_error
+from nanovllm.server.errors import ErrorInfo, to_api_error
 from nanovllm.server.state import ServerState, State
 
-router = APIRouter(tags=["server"], responses=COMMON_ERROR_RESPONSES)
+router = APIRouter(tags=["server"])
 
 
 class Status(BaseModel):

@@ -6,13 +6,12 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from nanovllm import __version__
-from nanovllm.server.errors import COMMON_ERROR_RESPONSES
 from nanovllm.server.state import Kind, ServerState, State
 
 if TYPE_CHECKING:
     from nanovllm.adapted_engine import AdaptedEngine
 
-router = APIRouter(tags=["the family"], responses=COMMON_ERROR_RESPONSES)
+router = APIRouter(tags=["the family"])
 
 
 class ModelInfo(BaseModel):

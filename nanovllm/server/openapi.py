@@ -1,16 +1,34 @@
 """The API's own description, at /openapi.json and /docs."""
 
+import http
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import TypeAdapter
 
+from nanovllm.server import errors
+from nanovllm.server.anthropic import responses as anthropic
 from nanovllm.server.auth import OPEN_PATHS
+from nanovllm.server.error_shapes import ANTHROPIC_PATH, OLLAMA_PATH, is_below
+from nanovllm.server.ollama import responses as ollama
 
 KEY_SCHEME = "API key"
+SCHEMAS = "#/components/schemas/"
+ERROR_BODIES: dict[str, TypeAdapter[Any]] = {
+    "Error": TypeAdapter(errors.ErrorResponse),
+    "AnthropicError": TypeAdapter(anthropic.ErrorResponse),
+    "OllamaError": TypeAdapter(ollama.ErrorResponse),
+}
+ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 414, 415, 431, 500, 503)
+"""What any route may answer; those of the server itself name nothing that might be missing."""
 
 
 class DescribedAPI(FastAPI):
-    """FastAPI, but its description knows our keys, and that a bad request is a 400."""
+    """FastAPI, but its description knows our keys and our errors, and that a bad request is a 400.
+
+    Errors are added to it here: as `responses=` of the routes they would make FastAPI build ten
+    validators a route when the first request comes, which takes a quarter of a second.
+    """
 
     def openapi(self) -> dict[str, Any]:
         """The description; made once."""
@@ -18,15 +36,41 @@ class DescribedAPI(FastAPI):
             schema = super().openapi()
             for path, operations in schema["paths"].items():
                 for operation in operations.values():
-                    operation["responses"].pop("422", None)
+                    _add_errors(path, operation)
                     if self.state.server.config.api_key and path not in OPEN_PATHS:
                         operation["security"] = [{KEY_SCHEME: []}]
             components = schema["components"]
             for name in ("HTTPValidationError", "ValidationError"):
                 components["schemas"].pop(name, None)
+            components["schemas"] |= _error_schemas()
             components["securitySchemes"] = {KEY_SCHEME: {"type": "http", "scheme": "bearer"}}
             self.openapi_schema = _exact(schema)
         return super().openapi()
+
+
+def _add_errors(path: str, operation: dict[str, Any]) -> None:
+    """Document what any route may answer, and not FastAPI's own status for a bad request."""
+    responses = operation["responses"]
+    responses.pop("422", None)
+    name = "Error"
+    if is_below(path, ANTHROPIC_PATH):
+        name = "AnthropicError"
+    elif is_below(path, OLLAMA_PATH):
+        name = "OllamaError"
+    content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{name}"}}}
+    for status in ERROR_STATUSES:
+        if status != 404 or "server" not in operation.get("tags", ()):
+            error = {"description": http.HTTPStatus(status).phrase, "content": content}
+            responses.setdefault(str(status), error)
+
+
+def _error_schemas() -> dict[str, Any]:
+    """The bodies of errors, and what they are made of, by their names in the description."""
+    bodies, parts = TypeAdapter.json_schemas(
+        [(name, "serialization", body) for name, body in ERROR_BODIES.items()],
+        ref_template=f"{SCHEMAS}{{model}}",
+    )
+    return {**parts["$defs"], **{name: schema for (name, _), schema in bodies.items()}}
 
 
 def _exact(value: Any) -> Any:

@@ -11,7 +11,6 @@ from typing_extensions import TypedDict
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.chat.prompt import render
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_TOKEN_IDS,
@@ -27,7 +26,7 @@ from nanovllm.server.state import ServerState, State
 from nanovllm.server.streaming import encode
 from nanovllm.text.tokenizer import Tokenizer
 
-router = APIRouter(route_class=JSONRoute, responses=ERROR_RESPONSES, tags=["tokens"])
+router = APIRouter(route_class=JSONRoute, tags=["tokens"])
 
 EITHER = OrSay("must be left out: send either prompt or messages")
 

@@ -38,7 +38,6 @@ from tests.fake_runners import (
 )
 
 MACHINE_SETTINGS = settings(
-    max_examples=1000,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
@@ -458,11 +457,15 @@ class EngineMachine(RuleBasedStateMachine):
         expected.num_hashes = len(seq.block_hashes)
 
 
+@pytest.mark.parametrize("max_examples", [400, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("runner_class", [AsyncFakeRunner, SpeechFakeRunner])
-def test_engine_state_machine(runner_class: type[FakeRunner], depth: int) -> None:
+def test_engine_state_machine(
+    runner_class: type[FakeRunner], depth: int, max_examples: int
+) -> None:
     def machine() -> EngineMachine:
         return EngineMachine(runner_class, depth)
 
+    limits = settings(MACHINE_SETTINGS, max_examples=max_examples)
     # Any factory will do, whatever its annotation says.
-    run_state_machine_as_test(machine, settings=MACHINE_SETTINGS)  # type: ignore[arg-type]
+    run_state_machine_as_test(machine, settings=limits)  # type: ignore[arg-type]

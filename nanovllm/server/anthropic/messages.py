@@ -1,32 +1,19 @@
 """`POST /v1/messages` and `POST /v1/messages/count_tokens`."""
 
-import http
-from typing import Any
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from nanovllm.server.anthropic.answer import MessageAnswer
 from nanovllm.server.anthropic.requests import CountTokensRequest, MessagesRequest
-from nanovllm.server.anthropic.responses import (
-    ErrorResponse,
-    MessageResponse,
-    TokenCountResponse,
-)
+from nanovllm.server.anthropic.responses import MessageResponse, TokenCountResponse
 from nanovllm.server.anthropic.translate import chat_request
 from nanovllm.server.chat.prompt import render
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.request_id import request_id
 from nanovllm.server.state import State
 from nanovllm.server.streaming import also_streams
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": http.HTTPStatus(int(status)).phrase}
-    for status in ERROR_RESPONSES
-}
-
-router = APIRouter(route_class=JSONRoute, responses=ERRORS, tags=["Anthropic"])
+router = APIRouter(route_class=JSONRoute, tags=["Anthropic"])
 
 
 @router.post(

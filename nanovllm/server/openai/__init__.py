@@ -2,9 +2,8 @@
 
 from fastapi import APIRouter
 
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.openai import abort, chat, completions, loras, models
 
 router = APIRouter()
 for module in (chat, completions, models, abort, loras):
-    router.include_router(module.router, responses=ERROR_RESPONSES)
+    router.include_router(module.router)

@@ -2,9 +2,8 @@
 
 from fastapi import APIRouter
 
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.responses import create, input_tokens, stored
 
 router = APIRouter()
 for module in (create, input_tokens, stored):
-    router.include_router(module.router, responses=ERROR_RESPONSES)
+    router.include_router(module.router)

@@ -2,11 +2,10 @@
 
 from fastapi import APIRouter
 
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.speech import loras, openai, prompts, voices
 
 router = APIRouter()
 for module in (openai, voices):
-    router.include_router(module.router, responses=ERROR_RESPONSES)
+    router.include_router(module.router)
 for module in (prompts, loras):
     router.include_router(module.router)

@@ -11,13 +11,12 @@ from typing_extensions import TypedDict
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.adapters import below_lora_dir, require_admin
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import WireModel
 from nanovllm.server.health import Status
 from nanovllm.server.state import State
 
-router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["speech"])
+router = APIRouter(route_class=FamilyRoute, tags=["speech"])
 
 DISABLED = "Runtime LoRA is disabled; set NANOVLLM_LORA_ENABLED=true"
 

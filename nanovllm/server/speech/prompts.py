@@ -7,7 +7,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
-from nanovllm.server.errors import ERROR_RESPONSES
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import WireModel
 from nanovllm.server.health import Status
@@ -16,7 +15,7 @@ from nanovllm.server.speech.inputs import encode
 from nanovllm.server.state import State
 from nanovllm.server.streaming import unless_gone
 
-router = APIRouter(route_class=FamilyRoute, responses=ERROR_RESPONSES, tags=["speech"])
+router = APIRouter(route_class=FamilyRoute, tags=["speech"])
 
 
 class Recording(WireModel):

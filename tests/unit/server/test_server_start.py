@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import logging
+import os
 import resource
 import sys
 import time
@@ -345,7 +346,7 @@ class TestServe:
             ({"host": "127.0.0.2"}, False),
             ({"host": "::1"}, False),
             ({"host": "localhost"}, False),
-            ({"host": "0.0.0.0", "uds": "/tmp/x"}, False),
+            ({"host": "0.0.0.0", "uds": f"/tmp/nanovllm-{os.getpid()}"}, False),
         ],
     )
     def test_a_warning_where_everybody_may_come(
