@@ -43,6 +43,7 @@ UNITS = {"decode_ms": "ms/step", "ttft_s": "s", "seconds": "s", "tokens_per_s": 
 DEFAULT_ENGINES = {
     "0.6b": "nanovllm,vllm,openvino,llamacpp",
     "4b": "nanovllm-int4,llamacpp-int4",
+    "moe": "nanovllm-int4,llamacpp-int4",
 }
 
 logger = logging.getLogger("cpu_peers")

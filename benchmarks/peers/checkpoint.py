@@ -11,7 +11,10 @@ from nanovllm.config import DEMO_MODEL
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Dimensions of a Qwen3 with tied embeddings. Names are those of its `config.json`."""
+    """Dimensions of a Qwen3 with tied embeddings. Names are those of its `config.json`.
+
+    With experts, all of its layers have them.
+    """
 
     hidden_size: int
     num_hidden_layers: int
@@ -20,6 +23,9 @@ class Shape:
     num_key_value_heads: int = 8
     head_dim: int = 128
     vocab_size: int = 151936
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
@@ -41,10 +47,15 @@ class Shape:
                 "self_attn.o_proj": (hidden, q_size),
                 "self_attn.q_norm": (head_dim,),
                 "self_attn.k_norm": (head_dim,),
-                "mlp.gate_proj": (self.intermediate_size, hidden),
-                "mlp.up_proj": (self.intermediate_size, hidden),
-                "mlp.down_proj": (hidden, self.intermediate_size),
             }
+            mlp, width = "mlp", self.intermediate_size
+            if self.num_experts:
+                sizes["mlp.gate"] = (self.num_experts, hidden)
+                mlp, width = "mlp.experts.{}", self.moe_intermediate_size
+            for expert in range(self.num_experts or 1):
+                sizes[f"{mlp}.gate_proj".format(expert)] = (width, hidden)
+                sizes[f"{mlp}.up_proj".format(expert)] = (width, hidden)
+                sizes[f"{mlp}.down_proj".format(expert)] = (hidden, width)
             tensors |= {f"model.layers.{layer}.{k}.weight": v for k, v in sizes.items()}
         return tensors
 
@@ -54,9 +65,13 @@ class Shape:
 
     @property
     def num_layer_weights(self) -> int:
-        """Weights of the linear layers, without embedding, output layer and norms."""
-        matrices = (size for name, size in self.tensors.items() if "layers" in name)
-        return sum(size[0] * size[1] for size in matrices if len(size) == 2)
+        """Weights of the linear layers that a token goes through, the output layer not counted."""
+        num_weights = 0.0
+        for name, size in self.tensors.items():
+            if "layers" in name and len(size) == 2:
+                share = self.num_experts_per_tok / self.num_experts if "experts" in name else 1
+                num_weights += size[0] * size[1] * share
+        return round(num_weights)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -66,9 +81,15 @@ class Shape:
     @property
     def config(self) -> dict[str, Any]:
         """The `config.json`."""
+        kind = (
+            ("Qwen3MoeForCausalLM", "qwen3_moe")
+            if self.num_experts
+            else ("Qwen3ForCausalLM", "qwen3")
+        )
         return asdict(self) | {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
+            "architectures": [kind[0]],
+            "model_type": kind[1],
+            "norm_topk_prob": True,
             "hidden_act": "silu",
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
@@ -83,6 +104,8 @@ class Shape:
 SHAPES = {
     "0.6b": Shape(1024, 28, 16, 3072),
     "4b": Shape(2560, 36, 32, 9728),
+    # A sixth of the layers of 30B-A3B, and half of its experts: it reads as much a layer and token.
+    "moe": Shape(2048, 8, 32, 6144, num_key_value_heads=4, num_experts=64),
 }
 
 

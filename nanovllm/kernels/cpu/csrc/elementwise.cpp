@@ -1,6 +1,5 @@
 // What lies between the products: norms on the residual stream, and the gate of an MLP.
 
-#include <algorithm>
 #include <cmath>
 
 #include "pool.h"
@@ -10,18 +9,6 @@
 
 namespace nanovllm {
 namespace {
-
-// Rows that a work item holds, so that a step of few rows does not wake the other threads.
-constexpr long kRowsPerItem = 4;
-
-template <class Body>
-void for_each_row(long rows, Body&& body) {
-  Session session;
-  session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
-    const long end = std::min(rows, (item + 1) * kRowsPerItem);
-    for (long r = item * kRowsPerItem; r < end; r++) body(r);
-  });
-}
 
 template <class T>
 void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows, long width,

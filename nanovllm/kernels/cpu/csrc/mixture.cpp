@@ -12,17 +12,6 @@
 namespace nanovllm {
 namespace {
 
-constexpr long kRowsPerItem = 4;  // as in elementwise.cpp
-
-template <class Body>
-void for_each_row(long rows, Body&& body) {
-  Session session;
-  session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
-    const long end = std::min(rows, (item + 1) * kRowsPerItem);
-    for (long r = item * kRowsPerItem; r < end; r++) body(r);
-  });
-}
-
 // A row that goes through an expert, and the share of what becomes of it there.
 struct Visit {
   int32_t expert;

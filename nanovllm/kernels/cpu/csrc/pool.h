@@ -1,6 +1,7 @@
 // The thread pool of the kernels, one in the process, and the scratch memory of the one that runs.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <type_traits>
@@ -28,5 +29,18 @@ class Session {
 };
 
 int num_threads();
+
+// Rows that a work item holds, so that a step of few rows does not wake the other threads.
+constexpr long kRowsPerItem = 4;
+
+// Calls `body(row)` for every row, in a session of its own.
+template <class Body>
+void for_each_row(long rows, Body&& body) {
+  Session session;
+  session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
+    const long end = std::min(rows, (item + 1) * kRowsPerItem);
+    for (long r = item * kRowsPerItem; r < end; r++) body(r);
+  });
+}
 
 }  // namespace nanovllm
