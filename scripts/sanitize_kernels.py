@@ -26,6 +26,7 @@ TESTS = [
     "tests/unit/test_cpu_attention.py",
     "tests/unit/test_cpu_elementwise.py",
     "tests/unit/test_cpu_audio.py",
+    "tests/unit/test_mixture.py",
     "tests/unit/test_cpu_local_attention.py",
     "tests/unit/test_cpu_threads.py::test_kernels_of_several_python_threads_take_turns",
 ]

@@ -63,7 +63,7 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 EXPERTS = {
-    "num_experts": 6,
+    "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,

@@ -71,7 +71,7 @@ class RankThreads:
 
     def loaded(self) -> None: ...
 
-    def failure(self) -> Exception | None:
+    def failure(self, timeout: float = 0.0) -> Exception | None:
         return self.error
 
     def check(self) -> None:

@@ -54,8 +54,17 @@ def read_audio(data: bytes, wav_format: str | None, rate: int) -> Samples:
         Samples `[num_samples]`.
 
     Raises:
-        InvalidRequestError: It cannot be decoded, or is too long, too short or no sound.
+        InvalidRequestError: It cannot be decoded, or is too long, too short or no sound; `param` is
+            "audio".
     """
+    try:
+        return _read_audio(data, wav_format, rate)
+    except InvalidRequestError as e:
+        e.param = "audio"
+        raise
+
+
+def _read_audio(data: bytes, wav_format: str | None, rate: int) -> Samples:
     if len(data) > MAX_FILE_BYTES:
         raise InvalidRequestError(
             f"a recording may have {MAX_FILE_BYTES} bytes at most, got {len(data)}"

@@ -32,7 +32,11 @@ def reserve_adapters(model: nn.Module, config: LoRAConfig, kernels: Kernels) -> 
         model: The network; linear layers that may have adapters get their tables.
         config: Which these are, and how much room there is.
         kernels: What it runs on.
+
+    Raises:
+        InvalidRequestError: No layer may have any.
     """
+    num_tables = 0
     for path, module in model.named_modules():
         if not isinstance(module, Linear) or isinstance(module, ExpertLinear):
             continue
@@ -44,9 +48,16 @@ def reserve_adapters(model: nn.Module, config: LoRAConfig, kernels: Kernels) -> 
         if parts:
             if isinstance(module, PackedLinear):
                 module.unfuse()
+            num_tables += 1
             module.lora = LoRATable(
                 module.spec, parts, config.max_loras, config.max_lora_rank, kernels
             )
+    if not num_tables:
+        raise InvalidRequestError(
+            "the options for LoRA allow no layer that this model has: name some of its linear "
+            "layers with lora_target_modules_lm, or start without enable_lora",
+            "lora_target_modules_lm",
+        )
 
 
 def _allows(config: LoRAConfig, part: str) -> bool:

@@ -15,6 +15,9 @@ from nanovllm.models.model_config import read_json
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
 """Buffers that some checkpoints store, and that everyone makes from the config."""
 
+MAX_NAMES = 64
+"""Of tensors that a message names: a mixture of experts may lack thousands."""
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What a parameter may be stored in that is not quantized."""
 
@@ -63,10 +66,9 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         # Of a tensor as a whole all would be read.
-        empty: Tensor = (
-            self._files[name].get_slice(name)[:0] if self.shape(name) else self.tensor(name)
-        )
-        return empty.dtype
+        file = self._files[name]
+        some: Tensor = file.get_slice(name)[:0] if self.shape(name) else file.get_tensor(name)
+        return some.dtype
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
         self.check_names({*expected})
@@ -102,7 +104,7 @@ class Checkpoint:
         if "lm_head.weight" not in expected:  # tied, and stored all the same
             found.discard("lm_head.weight")
         complaints = [
-            f"{what} parameters: {sorted(names)}"
+            f"{what} parameters: {_some(names)}"
             for what, names in (("Missing", expected - found), ("Unexpected", found - expected))
             if names
         ]
@@ -115,6 +117,12 @@ class Checkpoint:
 
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
         return self.tensor(name)
+
+
+def _some(names: Set[str]) -> str:
+    """The first of some names, as a list, and how many more there are."""
+    more = len(names) - MAX_NAMES
+    return f"{sorted(names)[:MAX_NAMES]}" + (f" and {more} more" if more > 0 else "")
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -36,12 +36,29 @@ def json_object(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
+def indices(raw: dict[str, Any], name: str) -> list[int]:
+    """A field that is a list of integers from 0 on; empty where it is missing or null."""
+    value = [] if raw.get(name) is None else raw[name]
+    are_indices = isinstance(value, list) and all(type(i) is int and i >= 0 for i in value)
+    if not are_indices:
+        raise _wrong(name, "a list of indices", value)
+    return list(value)
+
+
 def json_list(raw: dict[str, Any], name: str) -> list[Any]:
     """A field that is a list with something in it."""
     value = raw[name]
     if not isinstance(value, list) or not value:
         raise _wrong(name, "a list that is not empty", value)
     return value
+
+
+def boolean(raw: dict[str, Any], name: str) -> bool:
+    """A field that is true or false; false where it is missing or null."""
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return bool(value)
 
 
 def _wrong(name: str, expected: str, value: object) -> InvalidRequestError:

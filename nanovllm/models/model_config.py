@@ -8,7 +8,14 @@ from typing import Any
 from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rope_config import RopeConfig
-from nanovllm.models.config_fields import json_list, json_object, positive, positive_number
+from nanovllm.models.config_fields import (
+    boolean,
+    indices,
+    json_list,
+    json_object,
+    positive,
+    positive_number,
+)
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -35,8 +42,14 @@ ROPE_FIELDS = {
 }
 """What each kind of rope scaling cannot do without."""
 
+MAX_EXPERTS = 4096
+"""In a layer; each has tensors of its own, whose names alone would fill the memory else."""
+
 ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
 """Which have the same window in all layers, unless `layer_types` says else."""
+
+DEFAULT_WINDOW = 4096
+"""Of configs that have windows and leave out how long: transformers' default."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -55,7 +68,8 @@ class MixtureConfig:
         layers: The layers that have such a mixture; the others have an MLP.
 
     Raises:
-        InvalidRequestError: A token would go through more experts than there are.
+        InvalidRequestError: There are too many experts, or a token would go through more than
+            there are.
     """
 
     num_experts: int
@@ -65,6 +79,11 @@ class MixtureConfig:
     layers: frozenset[int]
 
     def __post_init__(self) -> None:
+        if self.num_experts > MAX_EXPERTS:
+            raise InvalidRequestError(
+                f"num_experts={self.num_experts} is not supported; supported: up to {MAX_EXPERTS}",
+                "num_experts",
+            )
         if self.top_k > self.num_experts:
             raise InvalidRequestError(
                 f"num_experts_per_tok={self.top_k} is more than num_experts={self.num_experts}",
@@ -207,7 +226,8 @@ class ModelConfig:
                 f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
             )
         # Of these, null is the default, and so is the 0 of some checkpoints.
-        given = {name: value for name, value in raw.items() if value or name not in NULLABLE}
+        defaults = {"sliding_window": DEFAULT_WINDOW}
+        given = {n: value for n, value in (defaults | raw).items() if value or n not in NULLABLE}
         hidden_size = positive(raw, "hidden_size")
         num_heads = positive(raw, "num_attention_heads")
         is_qwen3 = architecture == "Qwen3ForCausalLM"
@@ -309,10 +329,10 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
 
 def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
     """The experts of `Qwen3MoeForCausalLM`; None if no layer has any."""
+    raw = {name: value for name, value in raw.items() if value is not None}
     every = positive(raw, "decoder_sparse_step", 1)
-    dense = json_list(raw, "mlp_only_layers") if raw.get("mlp_only_layers") else []
     sparse = range(every - 1, raw["num_hidden_layers"], every)
-    layers = frozenset(index for index in sparse if index not in dense)
+    layers = frozenset(sparse) - set(indices(raw, "mlp_only_layers"))
     # Transformers 5 has the second name.
     name = "num_experts" if "num_experts" in raw else "num_local_experts"
     if not layers or raw.get(name) == 0:
@@ -321,7 +341,7 @@ def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
         num_experts=positive(raw, name),
         top_k=positive(raw, "num_experts_per_tok"),
         expert_size=positive(raw, "moe_intermediate_size"),
-        norm_topk_prob=bool(raw.get("norm_topk_prob")),
+        norm_topk_prob=boolean(raw, "norm_topk_prob"),
         layers=layers,
     )
 

@@ -118,7 +118,7 @@ class QuantizedCheckpoint(Checkpoint, ABC):
         self._shapes = expected
         # Some tools write a bias, of zeros, for each matrix that they quantize.
         biases = {f"{module}.bias" for module in self._modules} & self._files.keys()
-        self._spare = {name for name in biases - {*expected} if not self.tensor(name).any()}
+        self._spare = {name for name in biases - {*expected} if not self._stored(name).any()}
         super().check(expected)
 
     def check_parameter(self, name: str, expected: tuple[int, ...]) -> None:
@@ -128,10 +128,14 @@ class QuantizedCheckpoint(Checkpoint, ABC):
         else:
             super().check_parameter(name, expected)
 
+    def tensor(self, name: str) -> Tensor:
+        matrix = self.matrix(name)
+        return matrix.dequantize() if isinstance(matrix, QuantizedWeight) else matrix
+
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
         module = name.removesuffix(".weight")
         if module not in self._modules:
-            return self.tensor(name)
+            return self._stored(name)
         rows, depth = self._shapes[name]
         stored = self._read(module, rows, depth)
         # The kernels hold those of 4 bits in half precision.
@@ -142,6 +146,10 @@ class QuantizedCheckpoint(Checkpoint, ABC):
                 f"original checkpoint instead, by quantization='int{stored.bits}'"
             )
         return _for_kernels(stored, self._group_size(module, depth, stored.scales.shape[1]))
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the files, as it is there."""
+        return super().tensor(name)
 
     @abstractmethod
     def _read_settings(self, settings: dict[str, Any]) -> set[int]:
@@ -186,7 +194,7 @@ class QuantizedCheckpoint(Checkpoint, ABC):
         """Complain of columns that do not belong to their groups in order."""
         if name not in self._files:
             return
-        groups = self.tensor(name)
+        groups = self._stored(name)
         in_order = torch.arange(depth) // self._group_size(name, depth, num_groups)
         # Zeros, and in compressed-tensors -1, are no order, as for vLLM and ExLlamaV2.
         if not (torch.equal(groups.long(), in_order) or (groups <= 0).all()):
@@ -239,17 +247,17 @@ class GptqCheckpoint(QuantizedCheckpoint):
         self._check_order(f"{module}.g_idx", depth, num_groups)
 
     def _read(self, module: str, rows: int, depth: int) -> Stored:
-        qweight = self.tensor(f"{module}.qweight")  # [depth / per_word, rows]
+        qweight = self._stored(f"{module}.qweight")  # [depth / per_word, rows]
         bits = self._bits(f"{module}.qweight", 0, depth)
         codes = unpack(qweight, bits).permute(1, 0, 2).reshape(rows, -1)[:, :depth]
-        qzeros = self.tensor(f"{module}.qzeros")  # [num_groups, rows / per_word]
+        qzeros = self._stored(f"{module}.qzeros")  # [num_groups, rows / per_word]
         if self._less_one:
             # As a whole word: GPTQModel borrows from the next where a zero point is zero.
             qzeros = qzeros + (0x11111111 if bits == 4 else 0x01010101)
         zeros: Tensor | None = unpack(qzeros, bits).flatten(1)[:, :rows].T
         if self._symmetric and zeros is not None and (zeros == 1 << (bits - 1)).all():
             zeros = None
-        return Stored(codes, self.tensor(f"{module}.scales").T, zeros, bits)
+        return Stored(codes, self._stored(f"{module}.scales").T, zeros, bits)
 
 
 class AwqCheckpoint(QuantizedCheckpoint):
@@ -279,10 +287,10 @@ class AwqCheckpoint(QuantizedCheckpoint):
 
     def _read(self, module: str, rows: int, depth: int) -> Stored:
         def unpack_columns(suffix: str, num_rows: int) -> Tensor:
-            words = self.tensor(f"{module}.{suffix}")  # [num_rows, rows / 8]
+            words = self._stored(f"{module}.{suffix}")  # [num_rows, rows / 8]
             return unpack(words, 4)[..., AWQ_ORDER].reshape(num_rows, -1)[:, :rows].T
 
-        scales = self.tensor(f"{module}.scales")
+        scales = self._stored(f"{module}.scales")
         zeros = None
         if f"{module}.qzeros" in self._files:
             zeros = unpack_columns("qzeros", len(scales))
@@ -352,21 +360,21 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
         self._check_order(f"{module}.weight_g_idx", depth, num_groups)
 
     def _scales(self, module: str, rows: int) -> Tensor:
-        scales = self.tensor(f"{module}.weight_scale")
+        scales = self._stored(f"{module}.weight_scale")
         return scales.reshape(1, 1).expand(rows, 1) if scales.numel() == 1 else scales
 
     def _read(self, module: str, rows: int, depth: int) -> Stored:
         if f"{module}.weight_packed" in self._files:
-            words = self.tensor(f"{module}.weight_packed")  # [rows, depth / per_word]
+            words = self._stored(f"{module}.weight_packed")  # [rows, depth / per_word]
             bits = self._bits(f"{module}.weight_packed", 1, depth)
             codes = unpack(words, bits).flatten(1)[:, :depth]
         else:
             bits = 8
-            codes = self._unsigned(self.tensor(f"{module}.weight"), bits)
+            codes = self._unsigned(self._stored(f"{module}.weight"), bits)
         scales = self._scales(module, rows)
         zeros = None
         if f"{module}.weight_zero_point" in self._files:
-            zeros = self.tensor(f"{module}.weight_zero_point")
+            zeros = self._stored(f"{module}.weight_zero_point")
             if zeros.dtype == torch.int32:  # [rows / per_word, num_groups]
                 zeros = unpack(zeros, bits).permute(0, 2, 1).flatten(0, 1)[:rows]
             else:

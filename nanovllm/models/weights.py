@@ -165,8 +165,8 @@ def _alike(
             first = name, form
         elif form != first[1]:
             raise InvalidRequestError(
-                f"{first[0]} is {first[1]}, and {name} is {form}: matrices that read the same "
-                "input are packed into one, and must be quantized in the same way"
+                f"{first[0]} is {first[1]}, and {name} is {form}: they are packed into one matrix, "
+                "or are experts of one layer, and must be quantized in the same way"
             )
         yield matrix
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -89,6 +90,23 @@ class APIError(HTTPException):
         # Escaped, because a message may repeat half a surrogate pair, which has no UTF-8.
         content = json.dumps(body, ensure_ascii=True)
         return Response(content, self.status_code, self.headers, media_type="application/json")
+
+
+@contextmanager
+def in_words_of_client(fields: Mapping[str, str]) -> Iterator[None]:
+    """Name the field to blame as the client does.
+
+    Args:
+        fields: Its names, by those of our own arguments.
+
+    Raises:
+        InvalidRequestError: There was such an error.
+    """
+    try:
+        yield
+    except InvalidRequestError as e:
+        e.param = fields.get(e.param or "", e.param)
+        raise
 
 
 class BrokenStreamError(Exception):

@@ -170,7 +170,7 @@ def check_room(item: TextInput, max_model_len: int, may_clip: bool = False) -> N
     raise ContextLengthError(
         f"This model's maximum context length is {max_model_len} tokens. However, you requested "
         f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} for the "
-        "completion): shorten the prompt or lower max_tokens.",
+        "completion): shorten the prompt or ask for fewer tokens.",
         "prompt" if num_prompt >= max_model_len else "max_tokens",
     )
 

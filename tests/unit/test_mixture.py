@@ -181,11 +181,12 @@ def test_a_row_does_not_depend_on_the_others(
         assert torch.equal(alone[0], together[row])
 
 
+@pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_that_are_no_numbers_harm_no_other_row(value: float) -> None:
+def test_scores_that_are_no_numbers_harm_no_other_row(value: float, normalized: bool) -> None:
     mixture = experts(kernels_for("auto", torch.float32), torch.float32, 6, (24, 16, 24))
     x, scores = random(5, 24), random(5, 6, seed=7)
-    routing = Routing(2, False)
+    routing = Routing(2, normalized)
     expected = mixture.mix(x, scores, routing)
     scores[1, :] = scores[3, 4] = value
     actual = mixture.mix(x, scores, routing)

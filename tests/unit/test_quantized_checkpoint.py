@@ -225,6 +225,7 @@ def make(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., tup
         name: str = "gptq",
         base: str = "qwen3",
         change: Callable[[Tensors], None] | None = None,
+        matrices: tuple[str, ...] = ("_proj.weight",),
         **settings: Any,
     ) -> tuple[Path, Path]:
         stored_settings, quantize = ALL[name]
@@ -233,7 +234,7 @@ def make(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., tup
         ]
         dense = load_file(paths[0] / "model.safetensors")
         stored = dict(dense)
-        for tensor_name in [n for n in dense if n.endswith("_proj.weight")]:
+        for tensor_name in [n for n in dense if n.endswith(matrices)]:
             made = quantize(dense[tensor_name])
             del stored[tensor_name]
             module = tensor_name.removesuffix(".weight")
@@ -301,6 +302,23 @@ def test_our_kernels_multiply_by_them(
         expected = PLAIN.linear(x, module.weight)
         off = kernels.linear(x, packed[path].weight) - expected
         assert float(off.norm() / expected.norm()) < 0.02, path
+
+
+# The tool packs no zero points of eight rows.
+@pytest.mark.parametrize("name", sorted({*ALL} - {"compressed-zeros"}))
+def test_a_router_that_is_quantized_is_expanded(
+    make: Callable[..., tuple[Path, Path]], name: str
+) -> None:
+    paths = make(name, "qwen3-moe", matrices=("_proj.weight", "mlp.gate.weight"))
+    dense, packed = map(linears, map(load, paths))
+    gates = [path for path in dense if path.endswith("mlp.gate")]
+    assert gates
+    for path in gates:
+        expected, found = dense[path].weight.weight, packed[path].weight.weight
+        off = (found - expected).abs()
+        assert (off <= 0.501 * expected.abs().amax(1, keepdim=True) / 127).all(), path
+        if name in FORMATS:
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7, msg=path)
 
 
 @pytest.mark.parametrize("base", ["qwen3", "qwen3-moe"])

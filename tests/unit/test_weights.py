@@ -311,8 +311,6 @@ MIXED = BARE | {
         ("rms_norm_eps", {"rms_norm_eps": None}),
         ("max_position_embeddings", {"max_position_embeddings": None}),
         ("factor", {"rope_scaling": {"type": "linear", "factor": None}}),
-        ("moe_intermediate_size", MIXED | {"moe_intermediate_size": None}),
-        ("num_experts_per_tok", MIXED | {"num_experts_per_tok": None}),
         (
             "max_window_layers",
             {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4}
@@ -355,6 +353,35 @@ def test_layers_with_experts(changes: dict[str, Any], layers: set[int]) -> None:
 )
 def test_a_mixture_of_no_layer_is_none(changes: dict[str, Any]) -> None:
     assert ModelConfig.from_dict(MIXED | changes).mixture is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_topk_prob": "false"}, "norm_topk_prob must be true or false"),
+        ({"mlp_only_layers": ["0"]}, "mlp_only_layers must be a list of indices"),
+        ({"mlp_only_layers": [True]}, "mlp_only_layers must be a list of indices"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers must be a list of indices"),
+        ({"moe_intermediate_size": None}, "lacks 'moe_intermediate_size'"),
+        ({"num_experts_per_tok": 2.0}, "num_experts_per_tok must be a positive integer"),
+        ({"num_experts": 10**7}, "num_experts=10000000 is not supported"),
+    ],
+)
+def test_mixtures_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        ModelConfig.from_dict(MIXED | changes)
+
+
+def test_null_is_left_out_of_a_mixture() -> None:
+    nulls = dict.fromkeys(("decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"))
+    raw = MIXED | nulls | {"num_experts": None, "num_local_experts": 4}
+    assert ModelConfig.from_dict(raw).mixture == ModelConfig.from_dict(MIXED).mixture
+
+
+def test_a_window_that_is_left_out_is_transformers() -> None:
+    mistral = BARE | {"architectures": ["MistralForCausalLM"]}
+    assert ModelConfig.from_dict(mistral).windows == (4096, 4096)
+    assert ModelConfig.from_dict(mistral | {"sliding_window": None}).windows == (None, None)
 
 
 def test_a_token_goes_through_no_more_experts_than_there_are() -> None:

@@ -75,7 +75,8 @@ def checked_kwargs(given: Mapping[str, Any] | None, state: ServerState) -> dict[
         if name not in allowed:
             raise InvalidRequestError(
                 f"chat_template_kwargs must not have {name!r:.80}: a request may set "
-                f"{', '.join(sorted(allowed)) or 'nothing'}",
+                f"{', '.join(sorted(allowed)) or 'nothing'}, unless the server was started with "
+                "others (--chat-template-kwarg-names)",
                 "chat_template_kwargs",
             )
     return dict(given or {})

@@ -135,7 +135,10 @@ def _details(adapter: str | None, state: ServerState) -> ModelDetails:
 def _facts(state: ServerState) -> dict[str, Any]:
     """What clients look up under the names that GGUF files have for it."""
     model = state.llm.model_config
-    family = _family(model)
+    family, mixture = _family(model), {}
+    if model.mixture is not None:
+        mixture[f"{family}.expert_count"] = model.mixture.num_experts
+        mixture[f"{family}.expert_used_count"] = model.mixture.top_k
     return {
         "general.architecture": family,
         "general.basename": state.llm.model_id,
@@ -147,6 +150,7 @@ def _facts(state: ServerState) -> dict[str, Any]:
         f"{family}.attention.head_count": model.num_heads,
         f"{family}.attention.head_count_kv": model.num_kv_heads,
         f"{family}.vocab_size": model.vocab_size,
+        **mixture,
     }
 
 

@@ -11,6 +11,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.server.chat.logprobs import chat_logprobs
 from nanovllm.server.chat.run import ChatChoice, ChatNews, Conversation
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.answer import Answer, Choice, usage_of
 from nanovllm.server.openai.conversation import chat_request
@@ -66,7 +67,13 @@ class ChatAnswer(Answer[Conversation]):
         last = asked.messages[-1]
         if request.echo and last["role"] == "assistant":
             self._continued_text = last["content"]
-        return await Conversation.start(self.state, asked, by_token=bool(request.return_token_ids))
+        fields = {"prompt": "messages"}
+        if request.max_completion_tokens is not None:
+            fields["max_tokens"] = "max_completion_tokens"
+        with in_words_of_client(fields):
+            return await Conversation.start(
+                self.state, asked, by_token=bool(request.return_token_ids)
+            )
 
     async def choices(self, run: Conversation) -> list[Choice]:
         await run.finish()

@@ -6,12 +6,16 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.server.chat.checks import form_asked_for_by
 from nanovllm.server.chat.request import ChatRequest
 from nanovllm.server.chat.run import Conversation
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.responses.request import ResponseRequest
 from nanovllm.server.responses.translation import without_default_strictness
 from nanovllm.server.responses.truncation import shortened
 from nanovllm.server.state import ServerState
 
 logger = logging.getLogger(__name__)
+
+FIELDS = {"prompt": "input", "max_tokens": "max_output_tokens"}
+"""What the arguments of a generation are called here."""
 
 
 async def start(state: ServerState, request: ResponseRequest, chat: ChatRequest) -> Conversation:
@@ -30,7 +34,7 @@ async def start(state: ServerState, request: ResponseRequest, chat: ChatRequest)
     if request.truncation == "auto":
         chat = await shortened(state, chat)
     try:
-        with form_asked_for_by("text.format"):
+        with in_words_of_client(FIELDS), form_asked_for_by("text.format"):
             return await Conversation.start(state, chat)
     except InvalidRequestError as e:
         # Who did not ask for strictness gets as much of it as there is, as at OpenAI.
@@ -38,4 +42,5 @@ async def start(state: ServerState, request: ResponseRequest, chat: ChatRequest)
         if lenient is None:
             raise
         logger.debug("calls are not held to the schemas of the tools: %s", e)
-    return await Conversation.start(state, lenient)
+    with in_words_of_client(FIELDS):
+        return await Conversation.start(state, lenient)

@@ -147,7 +147,8 @@ async def _prompt(body: SpeechGenerateRequest, state: ServerState) -> SpeechProm
     latents = None
     if body.prompt_wav_base64 is not None:
         audio = await decode_base64(body.prompt_wav_base64, "prompt_wav_base64")
-        latents = await encode(state, audio, body.prompt_wav_format, "left")
+        form = body.prompt_wav_format
+        latents = await encode(state, audio, form, "left", "prompt_wav_base64")
     elif body.prompt_latents_base64 is not None:
         latents = await decode_latents(body.prompt_latents_base64, "prompt_latents_base64", state)
     return SpeechPrompt(body.prompt_id, latents, text, reference)
@@ -157,7 +158,8 @@ async def _reference(body: SpeechGenerateRequest, state: ServerState) -> bytes |
     if body.ref_audio_wav_base64 is not None:
         require_reference(state, "ref_audio_wav_base64")
         audio = await decode_base64(body.ref_audio_wav_base64, "ref_audio_wav_base64")
-        return await encode(state, audio, body.ref_audio_wav_format, "right")
+        form = body.ref_audio_wav_format
+        return await encode(state, audio, form, "right", "ref_audio_wav_base64")
     if body.ref_audio_latents_base64 is not None:
         require_reference(state, "ref_audio_latents_base64")
         latents = body.ref_audio_latents_base64

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from nanovllm.audio.files import Side
 from nanovllm.errors import InvalidRequestError
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.speech.fields import decode_base64
 from nanovllm.server.state import ServerState
 
@@ -33,7 +34,9 @@ async def decode_recording(text: str, field: str) -> bytes:
     return await decode_base64(text, field)
 
 
-async def encode(state: ServerState, audio: bytes, audio_format: str | None, side: Side) -> bytes:
+async def encode(
+    state: ServerState, audio: bytes, audio_format: str | None, side: Side, field: str
+) -> bytes:
     """The latents of a recording, counted and timed.
 
     Args:
@@ -41,12 +44,13 @@ async def encode(state: ServerState, audio: bytes, audio_format: str | None, sid
         audio: A file.
         audio_format: What the client says it is.
         side: Where it is padded: "left" of a recording to go on from, "right" of a reference.
+        field: Where in the request it was.
 
     Raises:
         InvalidRequestError: It cannot be decoded, or is too long or too short.
         UnavailableError: No engine is running.
     """
-    with state.metrics.audio.encoding():
+    with state.metrics.audio.encoding(), in_words_of_client({"audio": field}):
         return await state.speech.encode(audio, audio_format, side)
 
 

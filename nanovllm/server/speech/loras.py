@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.adapters import below_lora_dir, require_admin
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import WireModel
 from nanovllm.server.health import Status
@@ -102,8 +103,9 @@ class LoRAStatus(BaseModel):
 @router.post("/lora/load", dependencies=ADMIN)
 async def load_lora(body: LoRAPath, state: State) -> LoadedLoRA:
     """Load the adapter of all requests that name none, in place of the one before."""
-    directory = below_lora_dir(state, body.lora_path)
-    return LoadedLoRA(loaded_keys=await state.speech.single_lora.load(str(directory)))
+    directory = below_lora_dir(state, body.lora_path, "lora_path")
+    with in_words_of_client({"path": "lora_path"}):
+        return LoadedLoRA(loaded_keys=await state.speech.single_lora.load(str(directory)))
 
 
 @router.post("/lora/set_enabled", dependencies=ADMIN)

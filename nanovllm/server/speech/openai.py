@@ -185,9 +185,10 @@ async def _voice(body: SpeechRequest, state: ServerState) -> SpeechPrompt:
         require_reference(state, "ref_audio")
     audio = await decode_recording(body.ref_audio, "ref_audio")
     if body.ref_text and not body.instructions:
-        latents = await encode(state, audio, None, "left")
+        latents = await encode(state, audio, None, "left", "ref_audio")
         return SpeechPrompt(prompt_latents=latents, prompt_text=body.ref_text)
-    return SpeechPrompt(ref_audio_latents=await encode(state, audio, None, "right"))
+    latents = await encode(state, audio, None, "right", "ref_audio")
+    return SpeechPrompt(ref_audio_latents=latents)
 
 
 def _known_voice(body: SpeechRequest, state: ServerState) -> str | None:

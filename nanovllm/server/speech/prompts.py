@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.family_route import FamilyRoute
 from nanovllm.server.fields import WireModel
 from nanovllm.server.health import Status
@@ -44,7 +45,7 @@ async def encode_latents(body: Recording, request: Request, state: State) -> Res
     audio = await decode_base64(body.wav_base64, "wav_base64")
 
     async def respond() -> Response:
-        latents = await encode(state, audio, body.wav_format, "left")
+        latents = await encode(state, audio, body.wav_format, "left", "wav_base64")
         answer = Latents(
             prompt_latents_base64=base64.b64encode(latents).decode(),
             feat_dim=info.feat_dim,
@@ -74,7 +75,7 @@ async def add_prompt(body: PromptToAdd, request: Request, state: State) -> Respo
     audio = await decode_base64(body.wav_base64, "wav_base64")
 
     async def respond() -> Response:
-        with state.metrics.audio.encoding():
+        with state.metrics.audio.encoding(), in_words_of_client({"audio": "wav_base64"}):
             prompt_id = await speech.add_prompt(audio, body.wav_format, body.prompt_text)
         answer = PromptId(prompt_id=prompt_id)
         return Response(answer.model_dump_json(), media_type="application/json")

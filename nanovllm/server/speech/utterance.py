@@ -2,16 +2,15 @@
 
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
 from nanovllm.audio.files import Samples
 from nanovllm.batch import UNUSABLE_PATCH
-from nanovllm.errors import InvalidRequestError, UnavailableError
-from nanovllm.server.errors import INTERNAL_ERROR, APIError
+from nanovllm.errors import UnavailableError
+from nanovllm.server.errors import INTERNAL_ERROR, APIError, in_words_of_client
 from nanovllm.server.speech.inputs import SpeechPrompt
 from nanovllm.server.state import ServerState
 from nanovllm.speech_params import SpeechParams
@@ -85,7 +84,7 @@ class Utterance:
         speech = self._state.speech
         if not self._params.retry_badcase:
             generate = speech.generate_long if self._by_sentence else speech.generate
-            with self._in_words_of_the_client():
+            with in_words_of_client(self._fields):
                 self._stream = await generate(self._text, self._params, **self._options)
         self._state.generations.add(self)
         return self
@@ -106,7 +105,7 @@ class Utterance:
         try:
             if self._stream is None:
                 speak = self._state.speech.speak
-                with self._in_words_of_the_client():
+                with in_words_of_client(self._fields):
                     speech = await speak(self._text, self._params, **self._options)
                 self._output = speech.output
                 self.num_samples = len(speech.audio)
@@ -133,14 +132,6 @@ class Utterance:
         """Abort what has not ended."""
         if self._stream is not None:
             await self._stream.aclose()
-
-    @contextmanager
-    def _in_words_of_the_client(self) -> Iterator[None]:
-        try:
-            yield
-        except InvalidRequestError as e:
-            e.param = self._fields.get(e.param or "", e.param)
-            raise
 
     def _failure(self, e: RuntimeError) -> Exception:
         """What a client is told, which is not what an exception in an engine says."""

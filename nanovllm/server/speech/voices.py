@@ -151,6 +151,7 @@ async def delete_voice(voice: str, request: Request, state: State) -> DeletedVoi
     elif (voice_id := state.voice_id(voice)) is not None:
         del state.voice_names[voice_id]
         voices.remove_prompt(voice_id)
+        voice = voice_id
     else:
         raise APIError(404, f"there is no voice {voice!r:.200}", param="voice", code="not_found")
     return {"id": voice, "object": "audio.voice.deleted", "deleted": True}

@@ -9,7 +9,9 @@ from nanovllm.server import generation
 from nanovllm.server.openai import completions
 from nanovllm.server.openai import logprobs as formats
 from tests.fake_llm import EOS, FakeLLM
-from tests.server_client import TEXT, post, refused, stream
+from tests.server_client import HI, TEXT, post, refused, stream
+
+LONG = [{"role": "user", "content": "x" * 1000}]
 
 
 def test_a_whole_answer(client: TestClient) -> None:
@@ -321,7 +323,7 @@ def test_refused_by_name(
 ) -> None:
     error = refused(client, TEXT, **{"prompt": "Once", **body})
     assert (error["param"] or "").startswith(param)
-    assert param in error["message"]
+    assert param in error["message"] or error["code"] == "context_length_exceeded"
     assert not llm.submitted
 
 
@@ -331,6 +333,24 @@ def test_a_prompt_that_is_too_long(client: TestClient) -> None:
     assert "This model's maximum context length is 256 tokens" in error["message"]
     assert error["param"] == "prompt"
     assert len(post(client, TEXT, prompt=[1] * 255)["choices"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": LONG}, "messages"),
+        ("/v1/chat/completions", {"messages": HI, "max_completion_tokens": 999}, None),
+        ("/v1/chat/completions", {"messages": HI, "max_tokens": 999}, None),
+        ("/v1/responses", {"input": LONG}, "input"),
+        ("/v1/responses", {"input": "Hi.", "max_output_tokens": 999}, None),
+    ],
+)
+def test_who_asks_for_too_much_is_told_by_the_field_s_own_name(
+    client: TestClient, path: str, body: dict[str, Any], param: str | None
+) -> None:
+    error = refused(client, path, **body)
+    assert error["code"] == "context_length_exceeded"
+    assert error["param"] == (param or list(body)[-1])
 
 
 def test_all_prompts_or_none(client: TestClient, llm: FakeLLM) -> None:

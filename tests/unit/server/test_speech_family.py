@@ -281,6 +281,7 @@ class TestRecordings:
     ) -> None:
         body = {"wav_base64": audio, "wav_format": "wav", "prompt_text": "Hi."}
         assert says in detail(speaker, path, **body)
+        assert speaker.post(path, json=body).json()["error"]["param"] == "wav_base64"
 
     def test_two_hours(self, speaker: TestClient) -> None:
         flac = io.BytesIO()

@@ -136,7 +136,9 @@ def test_the_familys_one_adapter(client: TestClient, speech: FakeSpeech) -> None
     assert used() is None
     assert post("set_enabled", enabled=True) == {"status": "ok", "lora_enabled": True}
     assert used() == first
-    assert "LoRA directory not found" in post("load", lora_path="missing")["detail"]
+    missing = post("load", lora_path="missing")
+    assert "LoRA directory not found" in missing["detail"]
+    assert missing["error"]["param"] == "lora_path"
     assert used() == first
     assert post("load", lora_path="calm")["status"] == "ok"
     assert list(speech.loras) == [used()] != [first]

@@ -188,13 +188,17 @@ class TestErrors:
                 )
                 for text in ({}, {"ref_text": "  "})
             ),
-            ({"ref_audio": base64_of(b"RIFF"), "ref_text": "a"}, None, "cannot decode"),
-            ({"ref_audio": base64_of(b"MZ"), "ref_text": "a"}, None, "in none of the formats"),
+            ({"ref_audio": base64_of(b"RIFF"), "ref_text": "a"}, "ref_audio", "cannot decode"),
+            (
+                {"ref_audio": base64_of(b"MZ"), "ref_text": "a"},
+                "ref_audio",
+                "in none of the formats",
+            ),
             ({"retry_badcase": True}, "retry_badcase", "needs stream=false"),
         ],
     )
     def test_what_is_refused(
-        self, speaker: TestClient, body: dict[str, Any], param: str | None, says: str
+        self, speaker: TestClient, body: dict[str, Any], param: str, says: str
     ) -> None:
         error = refused(speaker, SPEECH, **{"input": "Hello."} | body)
         assert error["param"] == param

@@ -23,7 +23,9 @@ struct Visit {
 // that are no numbers make shares that are none.
 void route(const float* scores, long num_experts, long top_k, bool normalized, Visit* visits) {
   long count = 0;
+  bool are_numbers = true;
   for (long e = 0; e < num_experts; e++) {
+    are_numbers &= scores[e] == scores[e];
     if (count == top_k && !(scores[e] > scores[visits[count - 1].expert])) continue;
     long place = count < top_k ? count++ : count - 1;
     for (; place > 0 && scores[e] > scores[visits[place - 1].expert]; place--) {
@@ -31,7 +33,7 @@ void route(const float* scores, long num_experts, long top_k, bool normalized, V
     }
     visits[place].expert = int32_t(e);
   }
-  const float best = scores[visits[0].expert];
+  const float best = are_numbers ? scores[visits[0].expert] : NAN;
   float total = 0;
   for (long i = 0; i < top_k; i++) {
     visits[i].share = std::exp(scores[visits[i].expert] - best);
