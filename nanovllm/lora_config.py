@@ -30,7 +30,8 @@ class LoRAConfig:
         max_lora_rank: Greatest rank of an adapter.
         target_modules_lm: Linear layers of the language models that may have one.
         target_modules_dit: Linear layers of the diffusion transformer.
-        target_proj_modules: Projections; one that the model does not have does not matter.
+        target_proj_modules: Projections; one that the model does not have does not matter, as long
+            as there is any layer that may have an adapter.
 
     Raises:
         InvalidRequestError: An option is unknown or outside its range.

@@ -1279,8 +1279,8 @@ FAULTS = [
     Fault(
         "experts in layers that have an MLP",
         "nanovllm/models/model_config.py",
-        "if index not in dense",
-        "if True",
+        ' - set(indices(raw, "mlp_only_layers"))',
+        "",
         MODELS,
     ),
     Fault(

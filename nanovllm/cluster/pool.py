@@ -164,10 +164,11 @@ class EnginePool:
         """
         self.draining = self._closed = True
         error = NotReadyError("the engines are being shut down")
+        lost = self._line.clear()
         for supervisor in self._supervisors:
             supervisor.cancel()
         await asyncio.gather(*self._supervisors, return_exceptions=True)
-        lost = self._line.clear()
+        lost += self._line.clear()
         for worker in self._workers:
             lost += worker.client.give_up(error)
         self._lose(lost, error)

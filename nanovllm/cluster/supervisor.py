@@ -36,12 +36,12 @@ class Supervision(NamedTuple):
     on_restarted: Callable[[Worker], None]
 
 
-async def supervise(worker: Worker, pool: Supervision) -> None:
+async def supervise(worker: Worker, supervision: Supervision) -> None:
     """Watch a worker for ever; when its process dies, end its requests and start another."""
     backoff = FIRST_BACKOFF
     while True:
         started = time.monotonic()
-        ending = await worker.client.run(pool.step_timeout)
+        ending = await worker.client.run(supervision.step_timeout)
         worker.state = "dead"
         error = EngineDeadError("the engine died while it worked on this; try again")
         lost = worker.client.give_up(error)
@@ -52,28 +52,28 @@ async def supervise(worker: Worker, pool: Supervision) -> None:
             len(lost),
         )
         # Whoever waits must not wait for a process that is stuck to be reaped.
-        pool.on_died(worker, lost, error)
+        supervision.on_died(worker, lost, error)
         await worker.client.kill()
         if time.monotonic() - started > STABLE_AFTER:
             backoff = FIRST_BACKOFF
         while worker.state != "ready":
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, LAST_BACKOFF)
-            await _restart(worker, pool)
+            await _restart(worker, supervision)
 
 
-async def _restart(worker: Worker, pool: Supervision) -> None:
+async def _restart(worker: Worker, supervision: Supervision) -> None:
     worker.num_restarts += 1
     worker.state = "starting"
-    worker.client = pool.make_client(worker.index)
+    worker.client = supervision.make_client(worker.index)
     try:
-        await asyncio.wait_for(worker.client.start(), pool.start_timeout)
+        await asyncio.wait_for(worker.client.start(), supervision.start_timeout)
     except Exception as e:  # noqa: BLE001  # whatever it is, the next attempt may succeed
-        reason = str(e) or f"not within {pool.start_timeout:g} s"
+        reason = str(e) or f"not within {supervision.start_timeout:g} s"
         logger.error("engine %d does not start: %s", worker.index, reason)
         worker.state = "dead"
         await worker.client.kill()
     else:
         logger.info("engine %d runs again", worker.index)
         worker.state = "ready"
-        pool.on_restarted(worker)
+        supervision.on_restarted(worker)

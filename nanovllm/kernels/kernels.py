@@ -175,7 +175,8 @@ class Kernels(Protocol):
 
         Args:
             x: `[num_tokens, depth]`.
-            scores: Of each expert for each token, float32 `[num_tokens, num_experts]`.
+            scores: Of each expert for each token, float32 `[num_tokens, num_experts]`. Among equals
+                any may be chosen.
             routing: What becomes of them.
             gate_up: The experts' first weights, which are gated.
             down: Their second ones.

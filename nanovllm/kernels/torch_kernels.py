@@ -191,7 +191,8 @@ def route(scores: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
     Returns:
         Shares, float32, and experts, int64, both `[num_tokens, top_k]`.
     """
-    shares, experts = scores.softmax(-1).topk(routing.top_k, dim=-1)
+    experts = scores.topk(routing.top_k, dim=-1).indices
+    shares = scores.softmax(-1).gather(-1, experts)
     return shares / shares.sum(-1, keepdim=True) if routing.normalized else shares, experts
 
 

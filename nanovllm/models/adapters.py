@@ -54,9 +54,10 @@ def reserve_adapters(model: nn.Module, config: LoRAConfig, kernels: Kernels) -> 
             )
     if not num_tables:
         raise InvalidRequestError(
-            "the options for LoRA allow no layer that this model has: name some of its linear "
-            "layers with lora_target_modules_lm, or start without enable_lora",
-            "lora_target_modules_lm",
+            "by the engine's options no layer of this model may have an adapter, and experts take "
+            "none: see lora_enable_lm, lora_target_modules_lm and the like, or leave out "
+            "enable_lora",
+            "enable_lora",
         )
 
 

@@ -161,7 +161,8 @@ class ModelConfig:
         """Values that a step holds at most for a token in an MLP, or in a mixture of them."""
         mixed = 0
         if self.mixture is not None:
-            mixed = self.mixture.top_k * (3 * self.mixture.expert_size + 2 * self.hidden_size)
+            made = self.mixture.top_k * (3 * self.mixture.expert_size + 2 * self.hidden_size)
+            mixed = made + 3 * self.mixture.num_experts  # their scores
         return max(4 * self.intermediate_size, mixed)
 
     @property
@@ -225,7 +226,8 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
             )
-        # Of these, null is the default, and so is the 0 of some checkpoints.
+        # Of these, null counts as left out, and so does the 0 of some checkpoints; a window of null
+        # is none, though, where one that is left out has its default.
         defaults = {"sliding_window": DEFAULT_WINDOW}
         given = {n: value for n, value in (defaults | raw).items() if value or n not in NULLABLE}
         hidden_size = positive(raw, "hidden_size")
@@ -333,12 +335,12 @@ def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
     every = positive(raw, "decoder_sparse_step", 1)
     sparse = range(every - 1, raw["num_hidden_layers"], every)
     layers = frozenset(sparse) - set(indices(raw, "mlp_only_layers"))
-    # Transformers 5 has the second name.
-    name = "num_experts" if "num_experts" in raw else "num_local_experts"
-    if not layers or raw.get(name) == 0:
+    if "num_local_experts" in raw:  # what transformers 5 writes
+        raw.setdefault("num_experts", raw["num_local_experts"])
+    if not layers or raw.get("num_experts") == 0:
         return None
     return MixtureConfig(
-        num_experts=positive(raw, name),
+        num_experts=positive(raw, "num_experts"),
         top_k=positive(raw, "num_experts_per_tok"),
         expert_size=positive(raw, "moe_intermediate_size"),
         norm_topk_prob=boolean(raw, "norm_topk_prob"),

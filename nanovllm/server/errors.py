@@ -1,5 +1,6 @@
 """Errors on the wire: one body for all of them, and the status that each of ours has."""
 
+import copy
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -94,19 +95,22 @@ class APIError(HTTPException):
 
 @contextmanager
 def in_words_of_client(fields: Mapping[str, str]) -> Iterator[None]:
-    """Name the field to blame as the client does.
+    """Blame what cannot be used on the field that the client knows it by.
 
     Args:
-        fields: Its names, by those of our own arguments.
+        fields: Its fields, by the names of our own arguments.
 
     Raises:
-        InvalidRequestError: There was such an error.
+        InvalidRequestError: Something cannot be used.
     """
     try:
         yield
     except InvalidRequestError as e:
-        e.param = fields.get(e.param or "", e.param)
-        raise
+        if e.param is None or e.param not in fields:
+            raise
+        told = copy.copy(e)  # others may be waiting for the same one
+        told.param = fields[e.param]
+        raise told from e
 
 
 class BrokenStreamError(Exception):

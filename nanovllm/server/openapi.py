@@ -13,6 +13,7 @@ from nanovllm.server.error_shapes import ANTHROPIC_PATH, OLLAMA_PATH, is_below
 from nanovllm.server.ollama import responses as ollama
 
 KEY_SCHEME = "API key"
+INFO = "/info"
 SCHEMAS = "#/components/schemas/"
 ERROR_BODIES: dict[str, TypeAdapter[Any]] = {
     "Error": TypeAdapter(errors.ErrorResponse),
@@ -20,7 +21,7 @@ ERROR_BODIES: dict[str, TypeAdapter[Any]] = {
     "OllamaError": TypeAdapter(ollama.ErrorResponse),
 }
 ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 414, 415, 431, 500, 503)
-"""What any route may answer; those of the server itself name nothing that might be missing."""
+"""What any route may answer; but 404 not those of the server itself, which are always there."""
 
 
 class DescribedAPI(FastAPI):
@@ -59,7 +60,7 @@ def _add_errors(path: str, operation: dict[str, Any]) -> None:
         name = "OllamaError"
     content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{name}"}}}
     for status in ERROR_STATUSES:
-        if status != 404 or "server" not in operation.get("tags", ()):
+        if status != 404 or not (path == INFO or "server" in operation.get("tags", ())):
             error = {"description": http.HTTPStatus(status).phrase, "content": content}
             responses.setdefault(str(status), error)
 

@@ -17,6 +17,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.models.adapter_settings import AdapterSettings, peft_settings
 from nanovllm.models.adapters import AdapterTable
 from nanovllm.worker.loading import load_engine
+from tests.conftest import EXPERTS, make_checkpoint
 from tests.peft_oracle import EVERY_LAYER, write_peft
 from tests.small_engine import SMALL
 
@@ -240,6 +241,13 @@ def test_experts_have_no_adapters(checkpoint: Callable[[str], Path], tmp_path: P
     write_peft(directory, tmp_path / "all", modules=EVERY_LAYER)
     refused(table, tmp_path / "all", "layers.0.mlp.experts.0.down_proj", "of experts are not")
     assert table.load(1, write_peft(directory, tmp_path / "attention"))
+
+
+def test_an_engine_in_which_no_layer_may_have_an_adapter(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "Qwen3Moe", **EXPERTS)
+    config = EngineConfig(**SMALL | {"lora_target_modules_lm": ["gate_proj", "up_proj"]})
+    with pytest.raises(InvalidRequestError, match="no layer of this model may have an adapter"):
+        load_engine(config, directory)
 
 
 def test_ranks_are_what_the_config_says(table: AdapterTable, directory: Path) -> None:

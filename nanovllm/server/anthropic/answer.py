@@ -14,7 +14,6 @@ from nanovllm.server.anthropic.translate import chat_request
 from nanovllm.server.chat.checks import form_asked_for_by
 from nanovllm.server.chat.run import ChatChoice, Conversation, MadeCall
 from nanovllm.server.error_shapes import anthropic_error
-from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import encode, named_event, stream_unless_gone, unless_gone
@@ -66,8 +65,7 @@ class MessageAnswer:
     async def _start(self) -> Conversation:
         request = chat_request(self._request, self._state, self._id)
         has_older = self._request.output_format is not None
-        form = form_asked_for_by("output_format" if has_older else "output_config.format")
-        with in_words_of_client({"prompt": "messages"}), form:
+        with form_asked_for_by("output_format" if has_older else "output_config.format"):
             return await Conversation.start(self._state, request)
 
     async def _whole(self) -> MessageResponse:

@@ -139,6 +139,7 @@ def _facts(state: ServerState) -> dict[str, Any]:
     if model.mixture is not None:
         mixture[f"{family}.expert_count"] = model.mixture.num_experts
         mixture[f"{family}.expert_used_count"] = model.mixture.top_k
+        mixture[f"{family}.expert_feed_forward_length"] = model.mixture.expert_size
     return {
         "general.architecture": family,
         "general.basename": state.llm.model_id,
@@ -165,6 +166,7 @@ def _num_parameters(model: "ModelConfig") -> int:
     if (mixture := model.mixture) is not None:
         experts = mixture.num_experts * mixture.expert_size
         width += len(mixture.layers) * 3 * (experts - model.intermediate_size)
+        width += len(mixture.layers) * mixture.num_experts  # what scores them
     tables = 1 if model.tie_word_embeddings else 2
     return model.hidden_size * (tables * model.vocab_size + width)
 

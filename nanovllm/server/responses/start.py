@@ -14,7 +14,7 @@ from nanovllm.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
-FIELDS = {"prompt": "input", "max_tokens": "max_output_tokens"}
+FIELDS = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
 """What the arguments of a generation are called here."""
 
 
@@ -31,16 +31,15 @@ async def start(state: ServerState, request: ResponseRequest, chat: ChatRequest)
         UnavailableError: The queue is full, or no engine is running.
         APIError: There is no such model.
     """
-    if request.truncation == "auto":
-        chat = await shortened(state, chat)
-    try:
-        with in_words_of_client(FIELDS), form_asked_for_by("text.format"):
+    with in_words_of_client(FIELDS), form_asked_for_by("text.format"):
+        if request.truncation == "auto":
+            chat = await shortened(state, chat)
+        try:
             return await Conversation.start(state, chat)
-    except InvalidRequestError as e:
-        # Who did not ask for strictness gets as much of it as there is, as at OpenAI.
-        lenient = without_default_strictness(request, chat) if e.param == "tools" else None
-        if lenient is None:
-            raise
-        logger.debug("calls are not held to the schemas of the tools: %s", e)
-    with in_words_of_client(FIELDS):
+        except InvalidRequestError as e:
+            # Who did not ask for strictness gets as much of it as there is, as at OpenAI.
+            lenient = without_default_strictness(request, chat) if e.param == "tools" else None
+            if lenient is None:
+                raise
+            logger.debug("calls are not held to the schemas of the tools: %s", e)
         return await Conversation.start(state, lenient)

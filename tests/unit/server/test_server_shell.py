@@ -24,7 +24,12 @@ from nanovllm.errors import (
 )
 from nanovllm.server.app import create_app
 from nanovllm.server.auth import OPEN_PATHS, Authenticate
-from nanovllm.server.errors import MAX_MESSAGE_CHARS, APIError, to_api_error
+from nanovllm.server.errors import (
+    MAX_MESSAGE_CHARS,
+    APIError,
+    in_words_of_client,
+    to_api_error,
+)
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.limits import MAX_BYTES_ARRIVING, MAX_URL_SIZE, RequestLimits
 from nanovllm.server.protocol import BoundedProtocol
@@ -70,6 +75,18 @@ def build(llm: FakeLLM | None = None, **options: Any) -> FastAPI:
     app = create_app(ServerConfig(**options), llm=llm or FakeLLM())  # type: ignore[arg-type]
     app.include_router(probe)
     return app
+
+
+def test_an_error_that_several_wait_for_is_told_to_each_by_its_own_name() -> None:
+    error = ContextLengthError("too long", "audio")
+    for name in ("ref_audio", "wav_base64"):
+        with pytest.raises(ContextLengthError) as caught, in_words_of_client({"audio": name}):
+            raise error
+        assert (caught.value.param, str(caught.value)) == (name, "too long")
+    assert error.param == "audio"
+    with pytest.raises(ContextLengthError) as caught, in_words_of_client({"text": "input"}):
+        raise error
+    assert caught.value is error
 
 
 def client_of(**options: Any) -> TestClient:

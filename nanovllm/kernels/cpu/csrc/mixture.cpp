@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "linear.h"
@@ -70,9 +71,10 @@ void mix(const Weights* const* gate_up, const Weights* const* down, long num_exp
   visits = by_expert(visits, first);
   long most = 0;
   for (long e = 0; e < num_experts; e++) most = std::max(most, first[e + 1] - first[e]);
-  std::vector<T> gathered(most * depth), hidden(most * inner);
-  std::vector<float> made(most * width), sums(rows * width);
-  // Experts take turns, always in the same order, so that sums do not depend on other rows.
+  const std::unique_ptr<T[]> gathered(new T[most * depth]), hidden(new T[most * inner]);
+  const std::unique_ptr<float[]> made(new float[most * width]);
+  std::vector<float> sums(rows * width);
+  // Experts take turns, always in the same order, which a row's sum then has, too.
   for (long e = 0; e < num_experts; e++) {
     const Visit* here = visits.data() + first[e];
     const long count = first[e + 1] - first[e];
@@ -82,10 +84,10 @@ void mix(const Weights* const* gate_up, const Weights* const* down, long num_exp
       for_each_row(count, [&](long i) {
         std::memcpy(&gathered[i * depth], x + here[i].row * depth, depth * sizeof(T));
       });
-      input = gathered.data();
+      input = gathered.get();
     }
-    nanovllm_linear(gate_up[e], input, count, hidden.data(), false, one_path, false);
-    nanovllm_linear(down[e], hidden.data(), count, made.data(), true, one_path, false);
+    nanovllm_linear(gate_up[e], input, count, hidden.get(), false, one_path, false);
+    nanovllm_linear(down[e], hidden.get(), count, made.get(), true, one_path, false);
     for_each_row(count, [&](long i) {
       float* target = &sums[here[i].row * width];
       const float* source = &made[i * width];
