@@ -107,6 +107,21 @@ def test_graphs_change_nothing_where_memory_or_sizes_run_out(
     assert ids(outputs) == ids(generate(model, **options, enforce_eager=True))
 
 
+def test_graphs_change_nothing_of_a_mixture(
+    graphs: RecordedGraphs, checkpoint: Callable[[str], Path]
+) -> None:
+    """By our GPU kernels: torch's look at who goes where."""
+    model, prompts = checkpoint("qwen3-moe"), [[1, 2, 3], [5] * 9, [7, 8]]
+    greedy = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    answers = []
+    for eager in (False, True):
+        options = OPTIONS | {"attention_backend": "triton", "enforce_eager": eager}
+        with LLM(str(model), **options) as llm:
+            answers.append(ids(llm.generate(prompts, greedy, use_tqdm=False)))
+    assert graphs.num_replayed
+    assert answers[0] == answers[1]
+
+
 def test_the_sampler_is_captured_for_rows_that_only_draw(
     graphs: RecordedGraphs, checkpoint: Callable[[str], Path]
 ) -> None:

@@ -22,7 +22,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /
 
 def run_alone(script: str, timeout: float = 60, torch_threads: int = 1) -> Any:
     """Run a script in a process of its own and return what it prints, parsed."""
-    prelude = f"import json, os\nNUM_TORCH_THREADS = {torch_threads}\n" + PRELUDE
+    prelude = f"import json, os, time\nNUM_TORCH_THREADS = {torch_threads}\n" + PRELUDE
     command = [sys.executable, "-c", prelude + script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -204,6 +204,9 @@ def restart():
 restart()
 pages = resident_pages()
 restart()
+deadline = time.monotonic() + 5
+while tasks() - before and time.monotonic() < deadline:
+    time.sleep(0.01)  # who has been joined may be in /proc for a moment longer
 print(json.dumps([len(tasks() - before), resident_pages() - pages]))
 """
     left, grown = run_alone(script)
