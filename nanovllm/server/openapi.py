@@ -6,20 +6,16 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from nanovllm.server import errors
-from nanovllm.server.anthropic import responses as anthropic
+from nanovllm.server.anthropic.responses import AnthropicErrorResponse
 from nanovllm.server.auth import OPEN_PATHS
 from nanovllm.server.error_shapes import ANTHROPIC_PATH, OLLAMA_PATH, is_below
-from nanovllm.server.ollama import responses as ollama
+from nanovllm.server.errors import ErrorResponse
+from nanovllm.server.ollama.responses import OllamaErrorResponse
 
 KEY_SCHEME = "API key"
 INFO = "/info"
 SCHEMAS = "#/components/schemas/"
-ERROR_BODIES: dict[str, TypeAdapter[Any]] = {
-    "Error": TypeAdapter(errors.ErrorResponse),
-    "AnthropicError": TypeAdapter(anthropic.ErrorResponse),
-    "OllamaError": TypeAdapter(ollama.ErrorResponse),
-}
+ERROR_BODIES: tuple[type, ...] = (ErrorResponse, AnthropicErrorResponse, OllamaErrorResponse)
 ERROR_STATUSES = (400, 401, 404, 405, 408, 413, 414, 415, 431, 500, 503)
 """What any route may answer; but 404 not those of the server itself, which are always there."""
 
@@ -53,12 +49,12 @@ def _add_errors(path: str, operation: dict[str, Any]) -> None:
     """Document what any route may answer, and not FastAPI's own status for a bad request."""
     responses = operation["responses"]
     responses.pop("422", None)
-    name = "Error"
+    body: type = ErrorResponse
     if is_below(path, ANTHROPIC_PATH):
-        name = "AnthropicError"
+        body = AnthropicErrorResponse
     elif is_below(path, OLLAMA_PATH):
-        name = "OllamaError"
-    content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{name}"}}}
+        body = OllamaErrorResponse
+    content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{body.__name__}"}}}
     for status in ERROR_STATUSES:
         if status != 404 or not (path == INFO or "server" in operation.get("tags", ())):
             error = {"description": http.HTTPStatus(status).phrase, "content": content}
@@ -67,11 +63,12 @@ def _add_errors(path: str, operation: dict[str, Any]) -> None:
 
 def _error_schemas() -> dict[str, Any]:
     """The bodies of errors, and what they are made of, by their names in the description."""
-    bodies, parts = TypeAdapter.json_schemas(
-        [(name, "serialization", body) for name, body in ERROR_BODIES.items()],
+    _, parts = TypeAdapter.json_schemas(
+        [(body, "serialization", TypeAdapter(body)) for body in ERROR_BODIES],
         ref_template=f"{SCHEMAS}{{model}}",
     )
-    return {**parts["$defs"], **{name: schema for (name, _), schema in bodies.items()}}
+    schemas: dict[str, Any] = parts["$defs"]
+    return schemas
 
 
 def _exact(value: Any) -> Any:

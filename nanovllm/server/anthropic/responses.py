@@ -73,7 +73,7 @@ class ErrorDetails(TypedDict):
     error_code: str
 
 
-class ErrorInfo(TypedDict):
+class AnthropicErrorInfo(TypedDict):
     """What went wrong."""
 
     type: str
@@ -81,8 +81,8 @@ class ErrorInfo(TypedDict):
     details: NotRequired[ErrorDetails]
 
 
-class ErrorResponse(TypedDict):
+class AnthropicErrorResponse(TypedDict):
     """The body of every response that is not a success."""
 
     type: Literal["error"]
-    error: ErrorInfo
+    error: AnthropicErrorInfo

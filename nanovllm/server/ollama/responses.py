@@ -5,7 +5,7 @@ from typing import Any, Literal
 from typing_extensions import NotRequired, TypedDict
 
 
-class ErrorResponse(TypedDict):
+class OllamaErrorResponse(TypedDict):
     """The body of every response that is not a success."""
 
     error: str
