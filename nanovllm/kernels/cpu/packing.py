@@ -200,11 +200,6 @@ class PackedExperts:
         self._table = (ctypes.c_void_p * len(weights))(*structs)
         self.pointers = ctypes.addressof(self._table)
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that they take."""
-        return sum(weight.num_bytes for weight in self.weights)
-
 
 def _form(part: Tensor | QuantizedWeight, activation: torch.dtype) -> tuple[int, int]:
     """Format and group size in which the kernels keep a part.
