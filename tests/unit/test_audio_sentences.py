@@ -87,11 +87,11 @@ HOSTILE += [
 @pytest.mark.parametrize("before", ["", "a", ".", "(", "\n", "。"])
 def test_a_hostile_text_takes_linear_time(before: str, unit: str) -> None:
     times = unit * (50_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     for end in ("", "a", ".", "\n", ")"):
         split_sentences(before + times + end)
         split_voice_design(before + times + end)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

@@ -177,9 +177,9 @@ def test_the_first_pattern_that_fits_counts() -> None:
 @pytest.mark.parametrize("pattern", [".*.*.*x", "[a-z.]+[a-z.]+[a-z.]+x", "(a|b|.*)(a|.*)(.*)x"])
 def test_patterns_that_match_slowly_match_all_the_same(pattern: str) -> None:
     settings = peft_settings(CONFIG | {"rank_pattern": {pattern: 2}})
-    started = time.perf_counter()
+    started = time.process_time()
     settings.rank_of("model.layers.31.self_attn.q_proj")
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"])

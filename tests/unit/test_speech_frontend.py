@@ -226,10 +226,10 @@ def test_what_does_not_fit_the_context(frontend: Callable[[str], SpeechFrontend]
 
 @pytest.mark.parametrize("size", [100_000, 4_000_000])
 def test_very_long_texts(frontend: Callable[[str], SpeechFrontend], size: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ContextLengthError, match="Prompt is too long for max_model_len: "):
         frontend("v1").process("word " * (size // 5), SpeechParams(), 4096)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_long_prompt(frontend: Callable[[str], SpeechFrontend]) -> None:

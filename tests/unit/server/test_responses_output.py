@@ -165,9 +165,9 @@ def test_tokens_that_are_of_no_text_do_not_pile_up() -> None:
     held = HeldScores()
     held.push(scores(*["<|mark|>"] * 100_000))
     held.push(scores("end"))
-    started = time.perf_counter()
+    started = time.process_time()
     assert [score["token"] for score in held.take("end")] == ["end"]
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_log_probabilities_are_those_of_the_text() -> None:

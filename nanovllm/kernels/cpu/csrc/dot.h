@@ -33,7 +33,7 @@ constexpr int kDotRows = 6;
 template <int R>
 constexpr int kDotTiles = 4;
 #elif defined(__AVX2__) || defined(__ARM_NEON)
-constexpr int kDotRows = 4;
+constexpr int kDotRows = kVectorBytes == 32 ? 5 : 4;
 template <int R>
 constexpr int kDotTiles = R == 1 ? 4 : R == 2 ? 2 : 1;
 #else
@@ -52,6 +52,15 @@ constexpr int kDotTiles = 1;
 #define NANOVLLM_INT8_DOT 1
 #endif
 
+// Codes of int8 weights are stored unsigned, as those instructions want them. Without them AVX2 and
+// AVX-512 multiply magnitudes by activations of the weights' signs, so codes are made signed again.
+#if defined(__AVX2__) && !defined(NANOVLLM_INT8_DOT)
+#define NANOVLLM_SIGNED_CODES 1
+constexpr int32_t kCodeOffset = 0;
+#else
+constexpr int32_t kCodeOffset = kInt8Zero;
+#endif
+
 // The type of activations that are multiplied with columns of T. Where no instruction takes a lane as
 // a whole, it has two *parts*: a float each, or two int16 each. Columns are taken apart in registers,
 // once for all rows; activations beforehand.
@@ -65,7 +74,7 @@ struct OperandOf<Bf16> {
   using Type = float;
 };
 #endif
-#if !defined(NANOVLLM_INT8_DOT)
+#if !defined(NANOVLLM_INT8_DOT) && !defined(NANOVLLM_SIGNED_CODES)
 template <>
 struct OperandOf<int8_t> {
   using Type = int16_t;
@@ -90,27 +99,11 @@ inline Words part_of(Bf16, Words w, int part) {
   return part ? w & 0xffff0000u : w << 16;
 }
 
-#if defined(__AVX2__)
-// Where the bytes of a part's int16 come from, in each 16 bytes; 128 is a zero.
-struct PairBytes {
-  uint8_t at[2][kVectorBytes];
-
-  constexpr PairBytes() : at() {
-    for (int i = 0; i < 2 * kVectorBytes; i++) {
-      const int part = i / kVectorBytes, byte = i % 16;
-      at[part][i % kVectorBytes] = byte % 2 ? 128 : byte / 4 * 4 + part * 2 + byte % 4 / 2;
-    }
-  }
-};
-alignas(64) inline constexpr PairBytes kPairBytes;
-#endif
-
-inline Words part_of(int8_t, Words w, int part) {
-  if constexpr (kParts<int8_t> == 1) return w;
-#if defined(__AVX2__)
-  const Bytes index = load_raw<Bytes>(kPairBytes.at[part]);
-  return bit_cast<Words>(look_up(bit_cast<Bytes>(w), index));
+inline Words part_of(int8_t, Words w, [[maybe_unused]] int part) {
+#if defined(NANOVLLM_SIGNED_CODES)
+  return w ^ 0x80808080u;
 #else
+  if constexpr (kParts<int8_t> == 1) return w;
   const Words pair = part ? w >> 16 : w;
   return (pair & 0xffu) | (pair & 0xff00u) << 8;
 #endif
@@ -135,7 +128,7 @@ inline Floats multiply_add(Floats acc, Bf16, Words x, Words w) {
 #endif
 }
 
-// Signed activations, unsigned weights.
+// Signed activations between -127 and 127; weights as `part_of` yields them.
 inline Ints multiply_add(Ints acc, int8_t, Words x, Words w) {
 #if defined(__AVX512VNNI__) && defined(NANOVLLM_AVX512)
   return bit_cast<Ints>(
@@ -151,6 +144,10 @@ inline Ints multiply_add(Ints acc, int8_t, Words x, Words w) {
     acc += (bit_cast<Ints>(x << (24 - shift)) >> 24) * bit_cast<Ints>((w >> shift) & 0xffu);
   }
   return acc;
+#elif defined(NANOVLLM_SIGNED_CODES)
+  // 2 * 128 * 127 < 2^15.
+  const Shorts pairs = multiply_bytes(magnitudes(w), apply_signs(x, w));
+  return acc + multiply_pairs(bit_cast<Words>(pairs), splat_word(0x00010001u));
 #else
   return acc + multiply_pairs(x, w);
 #endif
@@ -224,6 +221,8 @@ inline void dot_block(const Operand<T>* a, long a_stride, const T* const* tiles,
           w[j] = part_of(T{}, load_raw<Words>(row + j % kSplits * kWidth * kPack<T>), part);
         }
         multiply_row<T>(sums, a + k + part * kPack<Operand<T>>, a_stride, w);
+        // Columns are loaded anew for the other part: compilers keep them, and some sums in memory.
+        if constexpr (kParts<T> > 1 && R > 4) asm volatile("" ::: "memory");
       }
     }
   }
@@ -267,29 +266,24 @@ inline void dot_rows(const Operand<T>* a, long a_stride, const T* const* tiles, 
   }
 }
 
-// Calls `body` with the number of rows, up to kDotRows, as a constant.
-template <class Body>
+// Calls `body` with the number of rows, up to kMost, as a constant.
+template <int kMost = kDotRows, class Body>
 inline void for_rows(long rows, Body&& body) {
-  switch (rows) {
-    case 1: return body(std::integral_constant<int, 1>{});
-    case 2: return body(std::integral_constant<int, 2>{});
-    case 3: return body(std::integral_constant<int, 3>{});
-    case 4: return body(std::integral_constant<int, 4>{});
-#if defined(NANOVLLM_AVX512)
-    case 5: return body(std::integral_constant<int, 5>{});
-    case 6: return body(std::integral_constant<int, 6>{});
-#endif
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return for_rows<kMost - 1>(rows, body);
   }
+  body(std::integral_constant<int, kMost>{});
 }
 
-// Calls `body` for blocks of rows, with their number in a block as a constant, its first row, and the
-// number of blocks. They are of about equal size: one or two rows at the end would wait for their sums.
-template <class Body>
+// Calls `body` for blocks of up to kMost rows, with their number in a block as a constant, its first
+// row, and the number of blocks. They are of about equal size: one or two rows at the end would wait
+// for their sums.
+template <int kMost = kDotRows, class Body>
 inline void for_blocks(long rows, Body&& body) {
-  const long blocks = (rows + kDotRows - 1) / kDotRows;
+  const long blocks = (rows + kMost - 1) / kMost;
   for (long r = 0, block = 0; block < blocks; block++) {
     const long count = (rows - r + blocks - block - 1) / (blocks - block);
-    for_rows(count, [&](auto num_rows) { body(num_rows, r, blocks); });
+    for_rows<kMost>(count, [&](auto num_rows) { body(num_rows, r, blocks); });
     r += count;
   }
 }

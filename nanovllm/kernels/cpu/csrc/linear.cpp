@@ -17,8 +17,8 @@
 namespace nanovllm {
 namespace {
 
-constexpr long kBlockRows = 192;        // rows of a work item
-constexpr long kExpandedRows = 768;     // the same where int4 is expanded for AMX
+constexpr long kBlockRows = 32 * kDotRows;  // of a work item, in whole AMX tiles
+constexpr long kExpandedRows = 768;         // the same where int4 is expanded for AMX
 
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
@@ -166,7 +166,7 @@ void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tile
   const float* scales = w.scales + panel.tile * kTile;
   for (long r = 0; r < panel.rows; r++) {
     const float x_scale = in.scales[panel.row + r];
-    const int32_t offset = kInt8Zero * in.sums[panel.row + r];
+    const int32_t offset = kCodeOffset * in.sums[panel.row + r];
     for (int j = 0; j < panel.num_tiles * kTile; j += kWidth) {
       const Ints total = load_raw<Ints>(sums + r * kPanel + j) - offset;
       store(panel.sums + r * kPanel + j,
@@ -311,13 +311,15 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
   sums.store(c, kPanel);
 }
 
+constexpr int kInt4Rows = std::min(kDotRows, kVectorBytes == 64 ? 6 : 4);
+
 // Tiles beside R rows whose sums of the innermost loop fit the registers.
 template <int R>
 constexpr int kInt4Tiles = R > 2 ? std::min(2, kDotTiles<R>) : kDotTiles<R>;
 
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
   const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
-  for_blocks(panel.rows, [&](auto num_rows, long r, long) {
+  for_blocks<kInt4Rows>(panel.rows, [&](auto num_rows, long r, long) {
     constexpr int R = num_rows(), C = kInt4Tiles<R>;
     float* sums = panel.sums + r * kPanel;
     int j = 0;
@@ -408,13 +410,11 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
   session.parallel(panels * blocks, [&](long item) {
-    const long index = item / blocks, row = item % blocks * block_rows;
+    const long index = item % panels, row = item / panels * block_rows;
     Panel panel{row, std::min(block_rows, rows - row), index * kMaxColumnTiles,
                 tiles_of_panel(w, index), block_sums, {}};
-    const long next = (item + num_threads()) / blocks;
-    if (next != index &&
-        (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4)))) {
-      panel.ahead = bytes_of_panel(w, next * kMaxColumnTiles);
+    if (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4))) {
+      panel.ahead = bytes_of_panel(w, (index + num_threads()) * kMaxColumnTiles);
     }
     multiply(panel);
     finish_panel(w, panel, out);

@@ -99,13 +99,8 @@ inline Ints widen(const int8_t* p) {
 
 // Elements that fit the narrower type; of others anything may come.
 inline void store_narrow(int16_t* p, Ints x) {
-#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
-  const auto [low, high] = bit_cast<Halves>(x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
-#else
   const HalfInts narrow = __builtin_convertvector(x, HalfInts);
   std::memcpy(p, &narrow, sizeof(narrow));
-#endif
 }
 inline void store_narrow(int8_t* p, Ints x) {
 #if defined(NANOVLLM_AVX512)
@@ -180,6 +175,28 @@ inline Shorts multiply_bytes(Words a, Words b) {
          bit_cast<Shorts>((a >> 8) & 0x00ff00ffu) * (y >> 8);
 #endif
 }
+
+#if defined(__AVX2__)
+// Magnitudes of signed bytes, 128 that of -128.
+inline Words magnitudes(Words w) {
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Words>(_mm512_abs_epi8(bit_cast<__m512i>(w)));
+#else
+  return bit_cast<Words>(_mm256_abs_epi8(bit_cast<__m256i>(w)));
+#endif
+}
+
+// Signed bytes, negated where those of `signs` are negative; anything where they are zero.
+inline Words apply_signs(Words x, Words signs) {
+#if defined(NANOVLLM_AVX512)
+  const auto bytes = bit_cast<__m512i>(x);
+  const __mmask64 negative = _mm512_movepi8_mask(bit_cast<__m512i>(signs));
+  return bit_cast<Words>(_mm512_mask_sub_epi8(bytes, negative, __m512i{}, bytes));
+#else
+  return bit_cast<Words>(_mm256_sign_epi8(bit_cast<__m256i>(x), bit_cast<__m256i>(signs)));
+#endif
+}
+#endif
 
 // The nearest integers, for magnitudes below 2^22.
 inline Ints round_to_ints(Floats x) { return bit_cast<Ints>(x + 12582912.0f) - 0x4b400000; }
