@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
     from nanovllm.llm import LLM
     from nanovllm.lora_config import LoRAConfig, LoRARequest
-    from nanovllm.outputs import CompletionOutput, RequestOutput, SpeechOutput
+    from nanovllm.outputs import (
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        RequestOutput,
+        SpeechOutput,
+    )
     from nanovllm.runners.model_runner import ModelRunner
     from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
     from nanovllm.speech_params import SpeechParams
@@ -32,6 +37,7 @@ __all__ = [
     "AsyncVoxCPMServerPool",
     "BlockManager",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "LLMEngine",
     "LoRAConfig",
@@ -57,6 +63,7 @@ _MODULE_OF_NAME = {
     "AsyncVoxCPMServerPool": "nanovllm.async_voxcpm",
     "BlockManager": "nanovllm.engine.block_manager",
     "CompletionOutput": "nanovllm.outputs",
+    "EmbeddingRequestOutput": "nanovllm.outputs",
     "EngineConfig": "nanovllm.config",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "LoRAConfig": "nanovllm.lora_config",

@@ -16,9 +16,10 @@ from nanovllm.config import EngineConfig, PoolConfig
 from nanovllm.errors import InvalidRequestError, NotReadyError, OverloadedError
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput
 from nanovllm.request_stream import RequestStream
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.text.embeddings import embedding_output
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import InputProcessor, Prompt, TextInput
 from nanovllm.text.output_processor import OutputProcessor
@@ -136,6 +137,57 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         finally:
             await stream.aclose()
 
+    async def embed(
+        self,
+        prompt: Prompt,
+        request_id: str | None = None,
+        *,
+        dimensions: int | None = None,
+        truncate_prompt_tokens: int | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        lora_name: str | None = None,
+    ) -> EmbeddingRequestOutput:
+        """Embed a prompt; see `text/embeddings.py`. Cancelling it aborts the request.
+
+        Args:
+            prompt: Text, token ids, or vLLM's mapping of either.
+            request_id: See `generate`.
+            dimensions: How many numbers of the embedding to keep; None is all.
+            truncate_prompt_tokens: See `SamplingParams`.
+            priority: Lower runs first.
+            cache_salt: See `generate`.
+            lora_name: A registered adapter; None is none.
+
+        Raises:
+            InvalidRequestError: The prompt cannot be used, or there are not as many numbers.
+            UnavailableError: The queue is full, or the engine died; try again later.
+            RuntimeError: The model's hidden states are NaN.
+        """
+        await self.start()
+        params = self.embedding_params(dimensions, truncate_prompt_tokens)
+        inputs = await self.prepare(prompt, params, embeds=True)
+        request_ids = None if request_id is None else [request_id]
+        (stream,) = await self.submit(
+            [inputs],
+            request_ids=request_ids,
+            priority=priority,
+            cache_salt=cache_salt,
+            lora_name=lora_name,
+        )
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            await stream.aclose()
+        return embedding_output(stream.output, dimensions)
+
+    def embedding_params(
+        self, dimensions: int | None = None, truncate_prompt_tokens: int | None = None
+    ) -> SamplingParams:
+        """What `prepare` takes for embeddings; see `TextFrontend.embedding_params`."""
+        return self._started.frontend.embedding_params(dimensions, truncate_prompt_tokens)
+
     async def render(self, messages: Sequence[Message], **options: Any) -> str:
         """The prompt a conversation becomes by the model's chat template.
 
@@ -174,7 +226,12 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         )
 
     async def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = True,
+        embeds: bool = False,
     ) -> TextInput:
         """Tokenise and check a request; nothing is queued yet.
 
@@ -183,6 +240,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             params: What to sample.
             add_special_tokens: Whether the tokenizer adds its own to a text; a rendered chat
                 template has them already.
+            embeds: Whether the prompt's embedding is wanted.
 
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
@@ -195,7 +253,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         inputs = self._started.inputs
 
         def process() -> TextInput:
-            return inputs.process(prompt, params, add_special_tokens)
+            return inputs.process(prompt, params, add_special_tokens, embeds)
 
         if params.structured_outputs is not None:
             return await self._in_form_thread(process)

@@ -113,12 +113,14 @@ class TextRequest(NamedTuple):
         bad_words: Token sequences that must not be generated.
         grammar: The form of the output, for `GrammarCompiler.compile`.
         matcher: The same compiled or about to be, in the engine's own process: a `Future`.
+        embeds: Whether the prompt's embedding is wanted with its first token.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: str | None = None
     matcher: Any = None
+    embeds: bool = False
 
 
 class TokenScores(NamedTuple):
@@ -133,13 +135,15 @@ class TokenScores(NamedTuple):
 
 
 class TextPayload(NamedTuple):
-    """Scores a text request asked for; those of the prompt come with its first token.
+    """What a text request asked for besides tokens; what is of the prompt comes with its first one.
 
-    `prompt_scores` has an entry for each prompt token, None for the first.
+    `prompt_scores` has an entry for each prompt token, None for the first. `embedding` is the
+    hidden state of the last one, after the final norm: float32 `[hidden_size]`.
     """
 
     scores: TokenScores | None = None
     prompt_scores: list[TokenScores | None] | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)

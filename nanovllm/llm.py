@@ -16,11 +16,12 @@ from nanovllm.local_adapters import LocalAdapters, LoRARequests
 from nanovllm.lora_config import LoRARequest
 from nanovllm.models.hub import resolve_model
 from nanovllm.models.model_config import ModelConfig
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput
 from nanovllm.progress import progress_bar
 from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.batches import as_batch, as_conversations, params_for_each
+from nanovllm.text.embeddings import embedding_output
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import Prompt
 from nanovllm.text.tokenizer import Tokenizer
@@ -125,6 +126,36 @@ class LLM:
         ]
         params = self._params_for(sampling_params, len(prompts))
         return self._run(prompts, params, lora_request, use_tqdm, False)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        dimensions: int | None = None,
+        use_tqdm: bool = True,
+        lora_request: LoRARequests = None,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Embed prompts, batched as the engine sees fit; see `text/embeddings.py`.
+
+        Args:
+            prompts: See `generate`.
+            dimensions: How many numbers of an embedding to keep; None is all.
+            use_tqdm: See `generate`.
+            lora_request: See `generate`.
+            truncate_prompt_tokens: See `SamplingParams`.
+
+        Returns:
+            One output a prompt, in order.
+
+        Raises:
+            InvalidRequestError: A prompt cannot be used, or there are not as many numbers; nothing
+                has been started.
+            RuntimeError: The model's hidden states are NaN.
+        """
+        batch = as_batch(prompts)
+        params = self._frontend.embedding_params(dimensions, truncate_prompt_tokens)
+        outputs = self._run(batch, [params] * len(batch), lora_request, use_tqdm, True, embeds=True)
+        return [embedding_output(output, dimensions) for output in outputs]
 
     def stream(
         self,
@@ -300,12 +331,13 @@ class LLM:
         cache_salt: str | None = None,
         add_special_tokens: bool = True,
         lora_request: LoRARequest | None = None,
+        embeds: bool = False,
     ) -> tuple[str, RequestOutput]:
         """Register a request whole or not at all; returns its id and its live output."""
         self._check_open()
         arrival_time = time.monotonic()
         (params,) = self._params_for(sampling_params, 1)
-        inputs = self._inputs.process(prompt, params, add_special_tokens)
+        inputs = self._inputs.process(prompt, params, add_special_tokens, embeds)
         adapter_id = self._adapters.id_of(lora_request)
         request_id = str(next(self._request_ids))
         seq_ids: list[int] = []
@@ -343,6 +375,7 @@ class LLM:
         show_progress: bool,
         add_special_tokens: bool,
         priority: Sequence[int] | None = None,
+        embeds: bool = False,
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
         self._check_open()
@@ -360,6 +393,7 @@ class LLM:
                         priority=precedence,
                         lora_request=lora,
                         add_special_tokens=add_special_tokens,
+                        embeds=embeds,
                     )
                     outputs[request_id] = output
             unfinished = set(outputs)

@@ -59,7 +59,10 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its completions. `out["text"]` and `out["token_ids"]` are the first one's."""
+    """A request and its completions. `out["text"]` and `out["token_ids"]` are the first one's.
+
+    `embedding` is the prompt's, if that was asked for, as the model left it: see `embeddings.py`.
+    """
 
     request_id: str
     prompt: str | None
@@ -68,6 +71,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: bytes | None = field(default=None, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -107,6 +111,29 @@ class RequestOutput:
             raise KeyError(f"{name!r}; only 'text' and 'token_ids' can be read so")
         value: str | list[int] = getattr(self.outputs[0], name)
         return value
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """The embedding of a prompt, of length 1."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput:
+    """A prompt and its embedding."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import nanovllm
 from nanovllm.batch import EngineOutput, TextPayload, TokenScores
 from nanovllm.cluster.stats import PoolStats
@@ -83,11 +85,21 @@ class FakeLLM:
     async def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.frontend.decode(token_ids, skip_special_tokens)
 
+    def embedding_params(
+        self, dimensions: int | None = None, truncate_prompt_tokens: int | None = None
+    ) -> SamplingParams:
+        return self.frontend.embedding_params(dimensions, truncate_prompt_tokens)
+
     async def prepare(
-        self, prompt: Prompt, params: SamplingParams, *, add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        add_special_tokens: bool = True,
+        embeds: bool = False,
     ) -> TextInput:
         self.asked.append(params)
-        return self._inputs.process(prompt, params, add_special_tokens)
+        return self._inputs.process(prompt, params, add_special_tokens, embeds)
 
     async def submit(
         self,
@@ -198,13 +210,22 @@ class FakeStream:
         if params.prompt_logprobs is not None and number == 0:
             rest = [_scores(i, params.prompt_logprobs) for i in self._item.token_ids[1:]]
             prompt = [None, *rest]
-        return TextPayload(scores, prompt)
+        embedding = None
+        if self._item.payload.embeds:
+            embedding = state_of(self._item.token_ids, self._llm.model_config.hidden_size)
+        return TextPayload(scores, prompt, embedding)
 
     async def aclose(self) -> None:
         if not self._ended:
             self._ended = True
             self._llm.num_open -= 1
             self._llm.processor.abort(self.output.request_id)
+
+
+def state_of(token_ids: Sequence[int], size: int) -> bytes:
+    """The hidden state that it makes of a prompt."""
+    draw = np.random.default_rng(list(token_ids))
+    return draw.normal(size=size).astype(np.float32).tobytes()
 
 
 def _scores(token_id: int, num_top: int) -> TokenScores:

@@ -50,6 +50,7 @@ GPU_ELEMENTWISE = ("tests/unit/test_triton_elementwise.py",)
 GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
 GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
 MIXTURES = ("tests/unit/test_mixture.py",)
+EMBEDDINGS = ("tests/unit/test_embeddings.py",)
 GPU_ADAPTERS = ("tests/unit/test_triton_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
 TEXT_ADAPTERS = ("tests/unit/test_text_lora.py", "tests/unit/test_peft_files.py")
@@ -1275,6 +1276,27 @@ FAULTS = [
         "numbers < end",
         "numbers < end - 1",
         MIXTURES,
+    ),
+    Fault(
+        "the embedding of another row of the step",
+        TEXT_RUNNER,
+        "hidden[row].to(torch.float32, copy=True)",
+        "hidden[0].to(torch.float32, copy=True)",
+        EMBEDDINGS,
+    ),
+    Fault(
+        "the last position of a prompt to embed goes into a graph",
+        TEXT_RUNNER,
+        "return 0 if embeds else num_captured",
+        "return num_captured",
+        EMBEDDINGS,
+    ),
+    Fault(
+        "a body without a head under its own names",
+        "nanovllm/models/checkpoint.py",
+        "stored = {BODY + name: name for",
+        "stored = {name: name for",
+        EMBEDDINGS,
     ),
     Fault(
         "experts in layers that have an MLP",

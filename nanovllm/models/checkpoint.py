@@ -15,6 +15,9 @@ from nanovllm.models.model_config import read_json
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
 """Buffers that some checkpoints store, and that everyone makes from the config."""
 
+BODY = "model."
+"""What the names of a causal model's parameters begin with, but for those of its head."""
+
 MAX_NAMES = 64
 """Of tensors that a message names: a mixture of experts may lack thousands."""
 
@@ -43,12 +46,16 @@ class WeightSource(Protocol):
 class Checkpoint:
     """Safetensors files, mapped into memory and read tensor by tensor; see `weight_files`.
 
+    Embedding models are stored without `BODY` and without a head. Their tensors are found by the
+    names of causal ones, the embedding in place of a head.
+
     Raises:
         InvalidRequestError: A file is corrupt.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Any] = {}
+        self._own_names: dict[str, str] = {}  # in the files, where they are others
         for path in files:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
@@ -56,18 +63,25 @@ class Checkpoint:
                 raise InvalidRequestError(f"{path} is not a readable safetensors file: {e}") from e
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             self._files |= dict.fromkeys(names, file)
+        if "embed_tokens.weight" in self._files:
+            self._name_as_causal()
+
+    def _name_as_causal(self) -> None:
+        stored = {BODY + name: name for name in self._files}
+        stored["lm_head.weight"] = "embed_tokens.weight"
+        self._files = {name: self._files[of] for name, of in stored.items()}
+        self._own_names = stored
 
     @property
     def names(self) -> Set[str]:
         return self._files.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
         # Of a tensor as a whole all would be read.
-        file = self._files[name]
-        some: Tensor = file.get_slice(name)[:0] if self.shape(name) else file.get_tensor(name)
+        some: Tensor = self._slice(name)[:0] if self.shape(name) else self._stored(name)
         return some.dtype
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -112,11 +126,18 @@ class Checkpoint:
             raise InvalidRequestError("; ".join(complaints))
 
     def tensor(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor
+        return self._stored(name)
 
     def matrix(self, name: str) -> Tensor | QuantizedWeight:
         return self.tensor(name)
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the files, as it is there."""
+        tensor: Tensor = self._files[name].get_tensor(self._own_names.get(name, name))
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        return self._files[name].get_slice(self._own_names.get(name, name))
 
 
 def _some(names: Set[str]) -> str:

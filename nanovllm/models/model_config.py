@@ -1,6 +1,7 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,11 @@ class ModelConfig:
                 '["Qwen3ForCausalLM"]',
                 "architectures",
             )
-        architecture = json_list(raw, "architectures")[0]
+        named = json_list(raw, "architectures")[0]
+        architecture = re.sub("Model$", "ForCausalLM", str(named))  # the same without a head
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"Unsupported model architecture: {architecture}; supported: "
-                f"{', '.join(ARCHITECTURES)}",
+                f"Unsupported model architecture: {named}; supported: {', '.join(ARCHITECTURES)}",
                 "architectures",
             )
         stored_quantization(raw)

@@ -147,10 +147,6 @@ class QuantizedCheckpoint(Checkpoint, ABC):
             )
         return _for_kernels(stored, self._group_size(module, depth, stored.scales.shape[1]))
 
-    def _stored(self, name: str) -> Tensor:
-        """A tensor of the files, as it is there."""
-        return super().tensor(name)
-
     @abstractmethod
     def _read_settings(self, settings: dict[str, Any]) -> set[int]:
         """Refuse the variants that we do not read; returns the group sizes, -1 for a whole row."""

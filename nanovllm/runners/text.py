@@ -13,6 +13,7 @@ from torch import Tensor
 from nanovllm.batch import (
     LOST_GRAMMAR,
     UNUSABLE_LOGITS,
+    Batch,
     SlotStart,
     StepResult,
     Stop,
@@ -52,8 +53,10 @@ class TextSlot:
     num_prompt: int
     eos_token_ids: frozenset[int]
     scores_prompt: bool
+    embeds: bool = False
     grammar: "SlotGrammar | None" = None
     prompt_scores: list[Scores] = field(default_factory=list)
+    embedding: Tensor | None = None
 
     def take_prompt_scores(self) -> list[Scores] | None:
         """The scores of the prompt if they are due; they are once."""
@@ -76,7 +79,8 @@ class TextStep(NamedTuple):
         ends: Keys that each row's sequence had before.
         states: What each row's slot held.
         results: Sampled ids `[num_rows]`, -1 for unusable logits; then the scores of the tokens if
-            a row asked for some, and those of prompts, three arrays each.
+            a row asked for some, three arrays; then by rows those of prompts, three arrays each,
+            and embeddings.
         has_scores: Whether there are scores of the tokens.
         num_prompt_scores: Slices of prompt scores of each row; None where none are due.
     """
@@ -142,6 +146,7 @@ class TextRunner(ModelRunner[CausalLM]):
             scores_prompt=params.prompt_logprobs is not None
             and start.sample_index == 0
             and len(start.keys) == start.num_prompt_keys,
+            embeds=request.embeds,
         )
         keys = np.array(start.keys, dtype=np.int32)
         self._token_ids[start.slot, : len(keys)] = self._to_device(keys)
@@ -175,9 +180,16 @@ class TextRunner(ModelRunner[CausalLM]):
     def _new_outputs(self, num_rows: int) -> RowOutputs:
         return (torch.zeros(num_rows, self.model.config.vocab_size, device=self.device),)
 
+    def _num_captured(self, batch: Batch) -> int:
+        num_captured = super()._num_captured(batch)
+        # A graph leaves no hidden states, and the last position of a long prompt may be a decode.
+        embeds = any(self._slots[slot].embeds for slot in batch.slots[:num_captured])
+        return 0 if embeds else num_captured
+
     def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
         token_ids = self._token_ids[rows.token_slots, rows.positions]
-        scores = any(self._slots[slot].scores_prompt for slot in rows.slots.tolist())
+        states = [self._slots[slot] for slot in rows.slots.tolist()]
+        scores = any(state.scores_prompt for state in states)
         wanted = None if scores else rows.wanted
         hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx, wanted)
         if scores:
@@ -185,6 +197,10 @@ class TextRunner(ModelRunner[CausalLM]):
             hidden = hidden if rows.wanted is None else hidden[rows.wanted]
         if not rows.emits.any():
             return None
+        emitting = itertools.compress(states, rows.emits.tolist())
+        for row, state in enumerate(emitting):
+            if state.embeds:
+                state.embedding = hidden[row].to(torch.float32, copy=True)
         return (self.model.compute_logits(hidden, ctx.kernels, ctx.parallel),)
 
     def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
@@ -208,8 +224,10 @@ class TextRunner(ModelRunner[CausalLM]):
         else:
             token_ids, scores = self._sample(outputs[0], states, slots, ends)
         results = [token_ids, *(scores or ())]
-        for slices in prompt_scores:
+        for state, slices in zip(states, prompt_scores, strict=True):
             results += itertools.chain.from_iterable(slices or ())
+            if state.embedding is not None:
+                results.append(state.embedding)
         return TextStep(
             slots.tolist(),
             ends.tolist(),
@@ -242,15 +260,17 @@ class TextRunner(ModelRunner[CausalLM]):
             token_id, params, payload = token_ids[row], state.params, None
             num_slices = handle.num_prompt_scores[row]
             slices = [_ScoreReader(arrived) for _ in range(num_slices or 0)]
+            embedding = next(arrived).tobytes() if state.embeds else None
             if token_id < 0:
                 results.append(StepResult(slot, -1, Stop("error", UNUSABLE_LOGITS)))
                 continue
-            if params.logprobs is not None or num_slices is not None:
+            if params.logprobs is not None or num_slices is not None or embedding is not None:
                 payload = TextPayload(
                     None
                     if params.logprobs is None or scores is None
                     else scores.row(row, params.logprobs),
                     None if num_slices is None else _prompt_scores(slices, params.prompt_logprobs),
+                    embedding,
                 )
             forced: list[int] = []
             stop = state.stop_at(token_id)

@@ -56,6 +56,7 @@ class Generation:
         *,
         add_special_tokens: bool = True,
         hidden: bool = False,
+        embeds: bool = False,
         may_clip: bool = False,
         priority: int = 0,
         cache_salt: str | None = None,
@@ -70,6 +71,7 @@ class Generation:
             params: What to sample for each.
             add_special_tokens: Whether the tokenizer adds its own to texts.
             hidden: See the class.
+            embeds: Whether the prompts' embeddings are wanted.
             may_clip: Whether an output may get fewer tokens than `max_tokens` for want of room.
             priority: Lower runs first.
             cache_salt: Share cached prefixes only with requests of the same salt.
@@ -83,7 +85,9 @@ class Generation:
         """
         inputs = []
         for prompt in prompts:
-            item = await state.llm.prepare(prompt, params, add_special_tokens=add_special_tokens)
+            item = await state.llm.prepare(
+                prompt, params, add_special_tokens=add_special_tokens, embeds=embeds
+            )
             check_room(item, state.llm.max_model_len, may_clip)
             inputs.append(item)
             await asyncio.sleep(0)  # many short prompts take long together

@@ -11,10 +11,12 @@ from nanovllm.models.model_config import ModelConfig, read_generation_config
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.conversations import as_templates_read
+from nanovllm.text.embeddings import POOLING, other_pooling
 from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
 from nanovllm.text.tokenizer import Tokenizer
+from nanovllm.validation import conformed
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class TextFrontend:
         self.tokenizer = _load_tokenizer(directory, config)
         self.grammars = GrammarCompiler(self.vocabulary)
         self._generation_config = read_generation_config(directory)
+        self._other_pooling = other_pooling(directory)
 
     def input_processor(self, max_model_len: int) -> InputProcessor:
         """Build what checks and tokenises the requests of an engine."""
@@ -97,6 +100,40 @@ class TextFrontend:
             return SamplingParams(**{k: v for k, v in given.items() if v is not None})
         except InvalidRequestError as e:
             raise InvalidRequestError(f"the model's generation_config.json: {e}", e.param) from e
+
+    def embedding_params(
+        self, dimensions: int | None = None, truncate_prompt_tokens: int | None = None
+    ) -> SamplingParams:
+        """What is sampled where only the embedding matters: one token, which nobody sees.
+
+        Args:
+            dimensions: How many numbers of an embedding are wanted; None is all.
+            truncate_prompt_tokens: See `SamplingParams`.
+
+        Raises:
+            InvalidRequestError: It does not have as many, or the model's embeddings are not the
+                last token's.
+        """
+        if self._other_pooling:
+            raise InvalidRequestError(
+                f"this model's embeddings are made by {', '.join(self._other_pooling)} "
+                f"({POOLING}); here they are the last token's",
+                "model",
+            )
+        dimensions = conformed("dimensions", dimensions, int | None)
+        hidden_size = self.model_config.hidden_size
+        if dimensions is not None and not 1 <= dimensions <= hidden_size:
+            raise InvalidRequestError(
+                f"dimensions must be between 1 and {hidden_size}, which the model has, got "
+                f"{dimensions}",
+                "dimensions",
+            )
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            detokenize=False,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+        )
 
     def render(
         self,

@@ -55,7 +55,11 @@ class InputProcessor:
         self._eos_token_ids = frozenset(eos_token_ids)
 
     def process(
-        self, prompt: Prompt, params: SamplingParams, add_special_tokens: bool = True
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        add_special_tokens: bool = True,
+        embeds: bool = False,
     ) -> TextInput:
         """Check a request and tokenise its prompt.
 
@@ -64,6 +68,7 @@ class InputProcessor:
             params: What to sample.
             add_special_tokens: Whether the tokenizer adds its own, such as a begin-of-text id; a
                 rendered chat template has them already.
+            embeds: Whether the prompt's embedding is wanted.
 
         Raises:
             InvalidRequestError: The prompt or a parameter cannot be used with this model.
@@ -90,6 +95,7 @@ class InputProcessor:
             frozenset() if params.ignore_eos else self._eos_token_ids,
             self._bad_words(params),
             self._grammar(params),
+            embeds=embeds,
         )
         _check_choice(params, payload)
         params = replace(

@@ -182,7 +182,7 @@ class _Sequence:
         if isinstance(key, int):
             completion.token_ids.append(key)
             if isinstance(news.payload, TextPayload):
-                self._take_scores(news.payload)
+                self._take_payload(news.payload)
             # The id that ends a text is not part of it, unless what ends it is asked for.
             silent = finish_reason == "stop" and not self.request.params.include_stop_str_in_output
             if self.detokenizer is not None and not silent:
@@ -225,9 +225,10 @@ class _Sequence:
             self.completion.text += shown
         return stop_string
 
-    def _take_scores(self, payload: TextPayload) -> None:
+    def _take_payload(self, payload: TextPayload) -> None:
         request, completion = self.request, self.completion
-        scores, prompt_scores = payload
+        scores, prompt_scores, embedding = payload
+        request.output.embedding = embedding
         if scores is not None and completion.logprobs is not None:
             completion.logprobs.append(_logprobs(scores, request.tokenizer))
             total = completion.cumulative_logprob or 0.0

@@ -186,7 +186,7 @@ class TestModels:
         assert shown.modelinfo is not None
         assert shown.modelinfo["general.architecture"] == "qwen3"
         assert shown.capabilities is not None
-        assert set(shown.capabilities) == {"completion", "tools", "thinking"}
+        assert set(shown.capabilities) == {"completion", "embedding", "tools", "thinking"}
         assert shown.details is not None
         assert shown.details.quantization_level == "F32"
 

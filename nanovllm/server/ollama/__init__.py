@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from nanovllm.server.ollama import chat, models
+from nanovllm.server.ollama import chat, embed, models
 
 router = APIRouter(tags=["Ollama"])
-for module in (chat, models):
+for module in (chat, embed, models):
     router.include_router(module.router)

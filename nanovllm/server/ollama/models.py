@@ -110,7 +110,7 @@ def _capabilities(state: ServerState) -> list[str]:
     """What the model's template knows of."""
     tokenizer = state.llm.tokenizer
     templates = {} if tokenizer is None else tokenizer.chat_templates
-    can = ["completion"]
+    can = ["completion", "embedding"]
     if any("tools" in template for template in templates.values()):
         can.append("tools")
     if "default" in templates and format_of(state).thoughts is not None:

@@ -92,6 +92,16 @@ class ModelDetails(TypedDict):
     quantization_level: str
 
 
+class EmbedResponse(TypedDict):
+    """The answer of `/api/embed`; durations are in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
 class ListedModel(TypedDict):
     """A model there is; `size` is in bytes."""
 

@@ -91,6 +91,13 @@ Prompt = Annotated[
 ]
 
 
+def as_prompts(prompt: Prompt) -> list[str | list[int]]:
+    """The prompts that a field has, one or several."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return prompt
+
+
 class CompletionRequest(GenerationRequest):
     """A prompt to write on from, or several."""
 
@@ -114,10 +121,7 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""
-        prompt = self.prompt
-        if isinstance(prompt, str) or isinstance(prompt[0], int):
-            return [prompt]
-        return prompt
+        return as_prompts(self.prompt)
 
 
 Document = Annotated[dict[str, str], FAIL_FAST]

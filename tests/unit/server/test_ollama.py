@@ -202,7 +202,7 @@ class TestAgents:
 
     def test_show(self) -> None:
         shown = agent("").post("/api/show", json={"model": MODEL}).json()
-        assert shown["capabilities"] == ["completion", "tools", "thinking"]
+        assert shown["capabilities"] == ["completion", "embedding", "tools", "thinking"]
 
 
 class TestGenerate:

@@ -1,0 +1,128 @@
+"""Embeddings for a client, in whatever dialect it asks for them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Request
+from fastapi.responses import Response
+
+from nanovllm.async_engine import in_thread_if
+from nanovllm.errors import InvalidRequestError
+from nanovllm.server.errors import in_words_of_client
+from nanovllm.server.generation import Generation
+from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.state import ServerState
+from nanovllm.server.streaming import encode, unless_gone
+from nanovllm.text.embeddings import embedding_of
+from nanovllm.text.input_processor import Prompt
+
+LONG_ANSWER = 1 << 15
+"""Numbers from which an answer is written in a thread; it takes the loop 5 ms for so many."""
+
+
+MAX_TEXTS = 2048
+"""Of one request, as at OpenAI, unless `max_prompts` is more."""
+
+
+class Wanted(NamedTuple):
+    """What to embed, and how.
+
+    Args:
+        prompts: Texts or token ids.
+        fields: The client's names for our arguments, for errors.
+        dimensions: How many numbers of each embedding to keep; None is all.
+        truncate_prompt_tokens: Keep so many last tokens of a prompt; -1 is as many as fit.
+        add_special_tokens: Whether the tokenizer adds its own to texts.
+        priority: Lower runs first.
+        cache_salt: Share cached prefixes only with requests of the same salt.
+        lora_name: A registered adapter; None is none.
+        given_id: What the client calls its request, unless a header says it.
+    """
+
+    prompts: Sequence[Prompt]
+    fields: dict[str, str]
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool = True
+    priority: int = 0
+    cache_salt: str | None = None
+    lora_name: str | None = None
+    given_id: str | None = None
+
+
+class Embedded(NamedTuple):
+    """Embeddings, float32 `[dimensions]` each, and what it took.
+
+    Args:
+        request_id: What the client knows the request by.
+        embeddings: One for each prompt.
+        num_prompt_tokens: Tokens of all prompts.
+        num_cached_tokens: Of these, tokens that came from the prefix cache.
+    """
+
+    request_id: str
+    embeddings: list[npt.NDArray[np.float32]]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+async def respond(
+    http: Request, state: ServerState, wanted: Wanted, tell: Callable[[Embedded], object]
+) -> Response:
+    """Embed and answer; a client that leaves ends the work.
+
+    Args:
+        http: The connection the request came by.
+        state: The server.
+        wanted: What is asked.
+        tell: Makes the body of the answer.
+
+    Raises:
+        InvalidRequestError: The request cannot be used.
+        UnavailableError: The server is too busy, or its engine died.
+        APIError: The same in HTTP's terms.
+    """
+    name = request_id(http.headers, wanted.given_id)
+    return await unless_gone(http, _respond(state, wanted, tell, name))
+
+
+async def _respond(
+    state: ServerState, wanted: Wanted, tell: Callable[[Embedded], object], name: str
+) -> Response:
+    with in_words_of_client(wanted.fields):
+        embedded = await _embed(state, wanted, name)
+    size = sum(len(embedding) for embedding in embedded.embeddings)
+    content = await in_thread_if(size >= LONG_ANSWER, lambda: encode(tell(embedded)))
+    return Response(content, media_type="application/json", headers={HEADER: name})
+
+
+async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
+    most = max(MAX_TEXTS, state.config.max_prompts)
+    if len(wanted.prompts) > most:
+        raise InvalidRequestError(
+            f"a request may have {most} texts, got {len(wanted.prompts)}", "prompt"
+        )
+    run = await Generation.start(
+        state,
+        name,
+        wanted.prompts,
+        state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens),
+        add_special_tokens=wanted.add_special_tokens,
+        hidden=True,
+        embeds=True,
+        priority=wanted.priority,
+        cache_salt=wanted.cache_salt,
+        lora_name=wanted.lora_name,
+    )
+    try:
+        await run.finish()
+    finally:
+        await run.aclose()
+    states = [output.embedding for output in run.outputs]
+    # One that was ended by `/abort` has none.
+    embeddings = [embedding_of(of, wanted.dimensions) for of in states if of is not None]
+    if len(embeddings) < len(states):
+        raise InvalidRequestError("the request was ended before it was done")
+    return Embedded(name, embeddings, run.num_prompt_tokens, run.num_cached_tokens)
