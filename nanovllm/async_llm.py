@@ -159,10 +159,13 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             cache_salt: See `generate`.
             lora_name: A registered adapter; None is none.
 
+        Returns:
+            The prompt and its embedding, whose length is 1.
+
         Raises:
             InvalidRequestError: The prompt cannot be used, or there are not as many numbers.
             UnavailableError: The queue is full, or the engine died; try again later.
-            RuntimeError: The model's hidden states are NaN.
+            RuntimeError: It was aborted, or could not be computed.
         """
         await self.start()
         params = self.embedding_params(dimensions, truncate_prompt_tokens)

@@ -145,12 +145,12 @@ class LLM:
             truncate_prompt_tokens: See `SamplingParams`.
 
         Returns:
-            One output a prompt, in order.
+            One output a prompt, in order; embeddings have the length 1.
 
         Raises:
             InvalidRequestError: A prompt cannot be used, or there are not as many numbers; nothing
                 has been started.
-            RuntimeError: The model's hidden states are NaN.
+            RuntimeError: One could not be computed.
         """
         batch = as_batch(prompts)
         params = self._frontend.embedding_params(dimensions, truncate_prompt_tokens)

@@ -61,7 +61,7 @@ class RequestMetrics:
 class RequestOutput:
     """A request and its completions. `out["text"]` and `out["token_ids"]` are the first one's.
 
-    `embedding` is the prompt's, if that was asked for, as the model left it: see `embeddings.py`.
+    `embedding` is what the model made of the prompt, if that was asked for: see `TextPayload`.
     """
 
     request_id: str

@@ -50,6 +50,7 @@ GPU_ELEMENTWISE = ("tests/unit/test_triton_elementwise.py",)
 GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
 GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
 MIXTURES = ("tests/unit/test_mixture.py",)
+CPU_PRODUCTS = ("tests/unit/test_cpu_linear.py",)
 EMBEDDINGS = ("tests/unit/test_embeddings.py",)
 GPU_ADAPTERS = ("tests/unit/test_triton_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
@@ -1278,6 +1279,13 @@ FAULTS = [
         MIXTURES,
     ),
     Fault(
+        "AVX2: int8 without the weights' signs",
+        SIMD,
+        "_mm256_sign_epi8(bit_cast<__m256i>(x), bit_cast<__m256i>(signs))",
+        "bit_cast<__m256i>(x)",
+        CPU_PRODUCTS,
+    ),
+    Fault(
         "the embedding of another row of the step",
         TEXT_RUNNER,
         "hidden[row].to(torch.float32, copy=True)",
@@ -1287,15 +1295,15 @@ FAULTS = [
     Fault(
         "the last position of a prompt to embed goes into a graph",
         TEXT_RUNNER,
-        "return 0 if embeds else num_captured",
+        "return num_captured if self._embedding.isdisjoint(batch.slots[:num_captured]) else 0",
         "return num_captured",
         EMBEDDINGS,
     ),
     Fault(
         "a body without a head under its own names",
         "nanovllm/models/checkpoint.py",
-        "stored = {BODY + name: name for",
-        "stored = {name: name for",
+        "own_names = {BODY + name: name for",
+        "own_names = {name: name for",
         EMBEDDINGS,
     ),
     Fault(

@@ -1,5 +1,6 @@
 """The tensors of a checkpoint, by their names in it."""
 
+import logging
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from torch import Tensor
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.kernels.kernels import QuantizedWeight
 from nanovllm.models.model_config import read_json
+
+logger = logging.getLogger(__name__)
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
 """Buffers that some checkpoints store, and that everyone makes from the config."""
@@ -46,8 +49,8 @@ class WeightSource(Protocol):
 class Checkpoint:
     """Safetensors files, mapped into memory and read tensor by tensor; see `weight_files`.
 
-    Embedding models are stored without `BODY` and without a head. Their tensors are found by the
-    names of causal ones, the embedding in place of a head.
+    Models for embeddings are stored without `BODY`, and often without a head. Their tensors are
+    found by the names of causal ones, the embedding in place of a head.
 
     Raises:
         InvalidRequestError: A file is corrupt.
@@ -55,7 +58,7 @@ class Checkpoint:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files: dict[str, Any] = {}
-        self._own_names: dict[str, str] = {}  # in the files, where they are others
+        self._own_names: dict[str, str] = {}  # in the files, if they are others there
         for path in files:
             try:
                 file = safe_open(path, framework="pt", device="cpu")
@@ -67,10 +70,11 @@ class Checkpoint:
             self._name_as_causal()
 
     def _name_as_causal(self) -> None:
-        stored = {BODY + name: name for name in self._files}
-        stored["lm_head.weight"] = "embed_tokens.weight"
-        self._files = {name: self._files[of] for name, of in stored.items()}
-        self._own_names = stored
+        head = "lm_head.weight"
+        own_names = {BODY + name: name for name in self._files if name != head}
+        own_names[head] = head if head in self._files else "embed_tokens.weight"
+        self._files = {name: self._files[own] for name, own in own_names.items()}
+        self._own_names = own_names
 
     @property
     def names(self) -> Set[str]:
@@ -117,6 +121,10 @@ class Checkpoint:
         found = {name for name in self.names if not name.endswith(IGNORED_SUFFIXES)}
         if "lm_head.weight" not in expected:  # tied, and stored all the same
             found.discard("lm_head.weight")
+        elif self._own_names.get("lm_head.weight") == "embed_tokens.weight":
+            logger.warning(
+                "the checkpoint has no output head: it embeds, but what it writes is void"
+            )
         complaints = [
             f"{what} parameters: {_some(names)}"
             for what, names in (("Missing", expected - found), ("Unexpected", found - expected))

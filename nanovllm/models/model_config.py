@@ -1,7 +1,6 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,8 +207,9 @@ class ModelConfig:
                 '["Qwen3ForCausalLM"]',
                 "architectures",
             )
-        named = json_list(raw, "architectures")[0]
-        architecture = re.sub("Model$", "ForCausalLM", str(named))  # the same without a head
+        named = architecture = json_list(raw, "architectures")[0]
+        if isinstance(named, str) and named.endswith("Model"):  # the same without a head
+            architecture = named.removesuffix("Model") + "ForCausalLM"
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"Unsupported model architecture: {named}; supported: {', '.join(ARCHITECTURES)}",
@@ -226,6 +226,10 @@ class ModelConfig:
         if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UnsupportedModelError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
+            )
+        if raw.get("is_causal") is False:
+            raise UnsupportedModelError(
+                "is_causal=false, attention in both directions, is not supported", "is_causal"
             )
         # Of these, null counts as left out, and so does the 0 of some checkpoints; a window of null
         # is none, though, where one that is left out has its default.

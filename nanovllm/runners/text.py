@@ -53,7 +53,6 @@ class TextSlot:
     num_prompt: int
     eos_token_ids: frozenset[int]
     scores_prompt: bool
-    embeds: bool = False
     grammar: "SlotGrammar | None" = None
     prompt_scores: list[Scores] = field(default_factory=list)
     embedding: Tensor | None = None
@@ -62,6 +61,11 @@ class TextSlot:
         """The scores of the prompt if they are due; they are once."""
         due, self.scores_prompt = self.scores_prompt, False
         return self.prompt_scores if due else None
+
+    def take_embedding(self) -> Tensor | None:
+        """The prompt's embedding if it has just been computed, float32 `[hidden_size]`."""
+        taken, self.embedding = self.embedding, None
+        return taken
 
     def stop_at(self, token_id: int) -> Stop | None:
         if token_id in self.eos_token_ids:
@@ -83,6 +87,7 @@ class TextStep(NamedTuple):
             and embeddings.
         has_scores: Whether there are scores of the tokens.
         num_prompt_scores: Slices of prompt scores of each row; None where none are due.
+        embeds: Whether there is an embedding of each row.
     """
 
     slots: list[int]
@@ -91,6 +96,7 @@ class TextStep(NamedTuple):
     results: HostCopies
     has_scores: bool
     num_prompt_scores: list[int | None]
+    embeds: list[bool]
 
 
 class TextRunner(ModelRunner[CausalLM]):
@@ -123,6 +129,7 @@ class TextRunner(ModelRunner[CausalLM]):
         self._token_ids = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._sampling = SamplingTable(self._num_slots, model.config.vocab_size, self.device)
         self._slots: dict[int, TextSlot] = {}
+        self._embedding: set[int] = set()
         self._sampler: CapturedSampler | None = None
         if self._graphs is not None and capture is not None:
             (logits,) = self._graphs.outputs
@@ -146,8 +153,9 @@ class TextRunner(ModelRunner[CausalLM]):
             scores_prompt=params.prompt_logprobs is not None
             and start.sample_index == 0
             and len(start.keys) == start.num_prompt_keys,
-            embeds=request.embeds,
         )
+        if request.embeds:
+            self._embedding.add(start.slot)
         keys = np.array(start.keys, dtype=np.int32)
         self._token_ids[start.slot, : len(keys)] = self._to_device(keys)
         self._sampling.start(start, request, self._start_grammar(start, request))
@@ -175,6 +183,7 @@ class TextRunner(ModelRunner[CausalLM]):
 
     def _release_slot(self, slot: int) -> None:
         self._slots.pop(slot, None)
+        self._embedding.discard(slot)
         self._sampling.release(slot)
 
     def _new_outputs(self, num_rows: int) -> RowOutputs:
@@ -183,13 +192,11 @@ class TextRunner(ModelRunner[CausalLM]):
     def _num_captured(self, batch: Batch) -> int:
         num_captured = super()._num_captured(batch)
         # A graph leaves no hidden states, and the last position of a long prompt may be a decode.
-        embeds = any(self._slots[slot].embeds for slot in batch.slots[:num_captured])
-        return 0 if embeds else num_captured
+        return num_captured if self._embedding.isdisjoint(batch.slots[:num_captured]) else 0
 
     def _compute(self, rows: StepRows, ctx: ForwardContext) -> RowOutputs | None:
         token_ids = self._token_ids[rows.token_slots, rows.positions]
-        states = [self._slots[slot] for slot in rows.slots.tolist()]
-        scores = any(state.scores_prompt for state in states)
+        scores = any(self._slots[slot].scores_prompt for slot in rows.slots.tolist())
         wanted = None if scores else rows.wanted
         hidden: Tensor = self.model(token_ids.long(), rows.positions, ctx, wanted)
         if scores:
@@ -197,10 +204,10 @@ class TextRunner(ModelRunner[CausalLM]):
             hidden = hidden if rows.wanted is None else hidden[rows.wanted]
         if not rows.emits.any():
             return None
-        emitting = itertools.compress(states, rows.emits.tolist())
-        for row, state in enumerate(emitting):
-            if state.embeds:
-                state.embedding = hidden[row].to(torch.float32, copy=True)
+        if self._embedding:
+            for row, slot in enumerate(rows.slots[rows.emits].tolist()):
+                if slot in self._embedding:
+                    self._slots[slot].embedding = hidden[row].to(torch.float32, copy=True)
         return (self.model.compute_logits(hidden, ctx.kernels, ctx.parallel),)
 
     def _compute_decodes(self, slots: Tensor, positions: Tensor, ctx: ForwardContext) -> RowOutputs:
@@ -224,10 +231,11 @@ class TextRunner(ModelRunner[CausalLM]):
         else:
             token_ids, scores = self._sample(outputs[0], states, slots, ends)
         results = [token_ids, *(scores or ())]
-        for state, slices in zip(states, prompt_scores, strict=True):
+        embeddings = [state.take_embedding() for state in states]
+        for slices, embedding in zip(prompt_scores, embeddings, strict=True):
             results += itertools.chain.from_iterable(slices or ())
-            if state.embedding is not None:
-                results.append(state.embedding)
+            if embedding is not None:
+                results.append(embedding)
         return TextStep(
             slots.tolist(),
             ends.tolist(),
@@ -235,6 +243,7 @@ class TextRunner(ModelRunner[CausalLM]):
             HostCopies(results),
             scores is not None,
             [None if slices is None else len(slices) for slices in prompt_scores],
+            [embedding is not None for embedding in embeddings],
         )
 
     def _sample(
@@ -260,7 +269,7 @@ class TextRunner(ModelRunner[CausalLM]):
             token_id, params, payload = token_ids[row], state.params, None
             num_slices = handle.num_prompt_scores[row]
             slices = [_ScoreReader(arrived) for _ in range(num_slices or 0)]
-            embedding = next(arrived).tobytes() if state.embeds else None
+            embedding = next(arrived).tobytes() if handle.embeds[row] else None
             if token_id < 0:
                 results.append(StepResult(slot, -1, Stop("error", UNUSABLE_LOGITS)))
                 continue

@@ -19,9 +19,7 @@ from nanovllm.text.embeddings import embedding_of
 from nanovllm.text.input_processor import Prompt
 
 LONG_ANSWER = 1 << 15
-"""Numbers from which an answer is written in a thread; it takes the loop 5 ms for so many."""
-
-
+"""Numbers from which an answer is written in a thread; so many take 5 ms."""
 MAX_TEXTS = 2048
 """Of one request, as at OpenAI, unless `max_prompts` is more."""
 
@@ -120,9 +118,9 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
         await run.finish()
     finally:
         await run.aclose()
-    states = [output.embedding for output in run.outputs]
-    # One that was ended by `/abort` has none.
-    embeddings = [embedding_of(of, wanted.dimensions) for of in states if of is not None]
-    if len(embeddings) < len(states):
-        raise InvalidRequestError("the request was ended before it was done")
+    embeddings = []
+    for output in run.outputs:
+        if output.embedding is None:  # after `/abort`
+            raise InvalidRequestError("the request was ended before it was done")
+        embeddings.append(embedding_of(output.embedding, wanted.dimensions))
     return Embedded(name, embeddings, run.num_prompt_tokens, run.num_cached_tokens)

@@ -5,33 +5,51 @@ A prompt's embedding is the hidden state of its last token, after the final norm
 al. 2025, "Qwen3 Embedding", section 2). Their tokenizers end a text with a token just for that.
 """
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.models.model_config import read_json
 from nanovllm.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
 
-POOLING = Path("1_Pooling") / "config.json"
-"""Where the checkpoints of sentence-transformers say how the states of tokens become one."""
-POOLING_MODES = {
-    "cls_token",
-    "mean_tokens",
-    "max_tokens",
-    "mean_sqrt_len_tokens",
-    "weightedmean_tokens",
-}
-"""The ways it knows besides the last token's."""
+POOLING, MODULES = Path("1_Pooling") / "config.json", Path("modules.json")
+"""Where the checkpoints of sentence-transformers say what makes embeddings of hidden states."""
+OURS = {"Transformer", "Pooling", "Normalize"}
+"""The modules that do what we do."""
 
 
-def other_pooling(directory: Path) -> list[str]:
-    """How a checkpoint's embeddings are made, if not of the last token: ["mean_tokens"], say."""
-    if not (directory / POOLING).is_file():
-        return []
-    modes = read_json(directory / POOLING).items()
-    names = [name.removeprefix("pooling_mode_") for name, value in modes if value is True]
-    return sorted({*names} & POOLING_MODES)
+def other_embedding(directory: Path) -> str | None:
+    """What a checkpoint's embeddings are made by besides what we do; None is nothing.
+
+    Raises:
+        InvalidRequestError: A file that says it cannot be read.
+    """
+    made_by = []
+    if (directory / MODULES).is_file():
+        try:
+            modules = json.loads((directory / MODULES).read_text())
+            kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+        except (ValueError, KeyError, TypeError) as e:
+            raise InvalidRequestError(f"{directory / MODULES} cannot be read: {e}", "model") from e
+        made_by += [kind for kind in kinds if kind not in OURS]
+    if (directory / POOLING).is_file():
+        modes = _pooling_modes(read_json(directory / POOLING))
+        made_by += [f"pooling by {mode}" for mode in modes if mode != "lasttoken"]
+    return ", ".join(made_by) or None
+
+
+def _pooling_modes(config: Mapping[str, Any]) -> list[str]:
+    """The ways to pool that are on, as their versions before and since 5.4 write them."""
+    given = config.get("pooling_mode")
+    if given is not None:
+        return [given] if isinstance(given, str) else list(given)
+    prefix = "pooling_mode_"
+    return [key[len(prefix) :] for key, on in config.items() if key.startswith(prefix) and on]
 
 
 def embedding_of(state: bytes, dimensions: int | None = None) -> npt.NDArray[np.float32]:

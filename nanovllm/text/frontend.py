@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from nanovllm.models.model_config import ModelConfig, read_generation_config
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.conversations import as_templates_read
-from nanovllm.text.embeddings import POOLING, other_pooling
+from nanovllm.text.embeddings import other_embedding
 from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
@@ -60,7 +61,7 @@ class TextFrontend:
         self.tokenizer = _load_tokenizer(directory, config)
         self.grammars = GrammarCompiler(self.vocabulary)
         self._generation_config = read_generation_config(directory)
-        self._other_pooling = other_pooling(directory)
+        self._directory = directory
 
     def input_processor(self, max_model_len: int) -> InputProcessor:
         """Build what checks and tokenises the requests of an engine."""
@@ -112,12 +113,12 @@ class TextFrontend:
 
         Raises:
             InvalidRequestError: It does not have as many, or the model's embeddings are not the
-                last token's.
+                last token's hidden states.
         """
-        if self._other_pooling:
+        if self._other_embedding is not None:
             raise InvalidRequestError(
-                f"this model's embeddings are made by {', '.join(self._other_pooling)} "
-                f"({POOLING}); here they are the last token's",
+                f"this model's embeddings are made by {self._other_embedding}, which is not "
+                "supported: here they are the last token's hidden states",
                 "model",
             )
         dimensions = conformed("dimensions", dimensions, int | None)
@@ -134,6 +135,10 @@ class TextFrontend:
             detokenize=False,
             truncate_prompt_tokens=truncate_prompt_tokens,
         )
+
+    @cached_property
+    def _other_embedding(self) -> str | None:
+        return other_embedding(self._directory)
 
     def render(
         self,

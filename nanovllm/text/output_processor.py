@@ -228,7 +228,8 @@ class _Sequence:
     def _take_payload(self, payload: TextPayload) -> None:
         request, completion = self.request, self.completion
         scores, prompt_scores, embedding = payload
-        request.output.embedding = embedding
+        if embedding is not None:
+            request.output.embedding = embedding
         if scores is not None and completion.logprobs is not None:
             completion.logprobs.append(_logprobs(scores, request.tokenizer))
             total = completion.cumulative_logprob or 0.0

@@ -62,6 +62,17 @@ def client(server: Server) -> Client:
     return Client(**options(server))
 
 
+def test_embeddings(client: Client) -> None:
+    answer = client.embed(MODEL, ["The king had a daughter.", "A wolf!"], dimensions=32)
+    assert [len(embedding) for embedding in answer.embeddings] == [32, 32]
+    long = client.embed(MODEL, "A king " * 5000)
+    assert len(long.embeddings) == 1
+    assert long.prompt_eval_count
+    with pytest.raises(ResponseError, match="maximum context length") as e:
+        client.embed(MODEL, "A king " * 5000, truncate=False)
+    assert e.value.status_code == 400
+
+
 class TestChat:
     def test_whole(self, client: Client) -> None:
         answer = client.chat(**CHAT)

@@ -551,3 +551,40 @@ class TestAsync:
                 assert "".join(deltas) == final.choices[0].message.content
 
         asyncio.run(use())
+
+
+class TestEmbeddings:
+    def test_numbers_and_bytes_are_the_same(self, client: OpenAI, lenient: OpenAI) -> None:
+        texts = ["The king had a daughter.", "A wolf!"]
+        # Base64 is the client's own default, and it is strict before it has decoded it.
+        as_bytes = lenient.embeddings.create(model=MODEL, input=texts)
+        numbers = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
+        assert [item.index for item in numbers.data] == [0, 1]
+        for one, other in zip(numbers.data, as_bytes.data, strict=True):
+            assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
+            assert sum(x * x for x in one.embedding) == pytest.approx(1, abs=1e-5)
+        assert numbers.usage.total_tokens == numbers.usage.prompt_tokens > 4
+        first = lenient.embeddings.create(model=MODEL, input=texts[0], dimensions=8)
+        assert len(first.data[0].embedding) == 8
+
+    def test_errors(self, client: OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError, match="dimensions must be between 1 and") as e:
+            client.embeddings.create(model=MODEL, input="A", dimensions=100_000)
+        assert e.value.param == "dimensions"
+        with pytest.raises(openai.BadRequestError, match="maximum context length") as e:
+            client.embeddings.create(model=MODEL, input="A king " * 5000)
+        assert (e.value.param, e.value.code) == ("input", "context_length_exceeded")
+
+    def test_many_at_once_beside_others(self, server: Server) -> None:
+        async def scenario() -> tuple[Any, ...]:
+            lenient = options(server, _strict_response_validation=False)
+            async with AsyncOpenAI(**lenient) as client:
+                return await asyncio.gather(
+                    client.embeddings.create(model=MODEL, input=[f"Tale {i}" for i in range(300)]),
+                    client.embeddings.create(model=MODEL, input="Tale 7"),
+                    client.completions.create(**TEXT),
+                )
+
+        many, one, told = asyncio.run(scenario())
+        assert many.data[7].embedding == pytest.approx(one.data[0].embedding, abs=1e-4)
+        assert told.usage.completion_tokens == 24

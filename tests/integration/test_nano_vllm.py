@@ -1,7 +1,7 @@
 """The engine's tokens and scores against transformers, however the work is cut up."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,13 @@ def run_scenario(
         assert_same_tokens(oracle, prompt, output.outputs[0].token_ids)
 
 
+def by_oracle(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Run a test with each model, in one process what takes the most time once: its oracle."""
+    marked = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+@pytest.mark.xdist_group("qwen3")
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_greedy_tokens_are_transformers_however_the_work_is_cut_up(
     checkpoint: Callable[[str], Path], oracle: Callable[[str], Oracle], scenario: Scenario
@@ -159,25 +166,32 @@ by each position's own here, so only what is decoded past the context can be com
 
 NAMES = sorted(set(CHECKPOINTS) - {GROWING})
 KERNELS = ("auto", "torch")
+PLAIN = Scenario(chunked=False, prefix="miss", preempted=False, depth=0)
 HARDEST = Scenario(chunked=True, prefix="shared", preempted=True, depth=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@by_oracle(NAMES)
 @pytest.mark.parametrize(
-    "scenario", [Scenario(False, "miss", False, 0), HARDEST], ids=["plain", "hardest"]
+    ("cpu_isa", "scenario"),
+    [
+        ("auto", PLAIN),
+        ("auto", HARDEST),
+        pytest.param("torch", PLAIN, marks=pytest.mark.slow),
+        ("torch", HARDEST),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("cpu_isa", KERNELS)
 def test_every_architecture_gives_transformers_tokens(
     checkpoint: Callable[[str], Path],
     oracle: Callable[[str], Oracle],
     name: str,
-    scenario: Scenario,
     cpu_isa: str,
+    scenario: Scenario,
 ) -> None:
     run_scenario(checkpoint(name), oracle(name), scenario, cpu_isa)
 
 
-@pytest.mark.parametrize("scenario", [Scenario(False, "miss", False, 0), HARDEST], ids=str)
+@pytest.mark.parametrize("scenario", [PLAIN, HARDEST], ids=str)
 def test_the_bundled_model_gives_transformers_tokens(
     oracle: Callable[[str], Oracle], scenario: Scenario
 ) -> None:
@@ -185,7 +199,7 @@ def test_the_bundled_model_gives_transformers_tokens(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "qwen3"])
+@by_oracle([name for name in NAMES if name != "qwen3"])
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_every_architecture_in_every_scenario(
     checkpoint: Callable[[str], Path],
@@ -208,7 +222,7 @@ def test_dynamic_rope_decodes_past_the_original_context_as_transformers_does(
     assert [out.outputs[0].token_ids for out in outputs] == [reference.greedy(p) for p in prompts]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "demo"])
+@by_oracle([*NAMES, "demo"])
 @pytest.mark.parametrize("cpu_isa", KERNELS)
 def test_scores_are_transformers_log_probabilities(
     checkpoint: Callable[[str], Path], oracle: Callable[[str], Oracle], name: str, cpu_isa: str

@@ -35,8 +35,8 @@ from tests.cpu_kernels import (
 
 INT4 = ("int4-g32", "int4-g64", "int4-g128", "int4-g32-zeros", "int4-g128-zeros")
 FORMATS = ("dense", "compact", "int8", *INT4)
-ROWS = (0, 1, 2, 3, 5, 17, 64)
-MANY_ROWS = (255, 2048)  # more than a block of rows
+ROWS = (0, 1, 2, 3, 5, 6, 17, 64)
+MANY_ROWS = (161, 255, 2048)  # more than a block of rows
 
 # Depth and columns: single elements, odd sizes, just past a tile, and past every block of depth.
 SHAPES = ((1, 1), (7, 37), (37, 7), (64, 64), (65, 17), (321, 100), (130, 321))
@@ -185,7 +185,7 @@ def test_products(isa: str, dtype: torch.dtype, weight_format: str) -> None:
 @each_format
 def test_many_rows_and_great_depth(isa: str, dtype: torch.dtype, weight_format: str) -> None:
     linear = make_linear(isa, dtype, weight_format, 70, [37])
-    for rows in MANY_ROWS if is_fast(isa) else (255, 800):
+    for rows in MANY_ROWS if is_fast(isa) else (161, 255, 800):
         check_rows(linear, rows, "many rows")
     for depth, columns in DEEP:
         linear = make_linear(isa, dtype, weight_format, depth, [columns])
@@ -316,6 +316,7 @@ def test_extreme_codes(isa: str) -> None:
     for bits, group in ((8, depth), (4, 32), (4, 128), (4, 256)):
         codes = torch.full((18, depth), 2**bits - 1, dtype=torch.uint8)
         codes[::2] = 0
+        codes[4:6, ::3] = 2**bits - 1 - codes[4:6, ::3]
         zeros = None
         if bits == 4:
             zeros = torch.zeros(18, depth // group, dtype=torch.uint8)

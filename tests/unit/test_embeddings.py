@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from nanovllm import LLM, AsyncLLM, LoRARequest, SamplingParams
-from nanovllm.errors import ContextLengthError, InvalidRequestError
+from nanovllm.errors import ContextLengthError, InvalidRequestError, UnsupportedModelError
 from nanovllm.outputs import EmbeddingRequestOutput
 from nanovllm.text.embeddings import embedding_of
 from tests.conftest import TINY, spread_out
@@ -101,7 +101,9 @@ def test_captured_decodes_leave_room_for_them(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_checkpoint_of_the_body_alone(tmp_path: Path, tied: bool) -> None:
+def test_a_checkpoint_of_the_body_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
+) -> None:
     shape: dict[str, Any] = TINY | {"head_dim": 32, "tie_word_embeddings": tied}
     model: Any = transformers.Qwen3Model(transformers.Qwen3Config(**shape))
     spread_out(model)
@@ -112,6 +114,7 @@ def test_a_checkpoint_of_the_body_alone(tmp_path: Path, tied: bool) -> None:
         with LLM(str(tmp_path), **SMALL) as llm:
             outputs = llm.embed(PROMPTS, use_tqdm=False)
         np.testing.assert_allclose(embeddings(outputs), reference(model), atol=2e-5)
+    assert ("it embeds, but what it writes is void" in caplog.text) is not tied
     with LLM(str(tmp_path), **SMALL, quantization="int8") as llm:
         rough = embeddings(llm.embed(PROMPTS, use_tqdm=False))
     assert (rough * embeddings(outputs)).sum(-1).min() > 0.99
@@ -152,22 +155,53 @@ def test_texts_prefixes_of_numbers_and_truncation() -> None:
         assert not llm.has_unfinished()
 
 
-def test_other_kinds_of_pooling_are_refused(
-    checkpoint: Callable[[str], Path], tmp_path: Path
+TRANSFORMER, POOLING = "sentence_transformers.models.Transformer", "st.base.modules.Pooling"
+NORMALIZE, DENSE = "sentence_transformers.models.Normalize", "sentence_transformers.models.Dense"
+
+
+@pytest.mark.parametrize(
+    ("modules", "modes", "reason"),
+    [
+        ([TRANSFORMER, POOLING, NORMALIZE], {"pooling_mode_lasttoken": True}, None),
+        ([TRANSFORMER, POOLING], {"pooling_mode": "lasttoken"}, None),
+        ([TRANSFORMER, POOLING], {"pooling_mode": "mean"}, "pooling by mean"),
+        ([TRANSFORMER, POOLING], {"pooling_mode": ["lasttoken", "max"]}, "pooling by max"),
+        ([POOLING], {"pooling_mode_mean_tokens": True}, "pooling by mean_tokens"),
+        ([TRANSFORMER, POOLING, DENSE], {"pooling_mode": "lasttoken"}, "Dense"),
+    ],
+)
+def test_what_embeds_in_another_way_is_refused(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    modules: list[str],
+    modes: dict[str, Any],
+    reason: str | None,
 ) -> None:
     directory = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3"), directory)
     pooling = directory / "1_Pooling" / "config.json"
     pooling.parent.mkdir()
-    modes = {"word_embedding_dimension": 64, "include_prompt": True}
-    pooling.write_text(json.dumps(modes | {"pooling_mode_lasttoken": True}))
+    sizes = {"word_embedding_dimension": 64, "include_prompt": True}
+    (directory / "modules.json").write_text(json.dumps([{"type": of} for of in modules]))
+    pooling.write_text(json.dumps(sizes | modes))
     with LLM(str(directory), **SMALL) as llm:
-        assert len(llm.embed([1, 2], use_tqdm=False)) == 1
-    pooling.write_text(json.dumps(modes | {"pooling_mode_mean_tokens": True}))
-    with LLM(str(directory), **SMALL) as llm:
-        with pytest.raises(InvalidRequestError, match="are made by mean_tokens"):
-            llm.embed([1, 2])
+        if reason is None:
+            assert len(llm.embed([1, 2], use_tqdm=False)) == 1
+        else:
+            with pytest.raises(InvalidRequestError, match=f"are made by {reason}, which"):
+                llm.embed([1, 2])
         assert llm.generate([1, 2], SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+def test_a_model_that_looks_both_ways_is_refused(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen2"), directory)
+    config = json.loads((directory / "config.json").read_text()) | {"is_causal": False}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="is_causal=false"):
+        LLM(str(directory), **SMALL)
 
 
 def test_states_that_are_no_numbers_are_an_error(checkpoint: Callable[[str], Path]) -> None:

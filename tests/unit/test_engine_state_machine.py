@@ -457,7 +457,7 @@ class EngineMachine(RuleBasedStateMachine):
         expected.num_hashes = len(seq.block_hashes)
 
 
-@pytest.mark.parametrize("max_examples", [400, pytest.param(4000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("max_examples", [250, pytest.param(4000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize("runner_class", [AsyncFakeRunner, SpeechFakeRunner])
 def test_engine_state_machine(

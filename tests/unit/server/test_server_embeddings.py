@@ -1,6 +1,8 @@
 """`/v1/embeddings` and Ollama's `/api/embed`: their words, and what is refused."""
 
 import base64
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ def test_texts_and_ids(client: TestClient, llm: FakeLLM, given: Any, prompts: li
     assert [item["index"] for item in answer["data"]] == list(range(len(prompts)))
     for item, prompt in zip(answer["data"], prompts, strict=True):
         np.testing.assert_allclose(item["embedding"], expected(llm, prompt), atol=1e-6)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2 * len(prompts)}
     num_tokens = sum(len(llm.frontend.encode(p)) if isinstance(p, str) else len(p) for p in prompts)
     usage = answer["usage"]
     assert (usage["prompt_tokens"], usage["total_tokens"]) == (num_tokens, num_tokens)
@@ -85,7 +88,21 @@ def test_what_is_refused(
     assert not llm.submitted
 
 
-def test_models_failures_and_ended_requests(client: TestClient, llm: FakeLLM) -> None:
+def test_requests_that_are_ended(client: TestClient, llm: FakeLLM) -> None:
+    llm.delay = 0.5
+    for name, ended_by in (("one", "one"), ("two", "embd-two")):
+        with ThreadPoolExecutor() as threads:
+            answer = threads.submit(
+                client.post, PATH, json={"input": "a"}, headers={"X-Request-Id": name}
+            )
+            while not post(client, "/abort", request_id=ended_by)["aborted"]:
+                time.sleep(0.01)
+            assert answer.result().status_code == 400
+            assert "was ended before it was done" in answer.result().text
+    assert llm.num_open == 0
+
+
+def test_models_and_failures(client: TestClient, llm: FakeLLM) -> None:
     assert client.post(PATH, json={"input": "a", "model": "x"}).status_code == 404
     llm.fail_after, llm.failure = 0, "the runner broke"
     response = client.post(PATH, json={"input": "a"})
@@ -111,7 +128,8 @@ def test_ollama(client: TestClient, llm: FakeLLM) -> None:
     assert answer["prompt_eval_count"] == sum(len(item.token_ids) for item, _, _ in llm.submitted)
     assert answer["total_duration"] > 0
     long = "A king " * 300
-    assert len(post(client, "/api/embed", model="demo_model", input=long)["embeddings"]) == 1
+    answer = post(client, "/api/embed", model="demo_model", input=long, dimensions=9)
+    assert [len(embedding) for embedding in answer["embeddings"]] == [9]
     response = client.post(
         "/api/embed", json={"model": "demo_model", "input": long, "truncate": False}
     )

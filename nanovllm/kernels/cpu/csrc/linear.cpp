@@ -2,8 +2,9 @@
 // weights for every number of rows.
 //
 // The outputs are cut into *panels* of four tiles, a work item being one panel and a block of rows.
-// int8 and int4 round the activations to int8, by row and by group; the integer sums are then exact,
-// and weights are kept unsigned (their zero point is subtracted through the sum of the activations).
+// int8 and int4 round the activations to int8, by row and by group; the integer sums are then exact.
+// Weights are kept unsigned; unless a product takes them signed, their zero point is subtracted
+// through the sum of the activations.
 // After "LLM.int8()" (Dettmers et al. 2022, section 2) and llama.cpp's Q4_0.
 
 #include <algorithm>
@@ -311,7 +312,8 @@ inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const 
   sums.store(c, kPanel);
 }
 
-constexpr int kInt4Rows = std::min(kDotRows, kVectorBytes == 64 ? 6 : 4);
+// Rows whose sums of 16 bits, or 32, fit the registers beside them.
+constexpr int kInt4Rows = kVectorBytes == 64 ? 6 : 4;
 
 // Tiles beside R rows whose sums of the innermost loop fit the registers.
 template <int R>
