@@ -39,6 +39,7 @@ class FakeLLM:
         fail_after: Tokens after which a request fails with `failure`; None is never.
         failure: An exception that is raised, or the text of a completion's error.
         num_open: Requests that have not ended.
+        most_open: The most of them so far.
         asked: What was to be sampled, before it was checked.
         submitted: What has been submitted, with its priority and salt.
         adapted: The adapter of each request, or None.
@@ -59,7 +60,7 @@ class FakeLLM:
         self.fail_after: int | None = None
         self.failure: Exception | str = EngineDeadError("the engine died: try again")
         self.overloaded = False
-        self.num_open = 0
+        self.num_open = self.most_open = 0
         self.asked: list[SamplingParams] = []
         self.submitted: list[tuple[TextInput, int, str | None]] = []
         self.adapted: list[str | None] = []
@@ -123,6 +124,7 @@ class FakeLLM:
             self._streams[name] = stream = FakeStream(self, item, seq_ids, output)
             streams.append(stream)
         self.num_open += len(streams)
+        self.most_open = max(self.most_open, self.num_open)
         return streams
 
     async def abort(self, request_id: str) -> bool:

@@ -227,9 +227,9 @@ class ModelConfig:
             raise UnsupportedModelError(
                 f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
             )
-        if raw.get("is_causal") is False:
+        if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
             raise UnsupportedModelError(
-                "is_causal=false, attention in both directions, is not supported", "is_causal"
+                "attention in both directions (is_causal=false) is not supported", "is_causal"
             )
         # Of these, null counts as left out, and so does the 0 of some checkpoints; a window of null
         # is none, though, where one that is left out has its default.

@@ -282,7 +282,7 @@ class TextRunner(ModelRunner[CausalLM]):
                     embedding,
                 )
             forced: list[int] = []
-            stop = state.stop_at(token_id)
+            stop = state.stop_at(token_id) if embedding is None else Stop("stop")
             if state.grammar is not None:
                 stop, forced = _follow(state.grammar, token_id, stop)
                 self._write(slot, state, handle.ends[row] + 1, forced)

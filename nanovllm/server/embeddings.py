@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
@@ -24,6 +25,10 @@ MAX_TEXTS = 2048
 """Of one request, as at OpenAI, unless `max_prompts` is more."""
 
 
+MAX_AT_ONCE = 64
+"""Texts that the engines are given at a time."""
+
+
 class Wanted(NamedTuple):
     """What to embed, and how.
 
@@ -31,7 +36,7 @@ class Wanted(NamedTuple):
         prompts: Texts or token ids.
         fields: The client's names for our arguments, for errors.
         dimensions: How many numbers of each embedding to keep; None is all.
-        truncate_prompt_tokens: Keep so many last tokens of a prompt; -1 is as many as fit.
+        truncate_prompt_tokens: Keep so many first tokens of a prompt; -1 is as many as fit.
         add_special_tokens: Whether the tokenizer adds its own to texts.
         priority: Lower runs first.
         cache_salt: Share cached prefixes only with requests of the same salt.
@@ -64,6 +69,11 @@ class Embedded(NamedTuple):
     embeddings: list[npt.NDArray[np.float32]]
     num_prompt_tokens: int
     num_cached_tokens: int
+
+
+def written(embedding: npt.NDArray[np.float32]) -> msgspec.Raw:
+    """The numbers as JSON: one embedding at a time, or the event loop had to wait for them all."""
+    return msgspec.Raw(encode(embedding.tolist()))
 
 
 async def respond(
@@ -102,10 +112,27 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
         raise InvalidRequestError(
             f"a request may have {most} texts, got {len(wanted.prompts)}", "prompt"
         )
+    # Not all at once: they would fill the queue, and keep the event loop for as long as that takes.
+    size = min(MAX_AT_ONCE, state.llm.config.max_num_seqs or MAX_AT_ONCE)
+    parts = [
+        await _embed_part(state, wanted, name, wanted.prompts[first : first + size])
+        for first in range(0, len(wanted.prompts), size)
+    ]
+    return Embedded(
+        name,
+        [embedding for part in parts for embedding in part.embeddings],
+        sum(part.num_prompt_tokens for part in parts),
+        sum(part.num_cached_tokens for part in parts),
+    )
+
+
+async def _embed_part(
+    state: ServerState, wanted: Wanted, name: str, prompts: Sequence[Prompt]
+) -> Embedded:
     run = await Generation.start(
         state,
         name,
-        wanted.prompts,
+        prompts,
         state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens),
         add_special_tokens=wanted.add_special_tokens,
         hidden=True,

@@ -80,7 +80,7 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and params.truncate_prompt_tokens is None:
             self._check_size(text)
-        token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params)
+        token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params, embeds)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             given = getattr(params, name) or ()
             if len(given) > self._vocab_size:
@@ -105,14 +105,23 @@ class InputProcessor:
         )
         return TextInput(text, token_ids, params, payload, cache_salt)
 
-    def _fitted(self, token_ids: list[int], params: SamplingParams) -> list[int]:
-        """The prompt, cut where that is asked for, with room for the output in the context."""
+    def _fitted(self, token_ids: list[int], params: SamplingParams, embeds: bool) -> list[int]:
+        """The prompt, cut where that is asked for, with room for the output in the context.
+
+        What is gone on with keeps its end. What is embedded keeps its beginning, as in vLLM, and
+        the token that the tokenizer ends it with.
+        """
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
         kept = params.truncate_prompt_tokens
         if kept is not None:
             room = self._max_model_len - (params.max_tokens or 1)
-            token_ids = token_ids[-(kept if kept >= 0 else max(room, 1)) :]
+            size = kept if kept >= 0 else max(room, 1)
+            if embeds and len(token_ids) > size:
+                special = frozenset() if self._tokenizer is None else self._tokenizer.special_ids
+                ending = token_ids[-1:] if token_ids[-1] in special else []
+                token_ids = token_ids[: size - len(ending)] + ending
+            token_ids = token_ids[-size:]
         if len(token_ids) >= self._max_model_len:
             raise ContextLengthError.of_prompt(self._max_model_len, len(token_ids))
         return token_ids

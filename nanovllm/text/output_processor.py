@@ -179,7 +179,9 @@ class _Sequence:
             self._take_first(news, now)
         completion = self.completion
         key, finish_reason = news.key, news.finish_reason
-        if isinstance(key, int):
+        if isinstance(news.payload, TextPayload) and news.payload.embedding is not None:
+            self.request.output.embedding = news.payload.embedding
+        elif isinstance(key, int):
             completion.token_ids.append(key)
             if isinstance(news.payload, TextPayload):
                 self._take_payload(news.payload)
@@ -227,9 +229,7 @@ class _Sequence:
 
     def _take_payload(self, payload: TextPayload) -> None:
         request, completion = self.request, self.completion
-        scores, prompt_scores, embedding = payload
-        if embedding is not None:
-            request.output.embedding = embedding
+        scores, prompt_scores, _ = payload
         if scores is not None and completion.logprobs is not None:
             completion.logprobs.append(_logprobs(scores, request.tokenizer))
             total = completion.cumulative_logprob or 0.0

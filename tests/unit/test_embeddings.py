@@ -145,7 +145,11 @@ def test_texts_prefixes_of_numbers_and_truncation() -> None:
         with pytest.raises(ContextLengthError):
             llm.embed(long)
         (cut,) = llm.embed(long, truncate_prompt_tokens=-1, use_tqdm=False)
-        assert len(cut.prompt_token_ids) == 63
+        assert cut.prompt_token_ids == llm.encode(long)[:63]
+        assert llm.tokenizer is not None
+        end = min(llm.tokenizer.special_ids)
+        (ended,) = llm.embed([*llm.encode(long), end], truncate_prompt_tokens=9, use_tqdm=False)
+        assert ended.prompt_token_ids == [*llm.encode(long)[:8], end]
         for wrong in (0, -1, size + 1, "8", 2.5):
             with pytest.raises(InvalidRequestError, match="dimensions must be"):
                 llm.embed("A", dimensions=wrong)  # type: ignore[arg-type]
@@ -200,7 +204,7 @@ def test_a_model_that_looks_both_ways_is_refused(
     shutil.copytree(checkpoint("qwen2"), directory)
     config = json.loads((directory / "config.json").read_text()) | {"is_causal": False}
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="is_causal=false"):
+    with pytest.raises(UnsupportedModelError, match="attention in both directions"):
         LLM(str(directory), **SMALL)
 
 

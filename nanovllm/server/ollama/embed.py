@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 
 from nanovllm.config.server import MAX_PROMPTS
 from nanovllm.server.chat.checks import note_ignored
-from nanovllm.server.embeddings import Embedded, Wanted, respond
+from nanovllm.server.embeddings import Embedded, Wanted, respond, written
 from nanovllm.server.fields import FAIL_FAST, OrSay, Text, TokenCount, WireModel
 from nanovllm.server.ollama.requests import KeepAlive
 from nanovllm.server.ollama.responses import EmbedResponse
@@ -32,7 +32,7 @@ class EmbedRequest(WireModel):
         OrSay("must be text or a list of texts, none of them empty"),
     ] = Field(description="Without any text the model is loaded, as it is anyway.")
     truncate: bool | None = Field(
-        True, description="Whether a text that is too long loses its beginning, or is refused."
+        True, description="Whether a text that is too long loses its end, or is refused."
     )
     dimensions: TokenCount | None = None
     keep_alive: KeepAlive = Field(None, description="The model stays loaded anyway.")
@@ -53,10 +53,10 @@ async def embed(body: EmbedRequest, request: Request, state: State) -> Response:
         lora_name=state.text_adapter(model_name(body.model, state)),
     )
 
-    def tell(embedded: Embedded) -> EmbedResponse:
+    def tell(embedded: Embedded) -> dict[str, Any]:
         return {
             "model": body.model,
-            "embeddings": [embedding.tolist() for embedding in embedded.embeddings],
+            "embeddings": [written(embedding) for embedding in embedded.embeddings],
             "total_duration": time.monotonic_ns() - started,
             "load_duration": 0,
             "prompt_eval_count": embedded.num_prompt_tokens,

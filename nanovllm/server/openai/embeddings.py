@@ -2,7 +2,7 @@
 
 import base64
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -10,8 +10,8 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from nanovllm.server.chat.checks import note_ignored
-from nanovllm.server.embeddings import Embedded, Wanted, respond
-from nanovllm.server.fields import Int64, OrSay, RequestId, TokenCount, WireModel
+from nanovllm.server.embeddings import Embedded, Wanted, respond, written
+from nanovllm.server.fields import Int64, OrSay, RequestId, TokenCount, WireModel, not_served
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.requests import Prompt, as_prompts
 from nanovllm.server.openai.responses import PromptTokensDetails
@@ -37,13 +37,17 @@ class EmbeddingRequest(WireModel):
     user: str | None = None
     truncate_prompt_tokens: Annotated[
         TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")
-    ] = Field(None, description="Keep so many last tokens of a text; -1 is as many as fit.")
+    ] = Field(None, description="Keep so many first tokens of a text; -1 is as many as fit.")
     add_special_tokens: bool | None = True
     priority: Int64 | None = Field(0, description="Lower runs first.")
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
         None, description="Only requests of the same salt share cached prefixes."
     )
     request_id: RequestId | None = None
+
+    normalize: Annotated[
+        Literal[True] | None, not_served("embeddings have the length 1, as the models want it")
+    ] = None
 
 
 class EmbeddingData(TypedDict):
@@ -96,14 +100,14 @@ async def create_embeddings(body: EmbeddingRequest, request: Request, state: Sta
     return await respond(request, state, wanted, lambda made: _told(made, name, in_base64))
 
 
-def _told(embedded: Embedded, model: str, in_base64: bool) -> EmbeddingList:
-    data: list[EmbeddingData] = [
+def _told(embedded: Embedded, model: str, in_base64: bool) -> dict[str, Any]:
+    data = [
         {
             "object": "embedding",
             "index": index,
             "embedding": base64.b64encode(embedding.astype("<f4").tobytes()).decode()
             if in_base64
-            else embedding.tolist(),
+            else written(embedding),
         }
         for index, embedding in enumerate(embedded.embeddings)
     ]

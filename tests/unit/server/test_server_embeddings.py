@@ -3,6 +3,7 @@
 import base64
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,18 @@ def test_texts_and_ids(client: TestClient, llm: FakeLLM, given: Any, prompts: li
     assert all(item.params.max_tokens == 1 for item, _, _ in llm.submitted)
 
 
+def test_many_texts_do_not_fill_the_queue(client: TestClient, llm: FakeLLM) -> None:
+    llm.config = replace(llm.config, max_num_seqs=3)
+    answer = post(client, PATH, input=[[i] for i in range(100)])
+    assert [item["index"] for item in answer["data"]] == list(range(100))
+    assert llm.most_open == 3
+    assert answer["usage"]["prompt_tokens"] == 100
+    for number in (0, 50, 99):
+        np.testing.assert_allclose(
+            answer["data"][number]["embedding"], expected(llm, [number]), atol=1e-6
+        )
+
+
 def test_base64_is_little_endian_float32(client: TestClient, llm: FakeLLM) -> None:
     answer = post(client, PATH, input="The king", encoding_format="base64", dimensions=7)
     numbers = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
@@ -78,6 +91,7 @@ def test_what_else_a_request_may_say(client: TestClient, llm: FakeLLM) -> None:
         ({"input": "a", "dimensions": 100_000}, "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "normalize": False}, "normalize"),
     ],
 )
 def test_what_is_refused(
