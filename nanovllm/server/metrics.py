@@ -150,6 +150,9 @@ class RequestMetrics:
             self.itl.observe(now - last)
             return
         self.ttft.observe(now - output.metrics.arrival_time)
+        self._count_prompt(output)
+
+    def _count_prompt(self, output: Output) -> None:
         self.prompt_tokens.inc(output.num_prompt_tokens)
         self.cached_tokens.inc(output.num_cached_tokens)
         if output.num_cached_tokens:
@@ -158,7 +161,9 @@ class RequestMetrics:
             self.num_prefix_misses += 1
 
     def finished(self, output: Output) -> None:
-        self._last_news.pop(output.request_id, None)
+        has_tokens = self._last_news.pop(output.request_id, None) is not None
+        if not has_tokens and output.metrics.first_token_time is not None:  # an embedding
+            self._count_prompt(output)
         self.success.labels(self._model_name, output.finish_reason or "abort").inc()
         self.request_generation_tokens.observe(output.num_tokens)
         times = output.metrics

@@ -165,6 +165,23 @@ class TestMetrics:
         assert self.value(metrics, "vllm:request_success_total", finished_reason="stop") == 1
         assert self.value(metrics, "vllm:admission_rejections_total", reason="tokens") == 1
 
+    def test_an_embedding_has_a_prompt_and_no_tokens(self) -> None:
+        metrics = Metrics()
+        watch = metrics.requests_of("m")
+        times = RequestMetrics(10.0, 10.5, 11.0, 11.0)
+        done = [CompletionOutput(0, finish_reason="stop")]
+        output = RequestOutput("id", None, [1] * 40, done, times, num_cached_tokens=16)
+        watch.received(output, SamplingParams(max_tokens=1))
+        watch.finished(output)
+        for name, value in {
+            "prompt_tokens_total": 40,
+            "prompt_tokens_cached_total": 16,
+            "generation_tokens_total": 0,
+            "time_to_first_token_seconds_count": 0,
+            "e2e_request_latency_seconds_count": 1,
+        }.items():
+            assert self.value(metrics, f"vllm:{name}") == value, name
+
     def test_a_request_that_never_ran(self) -> None:
         metrics = Metrics()
         output = RequestOutput("id", "x", [1], [CompletionOutput(0)], RequestMetrics(1.0))
