@@ -123,19 +123,9 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         await self.start()
         given = self.default_sampling_params() if sampling_params is None else sampling_params
         inputs = await self.prepare(prompt, given)
-        request_ids = None if request_id is None else [request_id]
-        (stream,) = await self.submit(
-            [inputs],
-            request_ids=request_ids,
-            priority=priority,
-            cache_salt=cache_salt,
-            lora_name=lora_name,
-        )
-        try:
+        async with self._stream(inputs, request_id, priority, cache_salt, lora_name) as stream:
             async for output in stream:
                 yield output.snapshot()
-        finally:
-            await stream.aclose()
 
     async def embed(
         self,
@@ -170,19 +160,9 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         await self.start()
         params = self.embedding_params(dimensions, truncate_prompt_tokens)
         inputs = await self.prepare(prompt, params, embeds=True)
-        request_ids = None if request_id is None else [request_id]
-        (stream,) = await self.submit(
-            [inputs],
-            request_ids=request_ids,
-            priority=priority,
-            cache_salt=cache_salt,
-            lora_name=lora_name,
-        )
-        try:
+        async with self._stream(inputs, request_id, priority, cache_salt, lora_name) as stream:
             async for _ in stream:
                 pass
-        finally:
-            await stream.aclose()
         return embedding_output(stream.output, dimensions)
 
     def embedding_params(
@@ -293,6 +273,28 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         for request, _ in opened:
             self._parts.pool.submit(request)
         return [stream for _, stream in opened]
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self,
+        inputs: TextInput,
+        request_id: str | None,
+        priority: int,
+        cache_salt: str | None,
+        lora_name: str | None,
+    ) -> AsyncGenerator[RequestStream, None]:
+        """One prepared request, queued; aborted at the end if it has not ended by then."""
+        (stream,) = await self.submit(
+            [inputs],
+            request_ids=None if request_id is None else [request_id],
+            priority=priority,
+            cache_salt=cache_salt,
+            lora_name=lora_name,
+        )
+        try:
+            yield stream
+        finally:
+            await stream.aclose()
 
     async def warm(self, prompt: Prompt) -> int:
         """Compute a prefix on every engine, so that requests that begin with it find it cached.

@@ -1297,7 +1297,7 @@ FAULTS = [
         TEXT_RUNNER,
         "return num_captured if self._embedding.isdisjoint(batch.slots[:num_captured]) else 0",
         "return num_captured",
-        EMBEDDINGS,
+        GRAPHS,
     ),
     Fault(
         "a body without a head under its own names",

@@ -23,8 +23,6 @@ LONG_ANSWER = 1 << 15
 """Numbers from which an answer is written in a thread; so many take 5 ms."""
 MAX_TEXTS = 2048
 """Of one request, as at OpenAI, unless `max_prompts` is more."""
-
-
 MAX_AT_ONCE = 64
 """Texts that the engines are given at a time."""
 

@@ -122,6 +122,24 @@ def test_graphs_change_nothing_of_a_mixture(
     assert answers[0] == answers[1]
 
 
+def test_graphs_leave_room_for_embeddings(
+    graphs: RecordedGraphs, checkpoint: Callable[[str], Path]
+) -> None:
+    """The last position of a prompt that was cut into chunks is a row like a decode's."""
+    model, prompts = checkpoint("qwen3"), [list(range(length)) for length in (9, 17, 18)]
+    made = []
+    for eager in (False, True):
+        options = OPTIONS | {"max_num_batched_tokens": 8, "enforce_eager": eager}
+        with LLM(str(model), **options) as llm:
+            stream = llm.stream([1, 2], SamplingParams(max_tokens=30, ignore_eos=True))
+            next(stream)
+            outputs = llm.embed(prompts, use_tqdm=False)
+            made.append([output.outputs.embedding for output in outputs])
+            stream.close()
+    assert graphs.num_replayed
+    np.testing.assert_allclose(made[0], made[1], atol=1e-5)
+
+
 def test_the_sampler_is_captured_for_rows_that_only_draw(
     graphs: RecordedGraphs, checkpoint: Callable[[str], Path]
 ) -> None:

@@ -72,34 +72,6 @@ def test_they_share_steps_with_what_is_generated(checkpoint: Callable[[str], Pat
     np.testing.assert_allclose(beside, alone, atol=1e-5)
 
 
-def test_captured_decodes_leave_room_for_them(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last position of a prompt that was cut into chunks is a row like a decode's."""
-    from nanovllm.kernels.torch_kernels import TorchKernels
-    from nanovllm.worker import loading
-    from tests.capturable_attention import CapturableAttention
-    from tests.recorded_graphs import RecordedGraphs
-
-    graphs = RecordedGraphs()
-    monkeypatch.setattr(TorchKernels, "attention", lambda self, config: CapturableAttention(config))
-    monkeypatch.setattr(
-        loading,
-        "graph_capture",
-        lambda config, device: None if config.enforce_eager else graphs,
-    )
-    options = SMALL | {"cpu_isa": "torch", "max_num_batched_tokens": 8, "enable_lora": False}
-    prompts, made = [list(range(length)) for length in (9, 17, 18)], []
-    for eager in (True, False):
-        with LLM(str(checkpoint("qwen3")), **options, enforce_eager=eager) as llm:
-            stream = llm.stream([1, 2], SamplingParams(max_tokens=30, ignore_eos=True))
-            next(stream)
-            made.append(embeddings(llm.embed(prompts, use_tqdm=False)))
-            stream.close()
-    assert graphs.num_replayed
-    np.testing.assert_allclose(made[1], made[0], atol=1e-5)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_of_the_body_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tied: bool
