@@ -26,11 +26,12 @@ BEYOND_A_SCHEMA = re.compile(
     # The model served, and its tokenizer and template.
     r"|This model's maximum context length is"
     r"|is out of range: the vocabulary has"
+    r"|dimensions must be between 1 and \d+, which the model has"
     r"|the chat template"
     r"|chat_template_kwargs must not have"
     r"|this model writes text and does not speak"
     # Limits of the server, which are options.
-    r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|stop strings)"
+    r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|texts|stop strings)"
     # JSON inside JSON.
     r"|arguments: must be the JSON text of an object"
     # Responses: what goes together, and ids of what is there.
