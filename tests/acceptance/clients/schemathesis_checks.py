@@ -31,7 +31,8 @@ BEYOND_A_SCHEMA = re.compile(
     r"|chat_template_kwargs must not have"
     r"|this model writes text and does not speak"
     # Limits of the server, which are options.
-    r"|n must be at most|n times the prompts must be|a request may have \d+ (prompts|texts|stop strings)"
+    r"|n must be at most|n times the prompts must be"
+    r"|a request may have \d+ (prompts|texts|stop strings)"
     # JSON inside JSON.
     r"|arguments: must be the JSON text of an object"
     # Responses: what goes together, and ids of what is there.
