@@ -144,7 +144,8 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             prompt: Text, token ids, or vLLM's mapping of either.
             request_id: See `generate`.
             dimensions: How many numbers of the embedding to keep; None is all.
-            truncate_prompt_tokens: See `SamplingParams`.
+            truncate_prompt_tokens: Keep so many first tokens of a prompt, and the one that the
+                tokenizer ends it with; -1 is as many as fit.
             priority: Lower runs first.
             cache_salt: See `generate`.
             lora_name: A registered adapter; None is none.

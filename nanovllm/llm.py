@@ -142,7 +142,8 @@ class LLM:
             dimensions: How many numbers of an embedding to keep; None is all.
             use_tqdm: See `generate`.
             lora_request: See `generate`.
-            truncate_prompt_tokens: See `SamplingParams`.
+            truncate_prompt_tokens: Keep so many first tokens of a prompt, and the one that the
+                tokenizer ends it with; -1 is as many as fit.
 
         Returns:
             One output a prompt, in order; embeddings have the length 1.

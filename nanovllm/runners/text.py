@@ -154,6 +154,7 @@ class TextRunner(ModelRunner[CausalLM]):
             and start.sample_index == 0
             and len(start.keys) == start.num_prompt_keys,
         )
+        self._embedding.discard(start.slot)
         if request.embeds:
             self._embedding.add(start.slot)
         keys = np.array(start.keys, dtype=np.int32)

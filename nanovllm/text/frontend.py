@@ -109,7 +109,8 @@ class TextFrontend:
 
         Args:
             dimensions: How many numbers of an embedding are wanted; None is all.
-            truncate_prompt_tokens: See `SamplingParams`.
+            truncate_prompt_tokens: Keep so many first tokens of a prompt, and the one that the
+                tokenizer ends it with; -1 is as many as fit.
 
         Raises:
             InvalidRequestError: It does not have as many, or the model's embeddings are not the
