@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.attention_backend import (
     AttentionBatch,
     AttentionConfig,
@@ -107,7 +108,7 @@ def launch_attention(
     backend = TritonAttention(config)
     cache = torch.zeros(backend.cache_spec(NUM_BLOCKS).shape, dtype=dtype)
     rotary = torch.zeros(1, 1, head_dim // 2), torch.zeros(1, 1, head_dim // 2)
-    norms = HeadNorms(torch.ones(head_dim, dtype=dtype), torch.ones(head_dim, dtype=dtype), 1e-6)
+    norms = HeadNorms(torch.ones(head_dim), torch.ones(head_dim), 1e-6)
     tables = BlockTables.zeros(65, 512, CPU)
     tables.append([(slot, 0, list(range(500))) for slot in range(64)])
     for num_decodes, prompts in ((1, []), (32, []), (0, [700, 40]), (0, [3]), (3, [70])):
@@ -130,16 +131,17 @@ def launch_layers(dtype: torch.dtype, hidden: int, intermediate: int, rows: int)
     """What a layer has besides attention."""
     for deterministic in (False, True):
         kernels = TritonKernels(CPU, dtype, deterministic)
-        x, weight = torch.zeros(rows, hidden, dtype=dtype), torch.ones(hidden, dtype=dtype)
+        x, weight = torch.zeros(rows, hidden, dtype=dtype), torch.ones(hidden)
         kernels.rms_norm(x, weight, 1e-6)
         kernels.add_rms_norm(x, x.clone(), weight, 1e-6)
-        kernels.silu_mul(torch.zeros(rows, 2 * intermediate, dtype=dtype))
+        for activation in get_args(Activation):
+            kernels.act_and_mul(torch.zeros(rows, 2 * intermediate, dtype=dtype), activation)
         if deterministic:
             packed = kernels.pack(WeightSpec(hidden, hidden), [torch.zeros(hidden, hidden)], None)
             kernels.linear(x, packed)
             kernels.logits(x, packed)
         matrices = 16 * [torch.zeros(hidden, hidden)]
-        gate_up = kernels.pack_experts(WeightSpec(2 * hidden, hidden, gated=True), 8, matrices)
+        gate_up = kernels.pack_experts(WeightSpec(2 * hidden, hidden, "silu"), 8, matrices)
         down = kernels.pack_experts(WeightSpec(hidden, hidden), 8, matrices[:8])
         kernels.mixture(x, torch.zeros(rows, 8), Routing(2, True), gate_up, down)
     for rank in (16, 96):

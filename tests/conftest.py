@@ -98,6 +98,17 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama3": ("Llama", {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0}),
     "mistral": ("Mistral", {"sliding_window": 32}),
+    "gemma3": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 24,
+            "sliding_window_pattern": 2,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "rope_local_base_freq": 100.0,
+        },
+    ),
 }
 
 
@@ -120,7 +131,8 @@ def spread_out(model: torch.nn.Module) -> None:
 
 def make_checkpoint(directory: Path, family: str, **overrides: Any) -> Path:
     """Write a tiny random checkpoint of a family as transformers writes it."""
-    config_class = getattr(transformers, f"{family}Config")
+    name = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config_class = getattr(transformers, name)
     model_class = getattr(transformers, f"{family}ForCausalLM")
     torch.manual_seed(0)
     model = model_class(config_class(**TINY | overrides))

@@ -88,7 +88,7 @@ def _random(world: World, *shape: int) -> Tensor:
 
 
 def _elementwise(world: World, kernels: Kernels, sizes: Sizes) -> Iterator[Case]:
-    weight = _random(world, sizes.hidden)
+    weight = _random(world, sizes.hidden).float()
     for rows in sizes.num_rows:
         x, residual = _random(world, rows, sizes.hidden), _random(world, rows, sizes.hidden)
         gate_up = _random(world, rows, 2 * sizes.width)
@@ -98,8 +98,8 @@ def _elementwise(world: World, kernels: Kernels, sizes: Sizes) -> Iterator[Case]
             2 * 4 * x.numel(),
         )
         yield Case(
-            f"silu_mul, {rows} rows",
-            lambda gate_up=gate_up: kernels.silu_mul(gate_up),
+            f"act_and_mul, {rows} rows",
+            lambda gate_up=gate_up: kernels.act_and_mul(gate_up, "silu"),
             2 * 3 * rows * sizes.width,
         )
 
@@ -142,7 +142,7 @@ def _attend(world: World, sizes: Sizes, cached: Cached, start: int, length: int)
 
 
 def _kv_write(world: World, kernels: Kernels, sizes: Sizes) -> Iterator[Case]:
-    norms = HeadNorms(_random(world, sizes.head_dim), _random(world, sizes.head_dim), EPS)
+    norms = HeadNorms(*_random(world, 2, sizes.head_dim).float(), EPS)
     heads = sizes.num_heads + 2 * sizes.num_kv_heads
     for rows in sizes.num_rows:
         cached = _cached(world, kernels, sizes, 1, rows)

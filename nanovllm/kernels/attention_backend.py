@@ -158,7 +158,7 @@ class PlanBuffers:
 
 
 class HeadNorms(NamedTuple):
-    """Weights `[head_dim]` of the norms of queries and keys, and their epsilon."""
+    """Weights of the norms of queries and keys, float32 `[head_dim]`, and their epsilon."""
 
     q: Tensor
     k: Tensor

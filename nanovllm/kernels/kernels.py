@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.lora import IntArray, LoRABatch, LoRAWeights
@@ -50,15 +51,20 @@ class WeightSpec:
     Args:
         rows: Outputs, of all parts together.
         depth: Inputs.
-        gated: Whether there are two parts of equal width, `gate` and `up`, of which only
-            `SiLU(gate) * up` is wanted.
+        activation: If there is one, there are two parts of equal width, `gate` and `up`, of which
+            only `activation(gate) * up` is wanted.
         replaceable: Whether `Kernels.repack` may give it another matrix.
     """
 
     rows: int
     depth: int
-    gated: bool = False
+    activation: Activation | None = None
     replaceable: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether half of the outputs gate the others."""
+        return self.activation is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,10 @@ class Kernels(Protocol):
     def isa(self) -> str:
         """What they are made of, as `cpu_isa` names it."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of weights that are not quantized."""
+
     def with_dtype(self, dtype: torch.dtype) -> "Kernels":
         """The same in another dtype, float32 or bfloat16."""
 
@@ -195,15 +205,15 @@ class Kernels(Protocol):
         """Look up rows: int64 `[num_tokens]` to `[num_tokens, depth]`."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """RMSNorm over the last dimension (Zhang & Sennrich 2019)."""
+        """RMSNorm over the last dimension (Zhang & Sennrich 2019), by float32 weights."""
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """Return the norm of `x + residual`, and the sum, which may be in `residual`'s place."""
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """`SiLU(gate) * up` of `[num_tokens, 2 * width]` (Shazeer 2020)."""
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """`activation(gate) * up` of `[num_tokens, 2 * width]` (Shazeer 2020)."""
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         """A backend for some layers."""

@@ -18,7 +18,7 @@ from nanovllm.kernels.attention_backend import (
     HeadNorms,
     PlanBuffers,
 )
-from nanovllm.kernels.rotation import rotate
+from nanovllm.kernels.elementwise import rms_norm, rotate
 
 MAX_GATHERED_POSITIONS = 1 << 16
 """Padded positions gathered at a time: bounds the copy of the cache to some 100 MB a layer."""
@@ -88,8 +88,8 @@ class PagedCache:
         # [num_tokens, num_heads or num_kv_heads, head_dim]
         q, k, v = torch.split(heads, widths, dim=1)
         if norms is not None:
-            q = F.rms_norm(q, norms.q.shape, norms.q, norms.eps)
-            k = F.rms_norm(k, norms.k.shape, norms.k, norms.eps)
+            q = rms_norm(q, norms.q, norms.eps)
+            k = rms_norm(k, norms.k, norms.eps)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         _store(k, v, cache, slots)

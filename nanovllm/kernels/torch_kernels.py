@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels import audio
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
 from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
+from nanovllm.kernels.elementwise import rms_norm
 from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
 from nanovllm.kernels.kernels import (
     Choice,
@@ -27,14 +29,14 @@ from nanovllm.kernels.sdpa import attend_locally
 
 
 class DenseWeight(NamedTuple):
-    """A weight `[rows, depth]`, its bias, and whether its halves are a gate and what it gates.
+    """A weight `[rows, depth]`, its bias, and what is between its halves, if one gates the other.
 
     Those of experts are `[num_experts, rows, depth]`.
     """
 
     weight: Tensor
     bias: Tensor | None
-    gated: bool
+    activation: Activation | None
 
 
 class TorchKernels:
@@ -51,6 +53,10 @@ class TorchKernels:
     @property
     def isa(self) -> str:
         return "torch"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     def with_dtype(self, dtype: torch.dtype) -> "TorchKernels":
         return TorchKernels(self._device, dtype)
@@ -69,7 +75,7 @@ class TorchKernels:
             first += len(dense)
         if bias is not None:
             bias = bias.to(self._device, self._dtype)
-        return DenseWeight(weight, bias, spec.gated)
+        return DenseWeight(weight, bias, spec.activation)
 
     def pack_experts(
         self, spec: WeightSpec, num_experts: int, parts: Iterable[Tensor | QuantizedWeight]
@@ -82,7 +88,7 @@ class TorchKernels:
 
     def linear(self, x: Tensor, weight: DenseWeight) -> Tensor:
         y = F.linear(x, weight.weight, weight.bias)
-        return self.silu_mul(y) if weight.gated else y
+        return y if weight.activation is None else self.act_and_mul(y, weight.activation)
 
     def linear_add(self, x: Tensor, weight: DenseWeight, total: Tensor) -> Tensor:
         return total + self.linear(x, weight)
@@ -102,7 +108,7 @@ class TorchKernels:
         out = torch.zeros(len(x), down.weight.shape[1], device=x.device)
         for expert in experts.unique().tolist():  # type: ignore[no-untyped-call]
             rows, rank = (experts == expert).nonzero(as_tuple=True)
-            hidden = self.silu_mul(F.linear(x[rows], gate_up.weight[expert]))
+            hidden = self.linear(x[rows], gate_up._replace(weight=gate_up.weight[expert]))
             made = F.linear(hidden, down.weight[expert])
             out.index_add_(0, rows, made.float() * shares[rows, rank, None])
         return out.to(x.dtype)
@@ -117,7 +123,7 @@ class TorchKernels:
         return F.embedding(token_ids, weight.weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -125,9 +131,10 @@ class TorchKernels:
         total = x + residual
         return self.rms_norm(total, weight, eps), total
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        return gate * up
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:
         return select_attention(config, self._device)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.kernels import Routing
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.linear import Linear
@@ -14,7 +15,7 @@ class ExpertLinear(Linear):
         in_features: Width of the input.
         parts: Output width of each projection, by its name in the checkpoint, in order.
         num_experts: How many experts there are.
-        gated: See `PackedLinear`.
+        activation: See `PackedLinear`.
 
     Attributes:
         spec: Shape of one expert's weight.
@@ -22,9 +23,13 @@ class ExpertLinear(Linear):
     """
 
     def __init__(
-        self, in_features: int, parts: dict[str, int], num_experts: int, gated: bool = False
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        num_experts: int,
+        activation: Activation | None = None,
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), gated=gated)
+        super().__init__(in_features, sum(parts.values()), activation=activation)
         self.num_experts = num_experts
         self._parts = parts
 
@@ -38,18 +43,21 @@ class ExpertLinear(Linear):
 
 
 class Experts(nn.Module):
-    """The MLPs, with SiLU as their gate.
+    """The MLPs.
 
     Args:
         hidden_size: Width of their inputs and outputs.
         expert_size: Their own width.
         num_experts: How many there are.
+        activation: Of their gates.
     """
 
-    def __init__(self, hidden_size: int, expert_size: int, num_experts: int) -> None:
+    def __init__(
+        self, hidden_size: int, expert_size: int, num_experts: int, activation: Activation
+    ) -> None:
         super().__init__()
         width = {"gate_proj": expert_size, "up_proj": expert_size}
-        self.gate_up_proj = ExpertLinear(hidden_size, width, num_experts, gated=True)
+        self.gate_up_proj = ExpertLinear(hidden_size, width, num_experts, activation)
         self.down_proj = ExpertLinear(expert_size, {"down_proj": hidden_size}, num_experts)
 
     def forward(self, x: Tensor, scores: Tensor, routing: Routing, ctx: ForwardContext) -> Tensor:
@@ -66,16 +74,22 @@ class Mixture(nn.Module):
         hidden_size: Width of inputs and outputs.
         expert_size: Width of an expert.
         num_experts: How many there are.
+        activation: Of their gates.
         routing: How tokens are shared out among them.
     """
 
     def __init__(
-        self, hidden_size: int, expert_size: int, num_experts: int, routing: Routing
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        activation: Activation,
+        routing: Routing,
     ) -> None:
         super().__init__()
         # Never quantized: a score that is off sends the token to another expert.
         self.gate = Linear(hidden_size, num_experts, exact=True)
-        self.experts = Experts(hidden_size, expert_size, num_experts)
+        self.experts = Experts(hidden_size, expert_size, num_experts, activation)
         self._routing = routing
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.kernels import Kernels, WeightSpec
 from nanovllm.layers.context import ForwardContext
 from nanovllm.layers.lora import LoRATable
@@ -29,12 +30,12 @@ class Linear(nn.Module):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        gated: bool = False,
+        activation: Activation | None = None,
         exact: bool = False,
         reduces: bool = False,
     ) -> None:
         super().__init__()
-        self.spec = WeightSpec(out_features, in_features, gated)
+        self.spec = WeightSpec(out_features, in_features, activation)
         self.has_bias, self.exact, self.reduces = bias, exact, reduces
         self.weight: Any = None
         self.lora: LoRATable | None = None
@@ -58,32 +59,37 @@ class PackedLinear(Linear):
         in_features: Width of the input.
         parts: Output width of each projection, by its name in the checkpoint, in order.
         bias: Whether each projection has one.
-        gated: Whether the two parts are a gate and what it gates: then the output is
-            `SiLU(gate) * up`, of the width of one.
+        activation: If there is one, the two parts are a gate and what it gates: then the output is
+            `activation(gate) * up`, of the width of one.
     """
 
     def __init__(
-        self, in_features: int, parts: dict[str, int], bias: bool = False, gated: bool = False
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool = False,
+        activation: Activation | None = None,
     ) -> None:
-        super().__init__(in_features, sum(parts.values()), bias, gated)
+        super().__init__(in_features, sum(parts.values()), bias, activation)
         self._parts = parts
-        self._gated = gated
+        self._unfused: Activation | None = None
 
     def parts(self, path: str) -> dict[str, int]:
         parent = path.rpartition(".")[0]
         return {f"{parent}.{part}": width for part, width in self._parts.items()}
 
     def unfuse(self) -> None:
-        """Compute gate and up before `SiLU(gate) * up`: adapters come in between.
+        """Compute gate and up before one gates the other: adapters come in between.
 
         Called before the weight is packed.
         """
-        self.spec = replace(self.spec, gated=False)
+        self._unfused = self.spec.activation
+        self.spec = replace(self.spec, activation=None)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Map `[num_tokens, in_features]` to the outputs of all parts, or gate them."""
         y = super().forward(x, ctx)
-        return ctx.kernels.silu_mul(y) if self._gated and not self.spec.gated else y
+        return y if self._unfused is None else ctx.kernels.act_and_mul(y, self._unfused)
 
 
 class Embedding(Linear):

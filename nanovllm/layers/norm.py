@@ -8,12 +8,25 @@ from nanovllm.layers.context import ForwardContext
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension (Zhang & Sennrich 2019)."""
+    """RMSNorm over the last dimension (Zhang & Sennrich 2019), by a float32 weight.
 
-    def __init__(self, size: int, eps: float) -> None:
+    Args:
+        size: Width of a row.
+        eps: Added to the mean of the squares.
+        offset: Added to the weight of the checkpoint.
+        scale: Multiplies that sum.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0, scale: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.eps = eps
+        self._offset, self._scale = offset, scale
+
+    def load(self, weight: Tensor, device: torch.device) -> None:
+        """Take a weight over as it is in the checkpoint."""
+        weight = (weight.to(device, torch.float32, copy=True) + self._offset) * self._scale
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Normalise `[num_tokens, size]`."""

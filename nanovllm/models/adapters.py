@@ -82,7 +82,6 @@ class AdapterTable:
         modules: The network's layers by path, after `reserve_adapters`.
         config: What that was told.
         num_seq_slots: Slots of running sequences.
-        dtype: What the model computes in.
         kernels: What it runs on.
         sharding: The part of the model that is here; None is all.
     """
@@ -92,11 +91,10 @@ class AdapterTable:
         modules: Iterable[tuple[str, nn.Module]],
         config: LoRAConfig,
         num_seq_slots: int,
-        dtype: torch.dtype,
         kernels: Kernels,
         sharding: Sharding | None = None,
     ) -> None:
-        self._config, self._dtype, self._kernels = config, dtype, kernels
+        self._config, self._kernels = config, kernels
         self._sharding = sharding
         linears = [(p, m) for p, m in modules if isinstance(m, Linear)]
         self._projections = {part for path, linear in linears for part in linear.parts(path)}
@@ -262,7 +260,8 @@ class AdapterTable:
                 )
         if self._sharding is not None:
             down, up = self._sharding.adapter(part, down, up)
-        weights = PartWeights(down.to(self._dtype, copy=True), (up.float() * scale).to(self._dtype))
+        dtype = self._kernels.dtype
+        weights = PartWeights(down.to(dtype, copy=True), (up.float() * scale).to(dtype))
         if not all(bool(matrix.isfinite().all()) for matrix in weights):
             raise InvalidRequestError(f"the LoRA's matrices of {part} are not finite", "path")
         return weights

@@ -21,6 +21,9 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
 BODY = "model."
 """What the names of a causal model's parameters begin with, but for those of its head."""
 
+WRITER = "language_model."
+"""What these names begin with in a model that sees images as well."""
+
 MAX_NAMES = 64
 """Of tensors that a message names: a mixture of experts may lack thousands."""
 
@@ -49,8 +52,9 @@ class WeightSource(Protocol):
 class Checkpoint:
     """Safetensors files, mapped into memory and read tensor by tensor; see `weight_files`.
 
-    Models for embeddings are stored without `BODY`, and often without a head. Their tensors are
-    found by the names of causal ones, the embedding in place of a head.
+    Models for embeddings are stored without `BODY`, and often without a head; those that see images
+    begin with `WRITER` where they write. Their tensors are found by the names of causal ones, the
+    embedding in place of a head; what sees is left out.
 
     Raises:
         InvalidRequestError: A file is corrupt.
@@ -66,13 +70,19 @@ class Checkpoint:
                 raise InvalidRequestError(f"{path} is not a readable safetensors file: {e}") from e
             names: list[str] = file.keys()  # type: ignore[no-untyped-call]
             self._files |= dict.fromkeys(names, file)
-        if "embed_tokens.weight" in self._files:
-            self._name_as_causal()
+        self._name_as_causal()
 
     def _name_as_causal(self) -> None:
-        head = "lm_head.weight"
-        own_names = {BODY + name: name for name in self._files if name != head}
-        own_names[head] = head if head in self._files else "embed_tokens.weight"
+        head, names = "lm_head.weight", self._files
+        if "embed_tokens.weight" in names:
+            own_names = {BODY + name: name for name in names if name != head}
+            own_names[head] = head if head in names else "embed_tokens.weight"
+        elif f"{WRITER}{BODY}embed_tokens.weight" in names:
+            own_names = {
+                name.removeprefix(WRITER): name for name in names if name.startswith(WRITER)
+            }
+        else:
+            return
         self._files = {name: self._files[own] for name, own in own_names.items()}
         self._own_names = own_names
 

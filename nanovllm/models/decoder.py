@@ -4,9 +4,12 @@ An architecture is a subclass of `CausalLM` that says how it differs. Module nam
 checkpoints, but for projections of one input, which are packed.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,9 @@ from nanovllm.layers.rotary import Rotary, RotaryEmbedding
 from nanovllm.models.model_config import MixtureConfig, ModelConfig
 from nanovllm.models.sharding import Sharding
 
+Rotaries = tuple[Rotary, ...]
+"""Cosines and sines of a step's positions, see `Layers.run`."""
+
 Part = tuple[Tensor, ...]
 """What goes into a part of the layers, or comes out of it."""
 
@@ -35,10 +41,14 @@ class Traits:
     Attributes:
         qk_norm: Whether queries and keys are normed by head.
         qkv_bias: Whether the query, key and value projections always have biases.
+        output_norms: Whether what attention and MLP add to the residual stream is normed, too.
+        norm_offset: Added to the weights of norms.
     """
 
     qk_norm: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
+    output_norms: ClassVar[bool] = False
+    norm_offset: ClassVar[float] = 0.0
 
 
 class SelfAttention(nn.Module):
@@ -67,8 +77,14 @@ class SelfAttention(nn.Module):
             bias=traits.qkv_bias or config.attention_bias,
         )
         self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias, reduces=True)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if traits.qk_norm else None
+        self.q_norm = self.k_norm = None
+        if traits.qk_norm:
+            norm = partial(RMSNorm, head_dim, config.rms_norm_eps, traits.norm_offset)
+            # Attention divides by the root of the head's width.
+            self.q_norm = norm(
+                scale=math.sqrt(head_dim / (config.query_pre_attn_scalar or head_dim))
+            )
+            self.k_norm = norm()
         self.attention = attention
 
     def forward(self, x: Tensor, rotary: Rotary | None, ctx: ForwardContext) -> Tensor:
@@ -79,7 +95,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP with SiLU (Shazeer 2020)."""
+    """Gated MLP (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,7 +104,7 @@ class MLP(nn.Module):
             config.hidden_size,
             {"gate_proj": width, "up_proj": width},
             bias=config.mlp_bias,
-            gated=True,
+            activation=config.activation,
         )
         self.down_proj = Linear(width, config.hidden_size, bias=config.mlp_bias, reduces=True)
 
@@ -115,20 +131,25 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, attention, traits)
-        self.mlp = MLP(config) if mixture is None else _mixture_of(config.hidden_size, mixture)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config) if mixture is None else _mixture_of(config, mixture)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, traits.norm_offset)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm() if traits.output_norms else None
+        self.post_feedforward_layernorm = norm() if traits.output_norms else None
         self._scale = config.residual_scale
+        windowed = isinstance(attention, Attention) and attention.window is not None
+        self._rotary_index = int(windowed and config.window_rope is not None)
 
     def attend(
-        self, x: Tensor | None, residual: Tensor, rotary: Rotary | None, ctx: ForwardContext
+        self, x: Tensor | None, residual: Tensor, rotaries: Rotaries, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
         """The first half, but for the projection of what attention yields.
 
         Args:
             x: What the layer before adds to the residual stream; None is the first layer.
             residual: The residual stream before it, `[num_tokens, hidden_size]`.
-            rotary: Cosines and sines of the tokens' positions; None is no positions.
+            rotaries: See `Layers.run`.
             ctx: The step.
 
         Returns:
@@ -138,21 +159,26 @@ class DecoderLayer(nn.Module):
             x = self.input_layernorm(residual, ctx)
         else:
             x, residual = self.input_layernorm.add(x, residual, ctx)
+        rotary = rotaries[self._rotary_index] if rotaries else None
         return self.self_attn(x, rotary, ctx), residual
 
     def finish(self, x: Tensor, residual: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """The rest of the layer: takes what `attend` returned, returns what it takes."""
         x = self._scaled(self.self_attn.o_proj(x, ctx))
-        x, residual = self.post_attention_layernorm.add(x, residual, ctx)
-        return self._scaled(self.mlp(x, ctx)), residual
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x, residual = self.post_attention_layernorm.add(x, residual, ctx)
+            return self._scaled(self.mlp(x, ctx)), residual
+        x = self.post_attention_layernorm(x, ctx)
+        x, residual = self.pre_feedforward_layernorm.add(x, residual, ctx)
+        return self.post_feedforward_layernorm(self._scaled(self.mlp(x, ctx)), ctx), residual
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self._scale == 1.0 else x * self._scale
 
 
-def _mixture_of(hidden_size: int, config: MixtureConfig) -> Mixture:
-    routing = Routing(config.top_k, config.norm_topk_prob)
-    return Mixture(hidden_size, config.expert_size, config.num_experts, routing)
+def _mixture_of(config: ModelConfig, mixture: MixtureConfig) -> Mixture:
+    size, routing = mixture.expert_size, Routing(mixture.top_k, mixture.norm_topk_prob)
+    return Mixture(config.hidden_size, size, mixture.num_experts, config.activation, routing)
 
 
 class Layers(nn.Module):
@@ -180,12 +206,12 @@ class Layers(nn.Module):
         self._has_cache = any(isinstance(layer.self_attn.attention, Attention) for layer in stack)
         # What the kernels know this network by: the network itself they would keep alive.
         self._key = object()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, traits.norm_offset)
 
     def run(
         self,
         residual: Tensor,
-        rotary: Rotary | None,
+        rotaries: Rotaries,
         ctx: ForwardContext,
         keep: Keep | None = None,
     ) -> Tensor:
@@ -193,7 +219,8 @@ class Layers(nn.Module):
 
         Args:
             residual: Embeddings `[num_tokens, hidden_size]`; overwritten by some kernels.
-            rotary: Cosines and sines of the tokens' positions; None is no positions.
+            rotaries: Cosines and sines of the tokens' positions, a second time for layers with a
+                window if theirs are others; empty is no positions.
             ctx: The step.
             keep: Which tokens are wanted; all of them if it is None. The others go no further than
                 to the last layer's attention.
@@ -202,32 +229,32 @@ class Layers(nn.Module):
             `[num_kept_tokens, hidden_size]`, after the final norm.
         """
         if keep is None:
-            return self._replay(self._compute, (residual,), rotary, ctx)[0]
-        x, residual = self._replay(self._attend, (residual,), rotary, ctx)
+            return self._replay(self._compute, (residual,), rotaries, ctx)[0]
+        x, residual = self._replay(self._attend, (residual,), rotaries, ctx)
         if ctx.lora is not None:
             ctx = ctx.of_rows(keep(torch.arange(len(x), device=x.device)))
         x, residual = keep(x), keep(residual)
-        return self._replay(self._finish, (x, residual), None, ctx)[0] if len(x) else residual
+        return self._replay(self._finish, (x, residual), (), ctx)[0] if len(x) else residual
 
     @property
     def _stack(self) -> list[DecoderLayer]:
         return list(self.layers)  # type: ignore[arg-type]
 
-    def _compute(self, inputs: Part, rotary: Rotary | None, ctx: ForwardContext) -> Part:
-        return self._finish(self._attend(inputs, rotary, ctx), None, ctx)
+    def _compute(self, inputs: Part, rotaries: Rotaries, ctx: ForwardContext) -> Part:
+        return self._finish(self._attend(inputs, rotaries, ctx), (), ctx)
 
-    def _attend(self, inputs: Part, rotary: Rotary | None, ctx: ForwardContext) -> Part:
+    def _attend(self, inputs: Part, rotaries: Rotaries, ctx: ForwardContext) -> Part:
         """All up to what the last layer's attention yields."""
         x, (residual,) = None, inputs
         *before, last = self._stack
         for layer in before:
-            x, residual = layer.finish(*layer.attend(x, residual, rotary, ctx), ctx)
-        return last.attend(x, residual, rotary, ctx)
+            x, residual = layer.finish(*layer.attend(x, residual, rotaries, ctx), ctx)
+        return last.attend(x, residual, rotaries, ctx)
 
     def _finish(
         self,
         inputs: Part,
-        rotary: Rotary | None,  # noqa: ARG002  # as for the other parts
+        rotaries: Rotaries,  # noqa: ARG002  # as for the other parts
         ctx: ForwardContext,
     ) -> Part:
         """The rest."""
@@ -237,23 +264,24 @@ class Layers(nn.Module):
 
     def _replay(
         self,
-        part: Callable[[Part, Any, ForwardContext], Part],
+        part: Callable[[Part, Rotaries, ForwardContext], Part],
         inputs: Part,
-        rotary: Rotary | None,
+        rotaries: Rotaries,
         ctx: ForwardContext,
     ) -> Part:
         """Compute a part of `run`, by `Kernels.replay` unless more than the inputs changes."""
         if ctx.lora is not None or ctx.parallel is not None:
-            return part(inputs, rotary, ctx)
+            return part(inputs, rotaries, ctx)
         num_inputs, has_cache = len(inputs), self._has_cache and part != self._finish
 
         def compute(*tensors: Tensor) -> Part:
             inputs, others = tensors[:num_inputs], tensors[num_inputs:]
             step = replace(ctx, cache_slots=others[-1]) if has_cache else ctx
-            return part(inputs, others[:2] if rotary else None, step)
+            of_rotaries = iter(others[: 2 * len(rotaries)])
+            return part(inputs, tuple(zip(of_rotaries, of_rotaries, strict=True)), step)
 
         slots = (ctx.cache_slots,) if has_cache else ()
-        tensors = *inputs, *(rotary or ()), *slots
+        tensors = *inputs, *itertools.chain.from_iterable(rotaries), *slots
         return ctx.kernels.replay((self._key, part.__name__), compute, tensors)
 
 
@@ -273,7 +301,8 @@ class CausalLayers(Layers):
             Attention(first_cache + index, window) for index, window in enumerate(config.windows)
         )
         super().__init__(config, attentions, traits)
-        self.rotary = None if config.no_rope else RotaryEmbedding(config.rope)
+        ropes = () if config.no_rope else (config.rope, config.window_rope)
+        self._rotaries = [RotaryEmbedding(rope) for rope in ropes if rope is not None]
 
     def forward(
         self,
@@ -290,8 +319,8 @@ class CausalLayers(Layers):
             ctx: The step.
             wanted: Which tokens' hidden states are, `[num_wanted]`; None is all.
         """
-        rotary = self.rotary(positions) if self.rotary else None
-        return self.run(residual, rotary, ctx, None if wanted is None else lambda x: x[wanted])
+        rotaries = tuple(rotary(positions) for rotary in self._rotaries)
+        return self.run(residual, rotaries, ctx, None if wanted is None else lambda x: x[wanted])
 
 
 class Decoder(CausalLayers):
@@ -313,7 +342,10 @@ class Decoder(CausalLayers):
     def embed(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """Look ids `[num_tokens]` up: `[num_tokens, hidden_size]`."""
         embeddings: Tensor = self.embed_tokens(token_ids, ctx)
-        return embeddings if self._embedding_scale == 1.0 else embeddings * self._embedding_scale
+        if self._embedding_scale == 1.0:
+            return embeddings
+        # Rounded first, as in training.
+        return embeddings * torch.tensor(self._embedding_scale, dtype=embeddings.dtype).item()
 
 
 class CausalLM(Traits, nn.Module):

@@ -1,12 +1,14 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
+from nanovllm.kernels.activation import Activation
 from nanovllm.layers.rope_config import RopeConfig
 from nanovllm.models.config_fields import (
     boolean,
@@ -16,8 +18,10 @@ from nanovllm.models.config_fields import (
     positive,
     positive_number,
 )
+from nanovllm.models.rope_fields import rope, ropes_by_layer
 
 ARCHITECTURES = (
+    "Gemma3ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
@@ -26,34 +30,56 @@ ARCHITECTURES = (
 )
 """What we read; `registry.py` has the classes."""
 
-ATTENTION_BIAS = ("LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Models that see images as well, of which we read what writes: its `text_config`."""
+
+ATTENTION_BIAS = (
+    "Gemma3ForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 MLP_BIAS = ("LlamaForCausalLM",)
 """Which of them have biases where the config says so; the others ignore what it says."""
 
-ROPE_FIELDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
 }
-"""What each kind of rope scaling cannot do without."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Gemma3ForCausalLM": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+    },
+    "Qwen3ForCausalLM": {"head_dim": 128},
+}
+"""What transformers takes for a field that is left out, where that is not the same for all."""
 
 MAX_EXPERTS = 4096
 """In a layer; each has tensors of its own, whose names alone would fill the memory else."""
 
+HAVE_WINDOWS = ("Gemma3ForCausalLM", "MistralForCausalLM")
+"""Which have windows without `use_sliding_window`."""
+
 ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
 """Which have the same window in all layers, unless `layer_types` says else."""
 
-DEFAULT_WINDOW = 4096
-"""Of configs that have windows and leave out how long: transformers' default."""
-
 DTYPES = ("bfloat16", "float16", "float32")
 
-NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window", "layer_types")
+NULLABLE = ("head_dim", "num_key_value_heads", "layer_types")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +140,9 @@ class ModelConfig:
         dtype: Name of the checkpoint's dtype.
         eos_token_ids: Ids that end a text.
         mixture: What some layers have in place of an MLP; None is none.
+        activation: Of the gates of MLPs.
+        query_pre_attn_scalar: By whose root scores of attention are divided; 0 is `head_dim`.
+        window_rope: Rotary parameters of layers with a window; None is those of the others.
         embedding_scale: Factor on the embeddings of tokens.
         residual_scale: Factor on what each attention and MLP adds to the residual stream.
         no_rope: Whether attention does without positions.
@@ -139,6 +168,9 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     mixture: MixtureConfig | None = None
+    activation: Activation = "silu"
+    query_pre_attn_scalar: float | None = None
+    window_rope: RopeConfig | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     no_rope: bool = False
@@ -210,6 +242,8 @@ class ModelConfig:
         named = architecture = json_list(raw, "architectures")[0]
         if isinstance(named, str) and named.endswith("Model"):  # the same without a head
             architecture = named.removesuffix("Model") + "ForCausalLM"
+        if architecture in TEXT_PARTS:
+            architecture, raw = TEXT_PARTS[architecture], raw | json_object(raw, "text_config")
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"Unsupported model architecture: {named}; supported: {', '.join(ARCHITECTURES)}",
@@ -223,22 +257,15 @@ class ModelConfig:
 
     @classmethod
     def _parse(cls, architecture: str, raw: dict[str, Any]) -> "ModelConfig":
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise UnsupportedModelError(
-                f"hidden_act {raw['hidden_act']!r} is not supported; supported: silu", "hidden_act"
-            )
-        if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
-            raise UnsupportedModelError(
-                "attention in both directions (is_causal=false) is not supported", "is_causal"
-            )
-        # Of these, null counts as left out, and so does the 0 of some checkpoints; a window of null
-        # is none, though, where one that is left out has its default.
-        defaults = {"sliding_window": DEFAULT_WINDOW}
-        given = {n: value for n, value in (defaults | raw).items() if value or n not in NULLABLE}
+        _refuse_what_we_lack(raw)
+        # Null counts as left out in some fields, and so does the 0 of some checkpoints.
+        given = {n: value for n, value in raw.items() if value or n not in NULLABLE}
+        raw = DEFAULTS.get(architecture, {}) | given
         hidden_size = positive(raw, "hidden_size")
         num_heads = positive(raw, "num_attention_heads")
-        is_qwen3 = architecture == "Qwen3ForCausalLM"
-        head_dim = positive(given, "head_dim", 128 if is_qwen3 else hidden_size // num_heads)
+        head_dim = positive(raw, "head_dim", hidden_size // num_heads)
+        is_gemma = architecture == "Gemma3ForCausalLM"
+        ropes = ropes_by_layer(raw, head_dim) if is_gemma else (rope(raw, head_dim), None)
         return cls(
             architecture=architecture,
             vocab_size=positive(raw, "vocab_size"),
@@ -246,17 +273,21 @@ class ModelConfig:
             intermediate_size=positive(raw, "intermediate_size"),
             num_layers=positive(raw, "num_hidden_layers"),
             num_heads=num_heads,
-            num_kv_heads=positive(given, "num_key_value_heads", num_heads),
+            num_kv_heads=positive(raw, "num_key_value_heads", num_heads),
             head_dim=head_dim,
             rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             attention_bias=architecture in ATTENTION_BIAS and bool(raw.get("attention_bias")),
             mlp_bias=architecture in MLP_BIAS and bool(raw.get("mlp_bias")),
-            windows=_windows(architecture, given),
-            rope=_rope(raw, head_dim),
+            windows=_windows(architecture, raw),
+            rope=ropes[0],
+            window_rope=ropes[1],
             dtype=_dtype(raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
             mixture=_mixture(raw) if architecture == "Qwen3MoeForCausalLM" else None,
+            activation=_activation(raw),
+            query_pre_attn_scalar=positive_number(raw, "query_pre_attn_scalar", head_dim),
+            embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
         )
 
 
@@ -310,18 +341,48 @@ def stored_quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
     return settings | {"quant_method": method.replace("_", "-")}
 
 
+def _refuse_what_we_lack(raw: dict[str, Any]) -> None:
+    """Complain of settings that would change what a model says.
+
+    Raises:
+        UnsupportedModelError: There is one.
+    """
+    if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            "attention in both directions (is_causal=false) is not supported", "is_causal"
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if raw.get(name) is not None:
+            raise UnsupportedModelError(f"{name} is not supported; supported: null", name)
+
+
+def _activation(raw: dict[str, Any]) -> Activation:
+    name = "hidden_activation" if "hidden_activation" in raw else "hidden_act"
+    value = raw.get(name, "silu")
+    if value not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}", name
+        )
+    return ACTIVATIONS[value]
+
+
 def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
     """The attention window of each layer, from the ways the architectures say it."""
     num_layers: int = raw["num_hidden_layers"]
-    window = positive(raw, "sliding_window") if "sliding_window" in raw else None
-    is_mistral = architecture == "MistralForCausalLM"
-    has_windows = is_mistral or raw.get("use_sliding_window", False)
-    if window is None or not has_windows or architecture == "LlamaForCausalLM":
+    has_windows = architecture in HAVE_WINDOWS or raw.get("use_sliding_window", False)
+    # A window of null is none, but one that is left out has its default.
+    is_optional = architecture != "Gemma3ForCausalLM"
+    is_none = is_optional and "sliding_window" in raw and not raw["sliding_window"]
+    if not has_windows or is_none or architecture == "LlamaForCausalLM":
         return (None,) * num_layers
+    window = positive(raw, "sliding_window", 4096)
     if "layer_types" in raw:
         kinds = json_list(raw, "layer_types")
     elif architecture in ONE_WINDOW:
         return (window,) * num_layers
+    elif architecture == "Gemma3ForCausalLM":
+        every = positive(raw, "sliding_window_pattern", 6)
+        kinds = ["" if i % every == 0 else "sliding_attention" for i in range(1, num_layers + 1)]
     else:
         first = 0 if raw.get("max_window_layers") == 0 else positive(raw, "max_window_layers", 28)
         kinds = ["sliding_attention" if i >= first else "" for i in range(num_layers)]
@@ -360,44 +421,3 @@ def _dtype(raw: dict[str, Any]) -> str:
             f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
         )
     return dtype
-
-
-def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Rotary parameters, from `rope_parameters` (transformers 5) or `rope_theta`/`rope_scaling`.
-
-    Where both are there, `rope_scaling` was added by hand, for a longer context. It replaces the
-    others, as in transformers, but for their theta.
-    """
-    parameters = json_object(raw, "rope_parameters")
-    scaling = dict(json_object(raw, "rope_scaling") or parameters)
-    given = parameters | scaling
-    if any(isinstance(value, dict) for value in given.values()):
-        raise UnsupportedModelError(
-            f"rope_parameters by the type of a layer ({', '.join(given)}) are not supported; "
-            "supported: the same for all",
-            "rope_parameters",
-        )
-    old_name = scaling.pop("type", None)
-    scaling["rope_type"] = str(scaling.get("rope_type") or old_name or "default")
-    scaling.pop("rope_theta", None)
-    theta = given.get("rope_theta") or raw.get("rope_theta") or 10000.0
-    rotated = given.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
-    if rotated != 1.0:
-        raise UnsupportedModelError(
-            f"partial_rotary_factor {rotated} is not supported; supported: 1.0",
-            "partial_rotary_factor",
-        )
-    original = "original_max_position_embeddings"
-    extends = scaling["rope_type"] in ("yarn", "llama3")
-    if extends and scaling.get(original) is None and raw.get(original):
-        scaling[original] = raw[original]
-    needed = ROPE_FIELDS.get(scaling["rope_type"], ())
-    for name in ("factor", original, *needed):
-        if scaling.get(name) is not None or name in needed:
-            positive_number(scaling, name)
-    return RopeConfig(
-        head_dim,
-        positive_number({"rope_theta": theta}, "rope_theta"),
-        positive(raw, "max_position_embeddings"),
-        scaling,
-    )

@@ -13,6 +13,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.kernels import Kernels, QuantizedWeight
 from nanovllm.layers.experts import ExpertLinear
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.lora_config import LoRAConfig
 from nanovllm.models.adapters import reserve_adapters
@@ -92,10 +93,12 @@ def fill(
                 else:
                     bias = torch.cat(biases) if biases else None
                     module.weight = kernels.pack(module.spec, matrices, bias)
-                continue
-            for name, _ in module.named_parameters(recurse=False):
-                tensor = source.tensor(f"{path}.{name}").to(device, dtype, copy=True)
-                setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+            elif isinstance(module, RMSNorm):
+                module.load(source.tensor(f"{path}.weight"), device)
+            else:
+                for name, _ in module.named_parameters(recurse=False):
+                    tensor = source.tensor(f"{path}.{name}").to(device, dtype, copy=True)
+                    setattr(module, name, nn.Parameter(tensor, requires_grad=False))
 
 
 def weight_source(config: EngineConfig, directory: Path, dtype: torch.dtype) -> WeightSource:

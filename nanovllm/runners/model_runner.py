@@ -112,12 +112,12 @@ class ModelRunner(ABC, Generic[ModelT]):
         parallel: TensorParallel | None = None,
         sharding: Sharding | None = None,
     ) -> None:
-        weight = next(model.parameters())
-        self.model, self.kernels, self.device = model, kernels, weight.device
+        self.model, self.kernels = model, kernels
+        self.device = next(model.parameters()).device
         self.block_size = config.block_size or 1
         self._parallel = parallel
         shape = model.config
-        self._backend = kernels.attention(attention_config(config, shape, weight.dtype))
+        self._backend = kernels.attention(attention_config(config, shape, kernels.dtype))
         block_bytes = self._backend.cache_spec(1).num_bytes * shape.num_layers
         if parallel is not None:
             parallel.wait_for_all()  # a rank that still loads may not have taken its memory yet
@@ -141,7 +141,6 @@ class ModelRunner(ABC, Generic[ModelT]):
                 model.named_modules(),
                 config.lora,
                 self._num_slots,
-                weight.dtype,
                 kernels,
                 sharding,
             )

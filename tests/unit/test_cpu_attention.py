@@ -489,7 +489,7 @@ def test_heads_are_normed_rotated_and_written(
         world = World(isa, config, num_blocks=-(-80 // block_size))
         generator = torch.Generator().manual_seed(1)
         heads = torch.randn(num_tokens, 8, head_dim, generator=generator).to(config.dtype)
-        weights = (1 + 0.3 * torch.randn(2, head_dim, generator=generator)).to(config.dtype)
+        weights = 1 + 0.3 * torch.randn(2, head_dim, generator=generator)
         norms = HeadNorms(weights[0], weights[1], 1e-6) if with_norms else None
         angles = torch.rand(num_tokens, 1, head_dim // 2, generator=generator) * 6
         rotary = (angles.cos(), angles.sin()) if with_rotary else None

@@ -252,7 +252,7 @@ def test_a_product_is_added_to_what_is_there(
 def test_a_gated_product_is_added_too(isa: str) -> None:
     kernels = kernels_for(isa, torch.float32)
     gate, up, x = random(24, 16, seed=1), random(24, 16, seed=2), random(5, 16, seed=3)
-    packed = kernels.pack(WeightSpec(48, 16, gated=True), [gate, up], None)
+    packed = kernels.pack(WeightSpec(48, 16, "silu"), [gate, up], None)
     total = random(5, 24, seed=4)
     expected = total.double() + kernels.linear(x, packed).double()
     added = kernels.linear_add(x, packed, total.clone())

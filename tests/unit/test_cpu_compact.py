@@ -45,7 +45,7 @@ def pack(
     bias: Tensor | None = None,
     gated: bool = False,
 ) -> PackedWeight:
-    spec = WeightSpec(sum(map(len, parts)), parts[0].shape[1], gated)
+    spec = WeightSpec(sum(map(len, parts)), parts[0].shape[1], "silu" if gated else None)
     with patch.object(packing, "compact_bytes", lambda _: 1 if compact else NEVER):
         packed = kernels.pack(spec, parts, bias)
     assert packed.struct.format == (COMPACT if compact else BFLOAT16)

@@ -3,6 +3,7 @@
 See tests/cpu_kernels.py for the bounds.
 """
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.cpu import packing
 from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.cpu.packing import PackedWeight
@@ -83,10 +85,14 @@ class Linear:
         if not self.spec.gated:
             return y, error
         (gate, up), (gate_error, up_error) = y.chunk(2, -1), error.chunk(2, -1)
-        silu, slope = F.silu(gate), 1.1  # the largest slope of SiLU
-        out = silu * up
-        error = slope * gate_error * (up.abs() + up_error) + silu.abs() * up_error
-        return out, error + (8 + 2 * gate.abs()) * UNIT * out.abs()
+        if self.spec.activation == "silu":
+            active, steepness = F.silu(gate), gate.abs()
+        else:
+            active, steepness = F.gelu(gate, approximate="tanh"), 2 * gate.abs() + gate.abs() ** 3
+        slope = 1.2  # more than the largest of either
+        out = active * up
+        error = slope * gate_error * (up.abs() + up_error) + active.abs() * up_error
+        return out, error + (8 + 3 * steepness) * UNIT * out.abs()
 
     def _has_tiles(self) -> bool:
         return self.kernels._library.isa.startswith("amx") and self.dtype == torch.bfloat16
@@ -134,14 +140,14 @@ def make_linear(
     depth: int,
     widths: Sequence[int],
     bias: bool = False,
-    gated: bool = False,
+    activation: Activation | None = None,
     deterministic: bool = False,
 ) -> Linear:
     kernels = kernels_for(isa, dtype, deterministic)
     parts = [make_part(width, depth, weight_format, i) for i, width in enumerate(widths)]
     total = sum(widths)
     values = random(total, seed=99)
-    spec = WeightSpec(total, depth, gated)
+    spec = WeightSpec(total, depth, activation)
     least = 1 if weight_format == "compact" else 1 << 60
     with patch.object(packing, "compact_bytes", lambda _: least):
         packed = kernels.pack(spec, iter(parts), values if bias else None)
@@ -224,10 +230,11 @@ def test_parts_of_odd_widths(isa: str, dtype: torch.dtype, weight_format: str, b
 @each_format
 @pytest.mark.parametrize("width", [1, 7, 16, 23, 37, 100])
 def test_gated(isa: str, dtype: torch.dtype, weight_format: str, width: int) -> None:
-    for bias in (False, True):
-        linear = make_linear(isa, dtype, weight_format, 70, [width, width], bias, gated=True)
+    activations: tuple[Activation, ...] = ("silu", "gelu_tanh")
+    for bias, activation in itertools.product((False, True), activations):
+        linear = make_linear(isa, dtype, weight_format, 70, [width, width], bias, activation)
         for rows in (0, 1, 3, 17):
-            check_rows(linear, rows, (width, bias))
+            check_rows(linear, rows, (width, bias, activation))
 
 
 @each_isa
@@ -236,10 +243,9 @@ def test_gated(isa: str, dtype: torch.dtype, weight_format: str, width: int) -> 
 def test_a_deterministic_row_is_the_same_alone_and_in_any_batch(
     isa: str, dtype: torch.dtype, weight_format: str
 ) -> None:
-    for gated, widths in ((False, [37, 60]), (True, [37, 37])):
-        linear = make_linear(
-            isa, dtype, weight_format, 321, widths, bias=True, gated=gated, deterministic=True
-        )
+    cases: list[tuple[Activation | None, list[int]]] = [(None, [37, 60]), ("silu", [37, 37])]
+    for activation, widths in cases:
+        linear = make_linear(isa, dtype, weight_format, 321, widths, True, activation, True)
         x = random(64, 321, dtype=dtype)
         check_rows(linear, 64, "deterministic")
         together = linear.kernels.linear(x, linear.packed)

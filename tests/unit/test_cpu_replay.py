@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.cpu import replay
 from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.cpu.packing import PackedWeight
@@ -36,16 +37,18 @@ class Network:
 
     def __init__(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.kernels = kernels_for("portable", dtype)
-        self.up = self._pack(2 * WIDTH, DEPTH, seed, gated=True)
+        self.up = self._pack(2 * WIDTH, DEPTH, seed, "silu")
         self.down = self._pack(DEPTH, WIDTH, seed + 1)
-        self.norm = random(DEPTH, seed=seed + 2).to(dtype)
+        self.norm = random(DEPTH, seed=seed + 2)
         self.num_computed = 0
         self.dtype = dtype
 
-    def _pack(self, rows: int, depth: int, seed: int, gated: bool = False) -> PackedWeight:
+    def _pack(
+        self, rows: int, depth: int, seed: int, activation: Activation | None = None
+    ) -> PackedWeight:
         weight = random(rows, depth, seed=seed) * depth**-0.5
-        parts = weight.chunk(1 + gated)
-        return self.kernels.pack(WeightSpec(rows, depth, gated), parts, random(rows, seed=seed))
+        spec = WeightSpec(rows, depth, activation)
+        return self.kernels.pack(spec, weight.chunk(1 + spec.gated), random(rows, seed=seed))
 
     def compute(self, x: Tensor, residual: Tensor) -> Part:
         self.num_computed += 1
@@ -110,7 +113,7 @@ def test_shapes_and_keys_are_told_apart(log: Log) -> None:
         assert_same(found, network.compute(*network.inputs(5)))
 
     def project(x: Tensor) -> Part:
-        return (network.kernels.silu_mul(x),)
+        return (network.kernels.act_and_mul(x, "silu"),)
 
     for width in (2, 8, 4) * 2:  # as many rows, and elements of which some other shape has as many
         for rows in (2, 4, 8):
@@ -163,7 +166,7 @@ def test_views_of_what_a_kernel_made_are_repeated(log: Log) -> None:
     def compute(x: Tensor) -> Part:
         out = network.kernels.linear(x[1:], network.up)
         first, second = out.split([1, 2])  # type: ignore[no-untyped-call]
-        return first.view(-1, WIDTH // 2), network.kernels.silu_mul(second), out[:, 3:7]
+        return first.view(-1, WIDTH // 2), network.kernels.act_and_mul(second, "silu"), out[:, 3:7]
 
     for seed in range(3):
         x = network.inputs(4, seed)[0]

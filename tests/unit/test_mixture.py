@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.kernels import Kernels, QuantizedWeight, Routing, WeightSpec
 from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.kernels.triton.kernels import TritonKernels
@@ -45,11 +46,13 @@ class Experts:
 
     def __post_init__(self) -> None:
         halves = [half for expert in self.gate_up for half in expert.chunk(2)]
-        self.packed = self._pack(self.gate_up, halves, True), self._pack(self.down, self.down)
+        self.packed = self._pack(self.gate_up, halves, "silu"), self._pack(self.down, self.down)
 
-    def _pack(self, stacked: Tensor, parts: Iterable[Any], gated: bool = False) -> Any:
+    def _pack(
+        self, stacked: Tensor, parts: Iterable[Any], activation: Activation | None = None
+    ) -> Any:
         num_experts, rows, depth = stacked.shape
-        spec = WeightSpec(rows, depth, gated)
+        spec = WeightSpec(rows, depth, activation)
         return self.kernels.pack_experts(spec, num_experts, map(self._stored, parts))
 
     def _stored(self, part: Tensor) -> Tensor | QuantizedWeight:
@@ -154,7 +157,7 @@ def test_quantized_experts_are_what_they_are_one_by_one(scheme: str) -> None:
     shares, chosen = scores.softmax(-1).topk(2)
     for index in range(4):
         halves = [mixture._stored(half) for half in mixture.gate_up[index].chunk(2)]
-        gate_up = kernels.pack(WeightSpec(128, 96, gated=True), halves, None)
+        gate_up = kernels.pack(WeightSpec(128, 96, "silu"), halves, None)
         down = kernels.pack(WeightSpec(40, 64), [mixture._stored(mixture.down[index])], None)
         share = (shares * (chosen == index)).sum(-1, keepdim=True)
         expected += share * kernels.logits(kernels.linear(x, gate_up), down)

@@ -15,7 +15,7 @@ SHARED_BYTES = 227 << 10
 """Of a multiprocessor that one program may take, on Hopper."""
 KERNELS = {
     "_norm_kernel",
-    "_silu_mul_kernel",
+    "_act_and_mul_kernel",
     "_write_kernel",
     "_matmul_kernel",
     "_visit_kernel",

@@ -35,7 +35,7 @@ def check(
     num_tokens = len(slots)
     width = (num_heads + 2 * num_kv_heads) * head_dim
     qkv = (2 * random(num_tokens, width)).to(dtype)
-    weights = [(1 + random(head_dim) / 4).to(dtype) for _ in range(2)]
+    weights = [1 + random(head_dim).float() / 4 for _ in range(2)]
     norms = HeadNorms(weights[0], weights[1], 1e-5) if norm else None
     angles = random(num_tokens, 1, head_dim // 2) * 3
     rotary = (angles.cos(), angles.sin()) if rotate else None

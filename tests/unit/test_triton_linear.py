@@ -91,7 +91,7 @@ def test_linear_layers(deterministic: bool, gated: bool, dtype: torch.dtype) -> 
         TorchKernels(DEVICE, dtype),
     )
     matrix, bias = random(24, 32, seed=1, dtype=dtype), random(24, seed=2, dtype=dtype)
-    weight = kernels.pack(WeightSpec(24, 32, gated), [matrix], bias)
+    weight = kernels.pack(WeightSpec(24, 32, "silu" if gated else None), [matrix], bias)
     x, total = random(5, 32, seed=3, dtype=dtype), random(5, 24, seed=4, dtype=dtype)
     total = total[:, : 12 if gated else 24]
     for name, inputs in (("linear", (x,)), ("logits", (x,)), ("linear_add", (x, total))):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.attention_backend import AttentionBackend, AttentionConfig
 from nanovllm.kernels.attention_select import select_attention
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.cpu.attention import CpuAttention
 from nanovllm.kernels.cpu.library import Library
-from nanovllm.kernels.cpu.packing import TYPES, Arena, PackedExperts, PackedWeight, pointer
+from nanovllm.kernels.cpu.packing import GATES, TYPES, Arena, PackedExperts, PackedWeight, pointer
 from nanovllm.kernels.cpu.prefault import prefault
 from nanovllm.kernels.cpu.replay import Replays
 from nanovllm.kernels.grouped_lora import GroupedBatch, GroupedWeights
@@ -60,6 +61,10 @@ class CpuKernels:
     @property
     def isa(self) -> str:
         return self._library.isa
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     def with_dtype(self, dtype: torch.dtype) -> "CpuKernels":
         return CpuKernels(self._library, dtype, self._cascade, self._deterministic, self._eager)
@@ -180,10 +185,11 @@ class CpuKernels:
         )
         return out
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = self._replays.empty(rows, width, dtype=self._dtype)
-        self._library.silu_mul(self._type, gate_up.data_ptr(), rows, width, out.data_ptr())
+        types = self._type, GATES[activation]
+        self._library.act_and_mul(*types, gate_up.data_ptr(), rows, width, out.data_ptr())
         return out
 
     def attention(self, config: AttentionConfig) -> AttentionBackend:

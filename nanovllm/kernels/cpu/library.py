@@ -21,7 +21,7 @@ class Weights(Structure):
         ("format", c_int32),
         ("activation", c_int32),
         ("group_size", c_int32),
-        ("gated", c_int32),
+        ("gate", c_int32),
         ("has_zeros", c_int32),
         ("columns", c_int64),
         ("depth", c_int64),
@@ -84,7 +84,7 @@ class Library:
         self.add_rms_norm = bind(
             "add_rms_norm", flag, pointer, pointer, pointer, c_float, count, count, pointer
         )
-        self.silu_mul = bind("silu_mul", flag, pointer, count, count, pointer)
+        self.act_and_mul = bind("act_and_mul", flag, flag, pointer, count, count, pointer)
         self.cell_bytes = bind("cell_bytes", shape, result=c_int64)
         self.new_plan = bind("new_plan", result=c_void_p)
         self.free_plan = bind("free_plan", pointer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.cpu.library import Library, Weights
 from nanovllm.kernels.kernels import QuantizedWeight, WeightSpec
 
@@ -17,6 +18,7 @@ FLOAT32, BFLOAT16, INT8, INT4, COMPACT = range(5)
 """Formats; see csrc/weights.h."""
 
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+GATES: dict[Activation | None, int] = {None: 0, "silu": 1, "gelu_tanh": 2}
 TILE = 16
 ARENA_BYTES = 64 << 20
 """So large that nearly all of it is huge pages."""
@@ -113,7 +115,7 @@ class PackedWeight:
             format=kind,
             activation=TYPES[activation],
             group_size=group,
-            gated=spec.gated,
+            gate=GATES[spec.activation],
             has_zeros=has_zeros,
             columns=spec.rows,
             depth=spec.depth,

@@ -24,7 +24,7 @@ from nanovllm.kernels.cpu.packing import anonymous
 Tensors = tuple[Tensor, ...]
 
 REPLAYABLE = (
-    *("linear", "mixture", "add_rms_norm", "silu_mul"),
+    *("linear", "mixture", "add_rms_norm", "act_and_mul"),
     *("write_kv", "attend", "local_attention"),
 )
 """What can be repeated."""

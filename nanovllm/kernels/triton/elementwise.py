@@ -5,14 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
+
 MAX_NORM_BLOCK = 16384
 """Columns that a program of a norm holds; a wider row is read twice."""
 GATE_BLOCK = 1024
-"""Columns of a program of `silu_mul`: 16 bytes a thread."""
+"""Columns of a program of `act_and_mul`: 16 bytes a thread."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of rows `[.., width]`, in float32 and rounded once."""
+    """RMSNorm of rows `[.., width]` by a float32 weight, rounded once."""
     return _norm(x, None, weight, eps)
 
 
@@ -25,15 +27,21 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _norm(x, residual, weight, eps), residual
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`SiLU(gate) * up` of `[num_tokens, 2 * width]`; `SiLU(gate)` is rounded first."""
+def act_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """`activation(gate) * up` of `[num_tokens, 2 * width]`; the former is rounded first."""
     gate_up = _with_rows(gate_up)
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, width)
     if out.numel():
         grid = (num_rows, triton.cdiv(width, GATE_BLOCK))
-        _silu_mul_kernel[grid](
-            gate_up, out, gate_up.stride(0), width, BLOCK=GATE_BLOCK, num_warps=4
+        _act_and_mul_kernel[grid](
+            gate_up,
+            out,
+            gate_up.stride(0),
+            width,
+            GELU=activation == "gelu_tanh",
+            BLOCK=GATE_BLOCK,
+            num_warps=4,
         )
     return out
 
@@ -117,18 +125,23 @@ def _load(x_ptr, residual_ptr, columns, width, ADD: tl.constexpr):
 @triton.jit
 def _store_scaled(out_ptr, weight_ptr, columns, width, x):
     mask = columns < width
-    weight = tl.load(weight_ptr + columns, mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask, other=0.0)
     tl.store(out_ptr + columns, (x * weight).to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+def _act_and_mul_kernel(
+    gate_up_ptr, out_ptr, stride, width, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     """Gate a part of a row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     gate = tl.load(gate_up_ptr + row * stride + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride + width + columns, mask, other=0.0)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
-    product = silu.to(tl.float32) * up.to(tl.float32)
+    steep = gate
+    if GELU:  # gate / 2 * (1 + tanh(steep / 2)), which is gate * sigmoid(steep)
+        steep = 1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate)
+    gate = (gate / (1.0 + tl.exp(-steep))).to(up.dtype)
+    product = gate.to(tl.float32) * up.to(tl.float32)
     tl.store(out_ptr + row * width + columns, product.to(up.dtype), mask)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.activation import Activation
 from nanovllm.kernels.audio import DepthwiseConv
 from nanovllm.kernels.kernels import Choice, Draws, Penalties, Routing, WeightSpec
 from nanovllm.kernels.lora import IndexedBatch, IntArray, LoRABatch, LoRAWeights
 from nanovllm.kernels.torch_kernels import DenseWeight, TorchKernels
 from nanovllm.kernels.triton.audio import causal_windows, depthwise_conv, serves_audio
-from nanovllm.kernels.triton.elementwise import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.triton.elementwise import act_and_mul, add_rms_norm, rms_norm
 from nanovllm.kernels.triton.linear import matmul
 from nanovllm.kernels.triton.local_attention import local_attention, serves_local
 from nanovllm.kernels.triton.lora import StackedWeights
@@ -44,7 +45,7 @@ class TritonKernels(TorchKernels):
         if not self._deterministic:
             return super().linear(x, weight)
         y = matmul(x, weight.weight, weight.bias)
-        return self.silu_mul(y) if weight.gated else y
+        return y if weight.activation is None else act_and_mul(y, weight.activation)
 
     def mixture(
         self,
@@ -54,8 +55,7 @@ class TritonKernels(TorchKernels):
         gate_up: DenseWeight,
         down: DenseWeight,
     ) -> Tensor:
-        weights = gate_up.weight, down.weight
-        return mixture(x, scores, routing, *weights, deterministic=self._deterministic)
+        return mixture(x, scores, routing, gate_up, down, self._deterministic)
 
     def lora_weights(self, spec: WeightSpec, rank: int, num_slots: int) -> LoRAWeights:
         return StackedWeights(spec, rank, num_slots, self._dtype, self._device)
@@ -71,8 +71,8 @@ class TritonKernels(TorchKernels):
     ) -> tuple[Tensor, Tensor]:
         return add_rms_norm(x, residual, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(gate_up)
+    def act_and_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        return act_and_mul(gate_up, activation)
 
     def local_attention(
         self,

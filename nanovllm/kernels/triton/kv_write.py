@@ -129,6 +129,6 @@ def _write_kernel(
 @triton.jit
 def _load_weight(q_ptr, k_ptr, columns, is_query, HALF: tl.constexpr):
     """The norm's weight of each head, float32 `[BLOCK_HEADS, BLOCK_HALF]`."""
-    q = tl.load(q_ptr + columns, columns < HALF, other=0.0).to(tl.float32)
-    k = tl.load(k_ptr + columns, columns < HALF, other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + columns, columns < HALF, other=0.0)
+    k = tl.load(k_ptr + columns, columns < HALF, other=0.0)
     return tl.where(is_query, q, k)

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.kernels import Routing
-from nanovllm.kernels.torch_kernels import route
-from nanovllm.kernels.triton.elementwise import silu_mul
+from nanovllm.kernels.torch_kernels import DenseWeight, route
+from nanovllm.kernels.triton.elementwise import act_and_mul
 
 FEW_VISITS = 16
 """Visits that an expert has on average up to which tiles are small."""
@@ -25,8 +25,8 @@ def mixture(
     x: Tensor,
     scores: Tensor,
     routing: Routing,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: DenseWeight,
+    down: DenseWeight,
     deterministic: bool,
 ) -> Tensor:
     """See `Kernels.mixture`.
@@ -35,8 +35,8 @@ def mixture(
         x: `[num_rows, depth]`.
         scores: float32 `[num_rows, num_experts]`.
         routing: What becomes of them.
-        gate_up: `[num_experts, 2 * inner, depth]`, contiguous, of the dtype of `x`.
-        down: `[num_experts, width, inner]`, likewise.
+        gate_up: Weights `[num_experts, 2 * inner, depth]`, of the dtype of `x`.
+        down: `[num_experts, width, inner]`.
         deterministic: Whether a row's result may not depend on the other rows.
 
     Returns:
@@ -49,9 +49,15 @@ def mixture(
     ends = torch.searchsorted(of_visits, each, right=True)
     is_few = len(visits) <= FEW_VISITS * num_experts and not deterministic
     block_m = SMALL_M if is_few else LARGE_M
-    hidden = silu_mul(_visit(x, gate_up, visits, ends, None, routing.top_k, block_m))
-    made = _visit(hidden, down, visits, ends, shares, 1, block_m)
-    return made.view(num_rows, routing.top_k, down.shape[1]).sum(1, dtype=torch.float32).to(x.dtype)
+    hidden = _visit(x, gate_up.weight, visits, ends, None, routing.top_k, block_m)
+    if gate_up.activation is not None:
+        hidden = act_and_mul(hidden, gate_up.activation)
+    made = _visit(hidden, down.weight, visits, ends, shares, 1, block_m)
+    return (
+        made.view(num_rows, routing.top_k, down.weight.shape[1])
+        .sum(1, dtype=torch.float32)
+        .to(x.dtype)
+    )
 
 
 def _visit(

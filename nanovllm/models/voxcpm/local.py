@@ -36,7 +36,7 @@ class LocalLayers(Layers):
         super().__init__(config, (LocalAttention(length, *heads) for _ in range(config.num_layers)))
         self._length, self._kept = length, kept
         self._rotary = None if config.no_rope else RotaryEmbedding(config.rope)
-        self._table: Rotary | None = None
+        self._tables: tuple[Rotary, ...] = ()
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Compute hidden states.
@@ -48,9 +48,9 @@ class LocalLayers(Layers):
         Returns:
             `[num_seqs * num_kept, hidden_size]`.
         """
-        if self._rotary and (self._table is None or self._table[0].device != x.device):
-            self._table = self._rotary(torch.arange(self._length, device=x.device))
-        return self.run(x.flatten(0, 1), self._table, ctx, self._keep)
+        if self._rotary and (not self._tables or self._tables[0][0].device != x.device):
+            self._tables = (self._rotary(torch.arange(self._length, device=x.device)),)
+        return self.run(x.flatten(0, 1), self._tables, ctx, self._keep)
 
     def _keep(self, x: Tensor) -> Tensor:
         kept = x.view(-1, self._length, *x.shape[1:])[:, self._kept]

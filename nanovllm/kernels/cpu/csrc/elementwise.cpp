@@ -2,16 +2,16 @@
 
 #include <cmath>
 
+#include "gate.h"
 #include "pool.h"
 #include "replay.h"
-#include "simd.h"
 #include "weights.h"
 
 namespace nanovllm {
 namespace {
 
 template <class T>
-void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows, long width,
+void add_rms_norm(const T* x, T* residual, const float* weight, float eps, long rows, long width,
                   T* out) {
   for_each_row(rows, [&](long r) {
     const T* row = x + r * width;
@@ -38,12 +38,13 @@ void add_rms_norm(const T* x, T* residual, const T* weight, float eps, long rows
 }
 
 template <class T>
-void silu_mul(const T* gate_up, long rows, long width, T* out) {
+void act_and_mul(int32_t gate, const T* gate_up, long rows, long width, T* out) {
   for_each_row(rows, [&](long r) {
-    const T* gate = gate_up + r * 2 * width;
+    const T* row = gate_up + r * 2 * width;
     for (long i = 0; i < width; i += kWidth) {
       const long count = width - i;
-      store(out + r * width + i, silu(load(gate + i, count)) * load(gate + width + i, count), count);
+      const Floats y = gated(gate, load(row + i, count), load(row + width + i, count));
+      store(out + r * width + i, y, count);
     }
   });
 }
@@ -53,27 +54,28 @@ void silu_mul(const T* gate_up, long rows, long width, T* out) {
 
 using namespace nanovllm;
 
-// residual += x (unless it is null), then out = RMSNorm(residual, or x) * weight; all [rows, width].
+// residual += x (unless it is null), then out = RMSNorm(residual, or x) * weight[width]; the others
+// are [rows, width].
 NANOVLLM_API void nanovllm_add_rms_norm(int32_t type, const void* x, void* residual,
-                                        const void* weight, float eps, int64_t rows, int64_t width,
+                                        const float* weight, float eps, int64_t rows, int64_t width,
                                         void* out) {
   const auto call = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    add_rms_norm(static_cast<const T*>(x), static_cast<T*>(residual),
-                 static_cast<const T*>(weight), eps, rows, width, typed);
+    add_rms_norm(static_cast<const T*>(x), static_cast<T*>(residual), weight, eps, rows, width,
+                 typed);
   };
   if (type == kFloat32) call(static_cast<float*>(out));
   else call(static_cast<Bf16*>(out));
 }
 NANOVLLM_REPLAYABLE(nanovllm_add_rms_norm)
 
-// out[rows, width] = SiLU(gate) * up of gate_up[rows, 2 width].
-NANOVLLM_API void nanovllm_silu_mul(int32_t type, const void* gate_up, int64_t rows, int64_t width,
-                                    void* out) {
+// out[rows, width] = activation(gate) * up of gate_up[rows, 2 width].
+NANOVLLM_API void nanovllm_act_and_mul(int32_t type, int32_t gate, const void* gate_up,
+                                       int64_t rows, int64_t width, void* out) {
   if (type == kFloat32) {
-    silu_mul(static_cast<const float*>(gate_up), rows, width, static_cast<float*>(out));
+    act_and_mul(gate, static_cast<const float*>(gate_up), rows, width, static_cast<float*>(out));
   } else {
-    silu_mul(static_cast<const Bf16*>(gate_up), rows, width, static_cast<Bf16*>(out));
+    act_and_mul(gate, static_cast<const Bf16*>(gate_up), rows, width, static_cast<Bf16*>(out));
   }
 }
-NANOVLLM_REPLAYABLE(nanovllm_silu_mul)
+NANOVLLM_REPLAYABLE(nanovllm_act_and_mul)

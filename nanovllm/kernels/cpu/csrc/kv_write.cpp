@@ -13,7 +13,7 @@ namespace {
 
 // Normalises one head, rotates it, and leaves it in `head` as floats.
 template <class T>
-void prepare_head(const T* source, long dim, const T* norm, float eps, const float* cos,
+void prepare_head(const T* source, long dim, const float* norm, float eps, const float* cos,
                   const float* sin, float* head) {
   Floats squares{};
   for (long d = 0; d < dim; d += kWidth) {
@@ -33,8 +33,8 @@ void prepare_head(const T* source, long dim, const T* norm, float eps, const flo
 template <class T>
 struct Projections {
   const T* qkv;
-  const T* q_norm;
-  const T* k_norm;
+  const float* q_norm;
+  const float* k_norm;
   float eps;
   const float* cos;
   const float* sin;
@@ -166,13 +166,12 @@ NANOVLLM_API int64_t nanovllm_cell_bytes(const AttentionShape* shape) { return C
 //
 // qkv is [num_tokens, (num_heads + 2 num_kv_heads) head_dim], cos and sin [num_tokens, head_dim / 2].
 NANOVLLM_API void nanovllm_write_kv(const AttentionShape* shape, int64_t num_tokens, const void* qkv,
-                                    const void* q_norm, const void* k_norm, float eps,
+                                    const float* q_norm, const float* k_norm, float eps,
                                     const float* cos, const float* sin, const int64_t* slots,
                                     void* q, void* cache) {
   const auto call = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
-    const Projections<T> in{static_cast<const T*>(qkv), static_cast<const T*>(q_norm),
-                            static_cast<const T*>(k_norm), eps, cos, sin};
+    const Projections<T> in{static_cast<const T*>(qkv), q_norm, k_norm, eps, cos, sin};
     auto* cells = static_cast<char*>(cache);
     if (shape->cache == kInt8) write<T, int8_t>(*shape, in, num_tokens, slots, typed, cells);
     else write<T, T>(*shape, in, num_tokens, slots, typed, cells);

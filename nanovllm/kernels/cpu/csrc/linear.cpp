@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "compact.h"
+#include "gate.h"
 #include "int4.h"
 #include "linear.h"
 #include "pool.h"
@@ -385,8 +386,8 @@ void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
 // Adds the bias, applies the gate, and writes a panel's sums to the output, or adds them to it.
 template <class Out>
 void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
-  const long width = w.gated ? w.columns / 2 : w.columns;
-  const int step = w.gated ? 2 : 1;
+  const long width = w.gate ? w.columns / 2 : w.columns;
+  const int step = w.gate ? 2 : 1;
   for (long r = 0; r < panel.rows; r++) {
     for (int j = 0; j < panel.num_tiles; j += step) {
       for (int lane = 0; lane < kTile; lane += kWidth) {
@@ -397,7 +398,7 @@ void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
           const Floats v = load(panel.sums + r * kPanel + (j + part) * kTile + lane);
           return w.bias ? v + load(w.bias + packed + part * kTile) : v;
         };
-        Floats y = w.gated ? silu(value(0)) * value(1) : value(0);
+        Floats y = w.gate ? gated(w.gate, value(0), value(1)) : value(0);
         Out* target = out.data + (panel.row + r) * width + column;
         if (out.add) y += load(target, width - column);
         store(target, y, width - column);
@@ -482,7 +483,7 @@ void run(const Weights& w, const In* x, long rows, Output<Out> out, bool always)
 
 using namespace nanovllm;
 
-// out = x W^T + b, or SiLU(gate) * up where the weights are gated; or if `add`, out += that.
+// out = x W^T + b, or activation(gate) * up where the weights are gated; or if `add`, out += that.
 //
 // x is [rows, depth] of the weights' activation type, out [rows, columns] (half of them if gated) of
 // that type, or float if `float_out`. `one_path` keeps to kernels that treat every number of rows

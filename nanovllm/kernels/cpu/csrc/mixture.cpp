@@ -107,7 +107,7 @@ void mix(const Weights* const* gate_up, const Weights* const* down, long num_exp
 using namespace nanovllm;
 
 // out[rows, width] = the sum over the `top_k` experts of each row that score best, of
-// down(SiLU(gate x) * up x) by their shares, the softmax of scores[rows, num_experts]; if
+// down(activation(gate x) * up x) by their shares, the softmax of scores[rows, num_experts]; if
 // `normalized`, the shares of these few sum to one.
 //
 // x and out are of the weights' activation type, as for `nanovllm_linear`. gate_up and down hold

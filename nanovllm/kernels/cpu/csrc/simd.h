@@ -313,13 +313,6 @@ inline Floats exp2(Floats x) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-inline Floats silu(Floats x) {
-  // 2^126 is the largest power that exp2 is good for; beyond it the result is 0 to float anyway.
-  const Floats t = x * -kLog2E;
-  const Floats top = splat(126.0f);
-  return x / (1.0f + exp2(t > top ? top : t));
-}
-
 constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // What int8 codes of some elements are multiplied by, and its inverse.

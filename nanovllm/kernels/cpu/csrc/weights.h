@@ -26,7 +26,7 @@ struct Weights {
   int32_t format;
   int32_t activation;   // kFloat32 or kBFloat16
   int32_t group_size;   // of int4
-  int32_t gated;        // tiles alternate between gate and up
+  int32_t gate;         // see gate.h; if there is one, tiles alternate between gate and up
   int32_t has_zeros;    // int4: whether groups have zero points of their own
   int64_t columns;      // outputs, gate and up counted both
   int64_t depth;        // inputs

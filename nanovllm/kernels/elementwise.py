@@ -1,7 +1,13 @@
-"""Rotary position embedding of heads, in plain torch."""
+"""What layers do to each row or head by itself, in plain torch."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension by a float32 weight, rounded once."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
