@@ -107,6 +107,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window_pattern": 2,
             "rope_scaling": {"rope_type": "linear", "factor": 4.0},
             "rope_local_base_freq": 100.0,
+            "tie_word_embeddings": False,  # or each token would be followed by itself
         },
     ),
 }

@@ -84,7 +84,7 @@ SLOT_GRAMMAR = "nanovllm/runners/grammar.py"
 SAMPLER = "nanovllm/layers/sampler.py"
 ROTARY = "nanovllm/layers/rotary.py"
 TORCH_KERNELS = "nanovllm/kernels/torch_kernels.py"
-ROTATION = "nanovllm/kernels/rotation.py"
+ELEMENTWISE = "nanovllm/kernels/elementwise.py"
 DECODER_NORMS = "nanovllm/layers/norm.py"
 KV = "nanovllm/kernels/cpu/csrc/attention.cpp"
 SIMD = "nanovllm/kernels/cpu/csrc/simd.h"
@@ -488,8 +488,8 @@ FAULTS = [
     Fault(
         "position off by one in the rotation",
         DECODER,
-        "rotary = self.rotary(positions)",
-        "rotary = self.rotary(positions + (positions > 4).to(positions.dtype))",
+        "rotary(positions) for rotary",
+        "rotary(positions + (positions > 4).to(positions.dtype)) for rotary",
         MODELS,
     ),
     Fault(
@@ -501,7 +501,7 @@ FAULTS = [
     ),
     Fault(
         "rope halves swapped",
-        ROTATION,
+        ELEMENTWISE,
         "first * cos - second * sin, second * cos + first * sin",
         "first * cos + second * sin, second * cos - first * sin",
         MODELS,
@@ -726,6 +726,41 @@ FAULTS = [
         "HeadNorms(q_norm.weight, k_norm.weight,",
         "HeadNorms(k_norm.weight, q_norm.weight,",
         MODELS,
+    ),
+    Fault(
+        "layers with a window rotated like the others",
+        DECODER,
+        "rotaries[self._rotary_index]",
+        "rotaries[0]",
+        MODELS,
+    ),
+    Fault(
+        "scores divided by the root of the head's width, whatever the config says",
+        DECODER_NORMS,
+        "+ self._offset) * self._scale",
+        "+ self._offset)",
+        MODELS,
+    ),
+    Fault(
+        "norms without their offset",
+        DECODER_NORMS,
+        "+ self._offset) * self._scale",
+        ") * self._scale",
+        MODELS,
+    ),
+    Fault(
+        "what an MLP adds is not normed",
+        DECODER,
+        "self.post_feedforward_layernorm(self._scaled(self.mlp(x, ctx)), ctx)",
+        "self._scaled(self.mlp(x, ctx))",
+        MODELS,
+    ),
+    Fault(
+        "C++: the cube of GELU forgotten",
+        "nanovllm/kernels/cpu/csrc/gate.h",
+        "(1.0f + 0.044715f * x * x)",
+        "(1.0f + 0.044715f * x)",
+        ("tests/unit/test_cpu_elementwise.py",),
     ),
     # The networks of VoxCPM.
     Fault(

@@ -69,7 +69,7 @@ def generate(model: Path, **options: Any) -> list[RequestOutput]:
         return llm.generate(prompts, params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied", "llama-bias", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3-tied", "llama-bias", "mistral", "gemma3"])
 @pytest.mark.parametrize("overlap", [False, True])
 def test_graphs_change_nothing(
     graphs: RecordedGraphs, checkpoint: Callable[[str], Path], name: str, overlap: bool

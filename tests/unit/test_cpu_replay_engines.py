@@ -79,7 +79,7 @@ def generate(model: Path, **options: Any) -> Scores:
         return found
 
 
-@pytest.mark.parametrize("name", ["qwen3-tied", "qwen2", "llama-bias", "mistral"])
+@pytest.mark.parametrize("name", ["qwen3-tied", "qwen2", "llama-bias", "mistral", "gemma3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_s_scores_are_the_same_bits(
     checkpoint: Directory, plain: Callable[..., Scores], log: Log, name: str, dtype: str

@@ -31,6 +31,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 # Key heads that are shared out, one for two ranks, three for two, and two for three; an MLP and a
 # vocabulary that do not divide.
 UNEVEN = {"vocab_size": 317, "intermediate_size": 99, "head_dim": 16}
+WINDOWS = {"sliding_window": 16, "sliding_window_pattern": 2}
 UNEVEN_EXPERTS = {**UNEVEN, **EXPERTS, "moe_intermediate_size": 45}
 SHAPES: dict[str, tuple[str, dict[str, object], int]] = {
     "qwen3": ("Qwen3", {"head_dim": 32}, 2),
@@ -39,6 +40,7 @@ SHAPES: dict[str, tuple[str, dict[str, object], int]] = {
     "qwen2-biases": ("Qwen2", {}, 2),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}, 2),
     "mistral": ("Mistral", {"sliding_window": 32}, 2),
+    "gemma3": ("Gemma3", {**UNEVEN, **WINDOWS, "tie_word_embeddings": False}, 2),
     "1-kv-head": ("Llama", {**UNEVEN, "num_key_value_heads": 1}, 2),
     "3-kv-heads": ("Qwen3", {**UNEVEN, "num_attention_heads": 6, "num_key_value_heads": 3}, 2),
     "2-kv-heads": ("Qwen2", {**UNEVEN, "num_attention_heads": 6, "num_key_value_heads": 2}, 3),
