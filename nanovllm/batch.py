@@ -124,7 +124,7 @@ class TextRequest(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """Log probabilities at one position: the actual token first, then the most likely ones.
+    """Log probabilities at one position: the actual token first, then the others asked for.
 
     `rank` is that of the actual token, counted from 1.
     """

@@ -9,6 +9,8 @@ from nanovllm.validation import conform
 
 GREEDY_EPSILON = 1e-5
 MAX_LOGPROBS = 20
+MAX_LOGPROB_IDS = 1024
+"""Of tokens that a request names."""
 MAX_SEED = 2**64
 
 
@@ -79,6 +81,8 @@ class SamplingParams:
         logprobs: Alternatives whose log probability is returned with each token; 0 is only the
             token's own. At most 20.
         prompt_logprobs: The same for each token of the prompt.
+        logprob_token_ids: Return the log probabilities of these tokens, no two the same and at most
+            1024, instead of the likeliest ones.
         detokenize: Whether to produce text.
         skip_special_tokens: Whether special tokens are left out of the text.
         spaces_between_special_tokens: Whether special tokens in the text are set apart by spaces.
@@ -112,6 +116,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -143,6 +148,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Tokens whose log probability is returned beside each token's own; None is no others."""
+        return self.logprobs if self.logprob_token_ids is None else len(self.logprob_token_ids)
+
     def _check_numbers(self) -> None:
         self._check("n", self.n >= 1, "at least 1")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -168,6 +178,15 @@ class SamplingParams:
         self._check("bad_words", all(self.bad_words or []), "non-empty strings")
         allowed = self.allowed_token_ids
         self._check("allowed_token_ids", allowed is None or len(allowed) > 0, "None or not empty")
+        scored = self.logprob_token_ids
+        if scored is not None:
+            valid = 0 < len(scored) == len(set(scored)) <= MAX_LOGPROB_IDS
+            self._check("logprob_token_ids", valid, f"1 to {MAX_LOGPROB_IDS} different ids")
+            if self.logprobs not in (None, len(scored)):
+                raise InvalidRequestError(
+                    f"logprobs must be left out with logprob_token_ids, got {self.logprobs}",
+                    "logprobs",
+                )
         biases = (self.logit_bias or {}).values()
         self._check("logit_bias", all(isfinite(bias) for bias in biases), "finite numbers")
 

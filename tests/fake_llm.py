@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -208,6 +209,9 @@ class FakeStream:
     def _payload(self, number: int, token_id: int) -> TextPayload | None:
         params = self._item.params
         scores = None if params.logprobs is None else _scores(token_id, params.logprobs)
+        if params.logprob_token_ids is not None:
+            shares = [math.log(share_of(i)) for i in params.logprob_token_ids]
+            scores = TokenScores([token_id, *params.logprob_token_ids], [-1.0, *shares], 1)
         prompt = None
         if params.prompt_logprobs is not None and number == 0:
             rest = [_scores(i, params.prompt_logprobs) for i in self._item.token_ids[1:]]
@@ -222,6 +226,11 @@ class FakeStream:
             self._ended = True
             self._llm.num_open -= 1
             self._llm.processor.abort(self.output.request_id)
+
+
+def share_of(token_id: int) -> float:
+    """The probability of any token."""
+    return (1 + token_id % 7) / 10_000
 
 
 def state_of(token_ids: Sequence[int], size: int) -> bytes:

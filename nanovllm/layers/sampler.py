@@ -42,6 +42,7 @@ class SamplingBatch:
         biases: Rows, ids and what is added to their logits (-inf forbids), each `[n]`.
         grammar: Rows that follow one `[n]`, True for the ids it allows each `[n, vocab_size]`.
         num_scores: Most likely tokens to score beside the sampled one; None is no scores at all.
+        scored: Rows `[n]` and the ids to score there instead, `[n, up to num_scores]`.
     """
 
     draws: Draws
@@ -51,10 +52,11 @@ class SamplingBatch:
     biases: tuple[Tensor, Tensor, Tensor] | None = None
     grammar: tuple[Tensor, Tensor] | None = None
     num_scores: int | None = None
+    scored: tuple[Tensor, Tensor] | None = None
 
 
 class Scores(NamedTuple):
-    """Log probabilities of the actual token and of the most likely ones.
+    """Log probabilities of the actual token and of the most likely ones, or of those asked for.
 
     `token_ids` and `logprobs` are `[num_rows, 1 + k]`, the actual token first; `ranks` is
     `[num_rows]`, counted from 1.
@@ -101,14 +103,26 @@ def sample(logits: Tensor, batch: SamplingBatch, kernels: Kernels) -> Sampled:
     choice = kernels.choose(logits, batch.draws)
     scores = None
     if log_probs is not None:
-        scores = score_tokens(log_probs, choice.token_ids, batch.num_scores or 0)
+        scores = score_tokens(log_probs, choice.token_ids, batch.num_scores or 0, batch.scored)
     return Sampled(choice, scores)
 
 
-def score_tokens(log_probs: Tensor, token_ids: Tensor, num_top: int) -> Scores:
-    """Look up the given token `[num_rows]` and the `num_top` most likely ones of each row."""
+def score_tokens(
+    log_probs: Tensor,
+    token_ids: Tensor,
+    num_top: int,
+    scored: tuple[Tensor, Tensor] | None = None,
+) -> Scores:
+    """Look up the given token `[num_rows]` and the `num_top` most likely ones of each row.
+
+    In rows that are `scored` their ids come in place of the likely ones; see `SamplingBatch`.
+    """
     actual = log_probs.gather(1, token_ids[:, None])
     top, top_ids = log_probs.topk(min(num_top, log_probs.shape[-1]), dim=-1)
+    if scored is not None:
+        rows, ids = scored
+        top[rows, : ids.shape[1]] = log_probs[rows].gather(1, ids)
+        top_ids[rows, : ids.shape[1]] = ids
     return Scores(
         torch.cat((token_ids[:, None], top_ids), dim=1),
         torch.cat((actual, top), dim=1),

@@ -213,7 +213,7 @@ def start_grammar(
 def may_force(params: SamplingParams) -> bool:
     """Whether tokens may be taken that were never sampled: nothing looks at each of them."""
     looks = (params.bad_words, params.logit_bias, params.allowed_token_ids, params.stop_token_ids)
-    return params.logprobs is None and not any(looks)
+    return params.num_logprobs is None and not any(looks)
 
 
 def allowed_tokens(

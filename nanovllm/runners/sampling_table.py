@@ -58,6 +58,7 @@ class SamplingTable:
         self._stop_ids: dict[int, IntArray] = {}
         self._biases: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}
         self._allowed: dict[int, Tensor] = {}
+        self._scored: dict[int, list[int]] = {}
         self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
 
     def start(self, start: SlotStart, request: TextRequest, forbidden: Sequence[int] = ()) -> None:
@@ -82,7 +83,7 @@ class SamplingTable:
             start.sample_index,
             start.num_prompt_keys,
             min(params.min_tokens, MAX_POSITION),
-            -1 if params.logprobs is None else params.logprobs,
+            -1 if params.num_logprobs is None else params.num_logprobs,
         )
         if params.min_tokens:
             stops = request.eos_token_ids | set(params.stop_token_ids or ())
@@ -100,6 +101,8 @@ class SamplingTable:
             allowed = np.zeros(self._vocab_size, dtype=np.bool_)
             allowed[params.allowed_token_ids] = True
             self._allowed[slot] = self._to_device(allowed)
+        if params.logprob_token_ids is not None:
+            self._scored[slot] = params.logprob_token_ids
         if request.bad_words:
             self._bad_words[slot] = request.bad_words
         row = self._numbers[slot]
@@ -117,7 +120,7 @@ class SamplingTable:
 
     @property
     def _tables(self) -> tuple[dict[int, Any], ...]:
-        return self._stop_ids, self._biases, self._allowed, self._bad_words
+        return self._stop_ids, self._biases, self._allowed, self._scored, self._bad_words
 
     def only_draw(self, slots: IntArray) -> bool:
         """Whether rows `[num_rows]` need no more than `draws`: no masks, penalties or scores."""
@@ -171,6 +174,7 @@ class SamplingTable:
             biases=self._bias_rows(slots, generated < numbers["min_tokens"]),
             grammar=grammar,
             num_scores=num_scores if num_scores >= 0 else None,
+            scored=self._scored_rows(slots),
         )
 
     def _penalties(
@@ -221,6 +225,16 @@ class SamplingTable:
             return None
         allowed = torch.stack([self._allowed[int(slots[row])] for row in rows])
         return self._to_device(np.array(rows)), allowed
+
+    def _scored_rows(self, slots: IntArray) -> tuple[Tensor, Tensor] | None:
+        rows = self._rows_in(self._scored, slots)
+        if not rows:
+            return None
+        ids = [self._scored[int(slots[row])] for row in rows]
+        width = max(map(len, ids))
+        # A row of fewer ids repeats one: of what is scored it reads no more than it asked for.
+        padded = np.array([some + some[:1] * (width - len(some)) for some in ids], dtype=np.int64)
+        return self._to_device(np.array(rows)), self._to_device(padded)
 
     def _bias_rows(
         self, slots: IntArray, too_short: BoolArray

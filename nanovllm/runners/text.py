@@ -274,11 +274,12 @@ class TextRunner(ModelRunner[CausalLM]):
             if token_id < 0:
                 results.append(StepResult(slot, -1, Stop("error", UNUSABLE_LOGITS)))
                 continue
-            if params.logprobs is not None or num_slices is not None or embedding is not None:
+            num_logprobs = params.num_logprobs
+            if num_logprobs is not None or num_slices is not None or embedding is not None:
                 payload = TextPayload(
                     None
-                    if params.logprobs is None or scores is None
-                    else scores.row(row, params.logprobs),
+                    if num_logprobs is None or scores is None
+                    else scores.row(row, num_logprobs),
                     None if num_slices is None else _prompt_scores(slices, params.prompt_logprobs),
                     embedding,
                 )

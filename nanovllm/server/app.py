@@ -30,6 +30,7 @@ from nanovllm.server import (
     playground,
     responses,
     speech,
+    systemone,
     tokens,
 )
 from nanovllm.server.auth import Authenticate, route_path
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 MODEL_ROUTERS = (
     openai.router,
     responses.router,
+    systemone.router,
     tokens.router,
     info.router,
     family.router,

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from nanovllm.async_engine import in_thread_if
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import in_words_of_client
-from nanovllm.server.generation import Generation
+from nanovllm.server.generation import Generation, in_parts
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import encode, unless_gone
@@ -23,8 +23,6 @@ LONG_ANSWER = 1 << 15
 """Numbers from which an answer is written in a thread; so many take 5 ms."""
 MAX_TEXTS = 2048
 """Of one request, as at OpenAI, unless `max_prompts` is more."""
-MAX_AT_ONCE = 64
-"""Texts that the engines are given at a time."""
 
 
 class Wanted(NamedTuple):
@@ -110,11 +108,9 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
         raise InvalidRequestError(
             f"a request may have {most} texts, got {len(wanted.prompts)}", "prompt"
         )
-    # Not all at once: they would fill the queue, and keep the event loop for as long as that takes.
-    size = min(MAX_AT_ONCE, state.llm.config.max_num_seqs or MAX_AT_ONCE)
     parts = [
-        await _embed_part(state, wanted, name, wanted.prompts[first : first + size])
-        for first in range(0, len(wanted.prompts), size)
+        await _embed_part(state, wanted, name, prompts)
+        for prompts in in_parts(state, wanted.prompts)
     ]
     return Embedded(
         name,
@@ -127,22 +123,17 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
 async def _embed_part(
     state: ServerState, wanted: Wanted, name: str, prompts: Sequence[Prompt]
 ) -> Embedded:
-    run = await Generation.start(
+    run = await Generation.finished(
         state,
         name,
         prompts,
         state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens),
         add_special_tokens=wanted.add_special_tokens,
-        hidden=True,
         embeds=True,
         priority=wanted.priority,
         cache_salt=wanted.cache_salt,
         lora_name=wanted.lora_name,
     )
-    try:
-        await run.finish()
-    finally:
-        await run.aclose()
     embeddings = []
     for output in run.outputs:
         if output.embedding is None:  # after `/abort`

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nanovllm.batch import LOST_GRAMMAR, UNUSABLE_LOGITS
 from nanovllm.errors import ContextLengthError, InvalidRequestError
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from nanovllm.request_stream import RequestStream
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_AT_ONCE = 64
+"""Prompts of one request that the engines are given at a time, where there may be many."""
 
 MAX_PROMPT_SCORES = 1 << 20
 """Log probabilities of the prompts' tokens in an answer, which are some 30 to 70 MB of JSON."""
@@ -105,6 +110,30 @@ class Generation:
         state.generations.add(generation)
         return generation
 
+    @classmethod
+    async def finished(
+        cls,
+        state: ServerState,
+        request_id: str,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        **options: Any,
+    ) -> "Generation":
+        """The same as `start`, with all of it there, and nobody to see what is generated.
+
+        Raises:
+            InvalidRequestError: See `start`.
+            ContextLengthError: See `start`.
+            UnavailableError: See `start`, or the engine has died.
+            APIError: A completion could not be computed.
+        """
+        run = await cls.start(state, request_id, prompts, params, hidden=True, **options)
+        try:
+            await run.finish()
+        finally:
+            await run.aclose()
+        return run
+
     async def news(self) -> AsyncIterator[int]:
         """Yield the index of a prompt whenever there is news of it, until all have ended.
 
@@ -145,6 +174,13 @@ class Generation:
         """Abort what has not ended."""
         for stream in self._streams:
             await stream.aclose()
+
+
+def in_parts(state: ServerState, items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """What a request asks, some at a time: all would fill the queue and hold the event loop up."""
+    size = min(MAX_AT_ONCE, state.llm.config.max_num_seqs or MAX_AT_ONCE)
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def _failure(request_id: str, reason: str) -> APIError:

@@ -81,7 +81,7 @@ class InputProcessor:
         if text is not None and params.truncate_prompt_tokens is None:
             self._check_size(text)
         token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params, embeds)
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             given = getattr(params, name) or ()
             if len(given) > self._vocab_size:
                 raise InvalidRequestError(

@@ -169,10 +169,7 @@ class MessageFormat:
             functions: What may be called; some models' arguments mean what these say.
         """
         thoughts = self.thoughts if reasoning else None
-        begun = False
-        if thoughts is not None:
-            state = self._thinking(prompt)
-            begun = state == "begun" or (thoughts.always and state != "ended")
+        begun = reasoning and self.begins_with_thoughts(prompt)
         dropped = tuple(mark for mark in END_MARKS if mark in self.special_tokens)
         if not tools:
             # Without tools these mean nothing, and nobody asked to see them.
@@ -180,6 +177,13 @@ class MessageFormat:
             return MessageParser(thoughts, begun, None, (*dropped, *marks))
         calls = self.calls.parser(dropped, functions)
         return MessageParser(thoughts, begun, calls, parallel=parallel, only_calls=only_calls)
+
+    def begins_with_thoughts(self, prompt: str) -> bool:
+        """Whether what goes on from a prompt begins within a thought."""
+        if self.thoughts is None:
+            return False
+        state = self._thinking(prompt)
+        return state == "begun" or (self.thoughts.always and state != "ended")
 
     def constrain(
         self,

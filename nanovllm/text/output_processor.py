@@ -62,7 +62,7 @@ class OutputProcessor:
             )
         if params.stop_strings and self._tokenizer is None:
             raise InvalidRequestError("stop strings need a tokenizer", "stop")
-        scored = params.logprobs is not None
+        scored = params.num_logprobs is not None
         completions = [
             CompletionOutput(
                 index,
@@ -231,7 +231,8 @@ class _Sequence:
         request, completion = self.request, self.completion
         scores, prompt_scores, _ = payload
         if scores is not None and completion.logprobs is not None:
-            completion.logprobs.append(_logprobs(scores, request.tokenizer))
+            ranked = request.params.logprob_token_ids is None
+            completion.logprobs.append(_logprobs(scores, request.tokenizer, ranked))
             total = completion.cumulative_logprob or 0.0
             completion.cumulative_logprob = total + scores.logprobs[0]
         if prompt_scores is not None and request.output.prompt_logprobs is None:
@@ -320,12 +321,17 @@ class StopSearch:
         return "" if self._include else held
 
 
-def _logprobs(scores: TokenScores, tokenizer: Tokenizer | None) -> TokenLogprobs:
-    """Build the log probabilities of one position: the actual token first, then the best ones."""
+def _logprobs(
+    scores: TokenScores, tokenizer: Tokenizer | None, ranked: bool = True
+) -> TokenLogprobs:
+    """Build the log probabilities of one position: the actual token first, then the best ones.
+
+    If they are not `ranked`, they are others that were asked for.
+    """
     text_of = (lambda _: None) if tokenizer is None else tokenizer.token_text
     token_ids, values, rank = scores
     logprobs = {token_ids[0]: Logprob(values[0], rank, text_of(token_ids[0]))}
     for rank, (token_id, value) in enumerate(zip(token_ids[1:], values[1:], strict=True), 1):
         if token_id not in logprobs:
-            logprobs[token_id] = Logprob(value, rank, text_of(token_id))
+            logprobs[token_id] = Logprob(value, rank if ranked else None, text_of(token_id))
     return logprobs

@@ -588,3 +588,42 @@ class TestEmbeddings:
         many, one, told = asyncio.run(scenario())
         assert many.data[7].embedding == pytest.approx(one.data[0].embedding, abs=1e-4)
         assert told.usage.completion_tokens == 24
+
+
+def test_decisions(client: OpenAI) -> None:
+    decision = client.decisions.create(
+        model=MODEL,
+        input=[{"role": "user", "content": [{"type": "input_text", "text": "The wolf ate."}]}],
+        questions=[
+            {"type": "predicate", "instructions": "The wolf is hungry.", "name": "hungry"},
+            {
+                "type": "choice",
+                "instructions": "Who?",
+                "choices": [{"value": "wolf"}, {"value": True}],
+            },
+            {
+                "type": "score",
+                "instructions": [{"type": "input_text", "text": "How old is it?"}],
+                "levels": [{"label": "young"}, {"label": "old", "description": "very"}],
+            },
+        ],
+    )
+    predicate, choice, score = decision.answers
+    assert predicate.type == "predicate"
+    assert predicate.name == "hungry"
+    assert 0 < predicate.probability < 1
+    assert choice.type == "choice"
+    assert choice.choice in ("wolf", True)
+    assert sum(item.probability for item in choice.probabilities) == pytest.approx(1)
+    assert score.type == "score"
+    assert score.score == pytest.approx(score.probabilities[1].probability)
+    assert decision.usage.output_tokens == 3
+    assert decision.usage.total_tokens == decision.usage.input_tokens + 3
+    with pytest.raises(openai.BadRequestError, match="two of the same value"):
+        client.decisions.create(
+            model=MODEL,
+            input="x",
+            questions=[
+                {"type": "choice", "instructions": "?", "choices": [{"value": "a"}, {"value": "a"}]}
+            ],
+        )

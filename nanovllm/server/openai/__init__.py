@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from nanovllm.server.openai import abort, chat, completions, embeddings, loras, models
+from nanovllm.server.openai import abort, chat, completions, decisions, embeddings, loras, models
 
 router = APIRouter()
-for module in (chat, completions, embeddings, models, abort, loras):
+for module in (chat, completions, decisions, embeddings, models, abort, loras):
     router.include_router(module.router)

@@ -12,7 +12,7 @@ from nanovllm.server.state import State
 
 router = APIRouter(route_class=JSONRoute, tags=["control"])
 
-ID_PREFIXES = ("chatcmpl-", "cmpl-", "embd-", "msg_")
+ID_PREFIXES = ("chatcmpl-", "cmpl-", "decision-", "embd-", "msg_")
 """What answers' ids begin with, in whatever dialect they are."""
 
 

@@ -30,6 +30,7 @@ BEYOND_A_SCHEMA = re.compile(
     r"|the chat template"
     r"|chat_template_kwargs must not have"
     r"|this model writes text and does not speak"
+    r"|single tokens for \d+ labels|must have no two of the same value"
     # Limits of the server, which are options.
     r"|n must be at most|n times the prompts must be"
     r"|a request may have \d+ (prompts|texts|stop strings)"
