@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
+from nanovllm.errors import InvalidRequestError
 from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.decisions import MAX_QUESTIONS, Asked, Decided, DecisionOptions, respond
 from nanovllm.server.fields import FAIL_FAST, Text, WireModel
@@ -79,7 +81,7 @@ def _written(value: str | bool) -> str:
 
 def _check_values(choices: list[ChoiceValue]) -> list[ChoiceValue]:
     if len({(type(choice.value), choice.value) for choice in choices}) < len(choices):
-        raise ValueError("must have no two of the same value")
+        raise PydanticCustomError("not_accepted", "must have no two of the same value")
     return choices
 
 
@@ -243,6 +245,8 @@ async def decide(body: DecisionRequest, request: Request, state: State) -> Respo
         messages = [{"role": "user", "content": body.input}]
     else:
         messages = messages_of(body.input)
+    if not messages:  # there may be nothing but thoughts that we cannot read
+        raise InvalidRequestError("input: must not be empty", "input")
     questions = [
         question.question(f"questions.{index}") for index, question in enumerate(body.questions)
     ]

@@ -178,6 +178,7 @@ def changed(question: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         ({"questions": [PREDICATE]}, "input"),
         ({"input": "", "questions": [PREDICATE]}, "input"),
         ({"input": [], "questions": [PREDICATE]}, "input"),
+        ({"input": [{"type": "reasoning"}], "questions": [PREDICATE]}, "input"),
         ({"input": "x"}, "questions"),
         ({"input": "x", "questions": []}, "questions"),
         ({"input": "x", "questions": [PREDICATE] * 401}, "questions"),
