@@ -142,7 +142,7 @@ class Kernels(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, and of weights that are not quantized."""
+        """Of activations, and of the matrices that are not quantized."""
 
     def with_dtype(self, dtype: torch.dtype) -> "Kernels":
         """The same in another dtype, float32 or bfloat16."""

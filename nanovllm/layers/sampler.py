@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanovllm.kernels.kernels import Choice, Draws, Kernels, Penalties
@@ -42,7 +43,7 @@ class SamplingBatch:
         biases: Rows, ids and what is added to their logits (-inf forbids), each `[n]`.
         grammar: Rows that follow one `[n]`, True for the ids it allows each `[n, vocab_size]`.
         num_scores: Most likely tokens to score beside the sampled one; None is no scores at all.
-        scored: Rows `[n]` and the ids to score there instead, `[n, up to num_scores]`.
+        scored: Rows `[n]` and the ids to score there instead, `[n, any number]`.
     """
 
     draws: Draws
@@ -121,7 +122,9 @@ def score_tokens(
     top, top_ids = log_probs.topk(min(num_top, log_probs.shape[-1]), dim=-1)
     if scored is not None:
         rows, ids = scored
-        top[rows, : ids.shape[1]] = log_probs[rows].gather(1, ids)
+        wider = (0, max(ids.shape[1] - top.shape[1], 0))
+        top, top_ids = F.pad(top, wider), F.pad(top_ids, wider)
+        top[rows, : ids.shape[1]] = log_probs[rows[:, None], ids]
         top_ids[rows, : ids.shape[1]] = ids
     return Scores(
         torch.cat((token_ids[:, None], top_ids), dim=1),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.models.adapter_settings import AdapterSettings, peft_settings, voxcpm_settings
-from nanovllm.models.checkpoint import Checkpoint
+from nanovllm.models.checkpoint import Checkpoint, language_model_name
 from nanovllm.models.pickled import PickledCheckpoint
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -107,7 +107,8 @@ def _peft_name(name: str) -> str:
     Raises:
         InvalidRequestError: It is none of the matrices A and B of linear layers.
     """
-    matrix = PEFT_TENSOR.fullmatch(name.removeprefix(PEFT_PREFIX))
+    plain = name.removeprefix(PEFT_PREFIX)
+    matrix = PEFT_TENSOR.fullmatch(language_model_name(plain) or plain)
     if matrix is None:
         raise InvalidRequestError(
             f"the LoRA has a tensor {name}, which cannot be served: what can is the matrices "

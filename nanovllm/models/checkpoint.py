@@ -21,14 +21,27 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "decoder.sr_bin_boundaries")
 BODY = "model."
 """What the names of a causal model's parameters begin with, but for those of its head."""
 
-WRITER = "language_model."
-"""What these names begin with in a model that sees images as well."""
+LANGUAGE_MODEL = {
+    "language_model.model.": BODY,
+    "model.language_model.": BODY,  # as some are saved since transformers 4.52
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
+"""What they begin with in a model that sees images as well, and by themselves."""
 
 MAX_NAMES = 64
 """Of tensors that a message names: a mixture of experts may lack thousands."""
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What a parameter may be stored in that is not quantized."""
+
+
+def language_model_name(name: str) -> str | None:
+    """What a parameter of a model that sees images is called by itself; None: it does not write."""
+    for prefix, own in LANGUAGE_MODEL.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None
 
 
 class WeightSource(Protocol):
@@ -52,8 +65,8 @@ class WeightSource(Protocol):
 class Checkpoint:
     """Safetensors files, mapped into memory and read tensor by tensor; see `weight_files`.
 
-    Models for embeddings are stored without `BODY`, and often without a head; those that see images
-    begin with `WRITER` where they write. Their tensors are found by the names of causal ones, the
+    Models for embeddings are stored without `BODY`, and often without a head; of those that see
+    images the `LANGUAGE_MODEL` is read. Their tensors are found by the names of causal ones, the
     embedding in place of a head; what sees is left out.
 
     Raises:
@@ -77,10 +90,9 @@ class Checkpoint:
         if "embed_tokens.weight" in names:
             own_names = {BODY + name: name for name in names if name != head}
             own_names[head] = head if head in names else "embed_tokens.weight"
-        elif f"{WRITER}{BODY}embed_tokens.weight" in names:
-            own_names = {
-                name.removeprefix(WRITER): name for name in names if name.startswith(WRITER)
-            }
+        elif any(language_model_name(name) == f"{BODY}embed_tokens.weight" for name in names):
+            found = ((language_model_name(name), name) for name in names)
+            own_names = {name: own for name, own in found if name is not None}
         else:
             return
         self._files = {name: self._files[own] for name, own in own_names.items()}

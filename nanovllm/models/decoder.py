@@ -4,11 +4,11 @@ An architecture is a subclass of `CausalLM` that says how it differs. Module nam
 checkpoints, but for projections of one input, which are packed.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(q_width, config.hidden_size, bias=config.attention_bias, reduces=True)
         self.q_norm = self.k_norm = None
         if traits.qk_norm:
-            norm = partial(RMSNorm, head_dim, config.rms_norm_eps, traits.norm_offset)
+            norm = functools.partial(RMSNorm, head_dim, config.rms_norm_eps, traits.norm_offset)
             # Attention divides by the root of the head's width.
             self.q_norm = norm(
                 scale=math.sqrt(head_dim / (config.query_pre_attn_scalar or head_dim))
@@ -132,7 +132,9 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(config, attention, traits)
         self.mlp = MLP(config) if mixture is None else _mixture_of(config, mixture)
-        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, traits.norm_offset)
+        norm = functools.partial(
+            RMSNorm, config.hidden_size, config.rms_norm_eps, traits.norm_offset
+        )
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm() if traits.output_norms else None
@@ -344,8 +346,13 @@ class Decoder(CausalLayers):
         embeddings: Tensor = self.embed_tokens(token_ids, ctx)
         if self._embedding_scale == 1.0:
             return embeddings
-        # Rounded first, as in training.
-        return embeddings * torch.tensor(self._embedding_scale, dtype=embeddings.dtype).item()
+        return embeddings * _rounded(self._embedding_scale, embeddings.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _rounded(scale: float, dtype: torch.dtype) -> float:
+    """A factor as a number of the model's dtype, which it is in training."""
+    return torch.tensor(scale, dtype=dtype, device="cpu").item()
 
 
 class CausalLM(Traits, nn.Module):

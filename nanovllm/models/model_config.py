@@ -79,7 +79,10 @@ ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-NULLABLE = ("head_dim", "num_key_value_heads", "layer_types")
+NULLABLE = (
+    *("head_dim", "num_key_value_heads", "layer_types", "query_pre_attn_scalar"),
+    *("rope_theta", "rope_local_base_freq"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +246,14 @@ class ModelConfig:
         if isinstance(named, str) and named.endswith("Model"):  # the same without a head
             architecture = named.removesuffix("Model") + "ForCausalLM"
         if architecture in TEXT_PARTS:
-            architecture, raw = TEXT_PARTS[architecture], raw | json_object(raw, "text_config")
+            # What ends a text is said of the whole model; `text_config` may have a default of it.
+            ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
+            text_config = json_object(raw, "text_config")
+            architecture, raw = TEXT_PARTS[architecture], raw | text_config | ends
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"Unsupported model architecture: {named}; supported: {', '.join(ARCHITECTURES)}",
+                f"Unsupported model architecture: {named}; supported: "
+                f"{', '.join((*ARCHITECTURES, *TEXT_PARTS))}",
                 "architectures",
             )
         stored_quantization(raw)
@@ -264,8 +271,12 @@ class ModelConfig:
         hidden_size = positive(raw, "hidden_size")
         num_heads = positive(raw, "num_attention_heads")
         head_dim = positive(raw, "head_dim", hidden_size // num_heads)
-        is_gemma = architecture == "Gemma3ForCausalLM"
-        ropes = ropes_by_layer(raw, head_dim) if is_gemma else (rope(raw, head_dim), None)
+        dtype = _dtype(raw)
+        if architecture == "Gemma3ForCausalLM":
+            special = _of_gemma(raw, head_dim, dtype)
+        else:
+            special = {"rope": rope(raw, head_dim), "activation": _activation(raw, "hidden_act")}
+            special["dtype"] = dtype
         return cls(
             architecture=architecture,
             vocab_size=positive(raw, "vocab_size"),
@@ -280,14 +291,9 @@ class ModelConfig:
             attention_bias=architecture in ATTENTION_BIAS and bool(raw.get("attention_bias")),
             mlp_bias=architecture in MLP_BIAS and bool(raw.get("mlp_bias")),
             windows=_windows(architecture, raw),
-            rope=ropes[0],
-            window_rope=ropes[1],
-            dtype=_dtype(raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
             mixture=_mixture(raw) if architecture == "Qwen3MoeForCausalLM" else None,
-            activation=_activation(raw),
-            query_pre_attn_scalar=positive_number(raw, "query_pre_attn_scalar", head_dim),
-            embedding_scale=math.sqrt(hidden_size) if is_gemma else 1.0,
+            **special,
         )
 
 
@@ -356,10 +362,23 @@ def _refuse_what_we_lack(raw: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"{name} is not supported; supported: null", name)
 
 
-def _activation(raw: dict[str, Any]) -> Activation:
-    name = "hidden_activation" if "hidden_activation" in raw else "hidden_act"
+def _of_gemma(raw: dict[str, Any], head_dim: int, dtype: str) -> dict[str, Any]:
+    """What Gemma 3 has in its own way, by the names of `ModelConfig`."""
+    full, window = ropes_by_layer(raw, head_dim)
+    return {
+        "rope": full,
+        "window_rope": window,
+        "activation": _activation(raw, "hidden_activation"),
+        "query_pre_attn_scalar": positive_number(raw, "query_pre_attn_scalar"),
+        "embedding_scale": math.sqrt(raw["hidden_size"]),
+        # Its residual stream leaves the range of float16.
+        "dtype": "bfloat16" if dtype == "float16" else dtype,
+    }
+
+
+def _activation(raw: dict[str, Any], name: str) -> Activation:
     value = raw.get(name, "silu")
-    if value not in ACTIVATIONS:
+    if not isinstance(value, str) or value not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"{name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}", name
         )

@@ -34,8 +34,8 @@ def rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     given = parameters | scaling
     if any(isinstance(value, dict) for value in given.values()):
         raise UnsupportedModelError(
-            f"rope_parameters by the type of a layer ({', '.join(given)}) are not supported; "
-            "supported: the same for all",
+            f"rope_parameters by the type of a layer ({', '.join(given)}) are not supported here; "
+            "supported: the same for all layers",
             "rope_parameters",
         )
     old_name = scaling.pop("type", None)
@@ -74,15 +74,21 @@ def ropes_by_layer(raw: dict[str, Any], head_dim: int) -> tuple[RopeConfig, Rope
         InvalidRequestError: See `rope`.
     """
     parameters = json_object(raw, "rope_parameters")
+    if not parameters.keys() <= {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            "rope_parameters must be by the type of a layer (full_attention, sliding_attention), "
+            f"not {', '.join(parameters)}",
+            "rope_parameters",
+        )
     full = {"rope_theta": raw["rope_theta"]} | json_object(parameters, "full_attention")
     full |= json_object(raw, "rope_scaling")
     window = {"rope_theta": raw["rope_local_base_freq"]}
     window |= json_object(parameters, "sliding_attention")
     length = positive(raw, "max_position_embeddings")
-    if full.get("rope_type", full.get("type")) == "linear":
+    if (full.get("rope_type") or full.get("type")) == "linear":
         length = int(length / positive_number(full, "factor"))
-    plain = {"max_position_embeddings": length}
+    others = raw | {"rope_scaling": None, "max_position_embeddings": length}
     return (
-        rope(plain | {"rope_parameters": full}, head_dim),
-        rope(plain | {"rope_parameters": window}, head_dim),
+        rope(others | {"rope_parameters": full}, head_dim),
+        rope(others | {"rope_parameters": window}, head_dim),
     )

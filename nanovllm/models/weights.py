@@ -43,7 +43,7 @@ def load_model(
         config: The checkpoint's hyper-parameters.
         source: Holds its tensors.
         kernels: Take the matrices over in their own form.
-        dtype: Dtype of the other parameters.
+        dtype: Dtype of the other parameters but norms, which are float32.
         device: Where these live.
         lora: Which adapters there is to be room for; None is none.
         parallel: The ranks that have a part of it each, all of which call this; None is no others.

@@ -13,6 +13,7 @@ from nanovllm.kernels.attention_backend import IntArray, to_device
 from nanovllm.kernels.kernels import Draws, Penalties
 from nanovllm.layers.sampler import BadWords, SamplingBatch
 from nanovllm.runners.random_draws import uniforms
+from nanovllm.sampling_params import SamplingParams
 
 MAX_POSITION = 2**62
 """Stands for every number of tokens that no context reaches."""
@@ -83,7 +84,7 @@ class SamplingTable:
             start.sample_index,
             start.num_prompt_keys,
             min(params.min_tokens, MAX_POSITION),
-            -1 if params.num_logprobs is None else params.num_logprobs,
+            _num_likeliest(params),
         )
         if params.min_tokens:
             stops = request.eos_token_ids | set(params.stop_token_ids or ())
@@ -264,6 +265,13 @@ class SamplingTable:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_device(array, self._device)
+
+
+def _num_likeliest(params: SamplingParams) -> int:
+    """How many of the likeliest tokens are scored; -1 is no scores at all."""
+    if params.logprob_token_ids is not None:
+        return 0  # only those
+    return -1 if params.logprobs is None else params.logprobs
 
 
 def _penalised(numbers: Any) -> BoolArray:

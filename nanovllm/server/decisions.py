@@ -1,7 +1,8 @@
 """Decisions for a client, in whatever dialect it asks for them."""
 
+import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import Request
@@ -10,15 +11,14 @@ from pydantic import ConfigDict, Field
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server import whole_answer
+from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.chat.plan import format_of
 from nanovllm.server.chat.prompt import checked_kwargs, render
 from nanovllm.server.chat.request import ChatRequest
-from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.fields import Int64, RequestId, WireModel
 from nanovllm.server.generation import Generation, in_parts
-from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import encode, unless_gone
 from nanovllm.text.decisions import Decision, Labels, Question
 
 MAX_QUESTIONS = 400
@@ -61,12 +61,14 @@ class Decided(NamedTuple):
 
     Args:
         request_id: What the client knows the request by.
+        model: The name of who has decided.
         decisions: One for each question.
         num_prompt_tokens: Tokens of the prompts, of which there is one for each question.
         num_cached_tokens: Of these, tokens that came from the prefix cache.
     """
 
     request_id: str
+    model: str
     decisions: list[Decision]
     num_prompt_tokens: int
     num_cached_tokens: int
@@ -79,7 +81,7 @@ async def respond(
     asked: Asked,
     tell: Callable[[Decided], object],
 ) -> Response:
-    """Decide and answer; a client that leaves ends the work.
+    """Decide and answer; see `whole_answer.respond`.
 
     Args:
         http: The connection the request came by.
@@ -87,51 +89,47 @@ async def respond(
         options: How.
         asked: What.
         tell: Makes the body of the answer.
-
-    Raises:
-        InvalidRequestError: The request cannot be used.
-        UnavailableError: The server is too busy, or its engine died.
-        APIError: The same in HTTP's terms.
     """
-    name = request_id(http.headers, options.request_id)
-
-    async def answer() -> Response:
-        with in_words_of_client({"messages": asked.param, "prompt": asked.param}):
-            decided = await _decide(state, options, asked, name)
-        content = encode(tell(decided))
-        return Response(content, media_type="application/json", headers={HEADER: name})
-
-    return await unless_gone(http, answer())
+    state.check_model(options.model or None)
+    note_ignored(options)
+    return await whole_answer.respond(
+        http,
+        options.request_id,
+        {"messages": asked.param, "prompt": asked.param},
+        lambda name: _decide(state, options, asked, name),
+        lambda decided: sum(len(decision.probabilities) for decision in decided.decisions),
+        tell,
+    )
 
 
 async def _decide(state: ServerState, options: DecisionOptions, asked: Asked, name: str) -> Decided:
-    kwargs = {"enable_thinking": False} | checked_kwargs(options.chat_template_kwargs, state)
-
-    async def prompt_of(question: str) -> str:
-        messages = _with_question(asked.messages, question)
-        params = SamplingParams()  # rendering takes no notice of it
-        return await render(
-            state,
-            ChatRequest(messages=messages, params=params, template_kwargs=kwargs, request_id=name),
-        )
-
-    labels = await _labels(state, await prompt_of("?"))
-    labelled = [labels.of(question) for question in asked.questions]
+    if not asked.messages:  # there may be nothing but thoughts that we cannot read
+        raise InvalidRequestError(f"{asked.param}: must not be empty", asked.param)
+    prompt_of = _prompts(state, options, asked, name)
+    model = options.model or None
+    prompt = await prompt_of("?")
+    labels = _labels(state, prompt)
+    # In a thread: a label takes some microseconds, and there may be hundreds of them.
+    labelled = await asyncio.to_thread(
+        lambda: [labels.of(question) for question in asked.questions]
+    )
     decisions: list[Decision] = []
     num_prompt_tokens = num_cached_tokens = 0
-    for part in in_parts(state, labelled):
+    for part in in_parts(state, labelled, len(prompt)):
         of_labels = itertools.chain.from_iterable(question.token_ids for question in part)
         token_ids = sorted(set(itertools.chain.from_iterable(of_labels)))
-        run = await Generation.finished(
+        run = await Generation.start(
             state,
             name,
             [await prompt_of(question.text) for question in part],
             SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=token_ids),
             add_special_tokens=False,
+            hidden=True,
             priority=options.priority or 0,
             cache_salt=options.cache_salt,
-            lora_name=state.text_adapter(options.model),
+            lora_name=state.text_adapter(model),
         )
+        await run.complete()
         num_prompt_tokens += run.num_prompt_tokens
         num_cached_tokens += run.num_cached_tokens
         for question, output in zip(part, run.outputs, strict=True):
@@ -140,7 +138,26 @@ async def _decide(state: ServerState, options: DecisionOptions, asked: Asked, na
                 raise InvalidRequestError("the request was ended before it was done")
             scores, likeliest = completion.logprobs[0], completion.token_ids[0]
             decisions.append(Decision.of(scores, question.token_ids, likeliest))
-    return Decided(name, decisions, num_prompt_tokens, num_cached_tokens)
+    answering = state.answering_name(model)
+    return Decided(name, answering, decisions, num_prompt_tokens, num_cached_tokens)
+
+
+def _prompts(
+    state: ServerState, options: DecisionOptions, asked: Asked, name: str
+) -> Callable[[str], Awaitable[str]]:
+    """What makes a prompt of a question."""
+    kwargs = {"enable_thinking": False} | checked_kwargs(options.chat_template_kwargs, state)
+
+    async def prompt_of(question: str) -> str:
+        request = ChatRequest(
+            messages=_with_question(asked.messages, question),
+            params=SamplingParams(),  # rendering takes no notice of it
+            template_kwargs=kwargs,
+            request_id=name,
+        )
+        return await render(state, request)
+
+    return prompt_of
 
 
 def _with_question(messages: list[dict[str, Any]], question: str) -> list[dict[str, Any]]:
@@ -148,21 +165,23 @@ def _with_question(messages: list[dict[str, Any]], question: str) -> list[dict[s
     *before, last = messages
     if last["role"] != "user":
         return [*messages, {"role": "user", "content": question}]
-    return [*before, last | {"content": f"{last['content']}\n\n{question}"}]
+    content = "\n\n".join(filter(None, [last["content"], question]))
+    return [*before, last | {"content": content}]
 
 
-async def _labels(state: ServerState, prompt: str) -> Labels:
+def _labels(state: ServerState, prompt: str) -> Labels:
     """The labels that a reply to such a prompt may begin with.
 
     Raises:
         InvalidRequestError: It begins with something else.
     """
+    tokenizer = state.llm.tokenizer
+    if tokenizer is None:
+        raise InvalidRequestError("the model has no tokenizer, and no chat template", "model")
     if format_of(state).begins_with_thoughts(prompt):
         raise InvalidRequestError(
             "the model thinks before it answers, so that its first token decides nothing: ask one "
             "that does not, or whose thinking chat_template_kwargs can turn off",
             "chat_template_kwargs",
         )
-    if state.llm.tokenizer is None:
-        raise InvalidRequestError("the model has no tokenizer", "model")
-    return Labels(state.llm.tokenizer, prompt)
+    return Labels(tokenizer, prompt)

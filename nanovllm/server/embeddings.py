@@ -9,18 +9,14 @@ import numpy.typing as npt
 from fastapi import Request
 from fastapi.responses import Response
 
-from nanovllm.async_engine import in_thread_if
 from nanovllm.errors import InvalidRequestError
-from nanovllm.server.errors import in_words_of_client
+from nanovllm.server import whole_answer
 from nanovllm.server.generation import Generation, in_parts
-from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import encode, unless_gone
+from nanovllm.server.streaming import encode
 from nanovllm.text.embeddings import embedding_of
 from nanovllm.text.input_processor import Prompt
 
-LONG_ANSWER = 1 << 15
-"""Numbers from which an answer is written in a thread; so many take 5 ms."""
 MAX_TEXTS = 2048
 """Of one request, as at OpenAI, unless `max_prompts` is more."""
 
@@ -75,31 +71,22 @@ def written(embedding: npt.NDArray[np.float32]) -> msgspec.Raw:
 async def respond(
     http: Request, state: ServerState, wanted: Wanted, tell: Callable[[Embedded], object]
 ) -> Response:
-    """Embed and answer; a client that leaves ends the work.
+    """Embed and answer; see `whole_answer.respond`.
 
     Args:
         http: The connection the request came by.
         state: The server.
         wanted: What is asked.
         tell: Makes the body of the answer.
-
-    Raises:
-        InvalidRequestError: The request cannot be used.
-        UnavailableError: The server is too busy, or its engine died.
-        APIError: The same in HTTP's terms.
     """
-    name = request_id(http.headers, wanted.given_id)
-    return await unless_gone(http, _respond(state, wanted, tell, name))
-
-
-async def _respond(
-    state: ServerState, wanted: Wanted, tell: Callable[[Embedded], object], name: str
-) -> Response:
-    with in_words_of_client(wanted.fields):
-        embedded = await _embed(state, wanted, name)
-    size = sum(len(embedding) for embedding in embedded.embeddings)
-    content = await in_thread_if(size >= LONG_ANSWER, lambda: encode(tell(embedded)))
-    return Response(content, media_type="application/json", headers={HEADER: name})
+    return await whole_answer.respond(
+        http,
+        wanted.given_id,
+        wanted.fields,
+        lambda name: _embed(state, wanted, name),
+        lambda embedded: sum(len(embedding) for embedding in embedded.embeddings),
+        tell,
+    )
 
 
 async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
@@ -123,17 +110,19 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
 async def _embed_part(
     state: ServerState, wanted: Wanted, name: str, prompts: Sequence[Prompt]
 ) -> Embedded:
-    run = await Generation.finished(
+    run = await Generation.start(
         state,
         name,
         prompts,
         state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens),
         add_special_tokens=wanted.add_special_tokens,
+        hidden=True,
         embeds=True,
         priority=wanted.priority,
         cache_salt=wanted.cache_salt,
         lora_name=wanted.lora_name,
     )
+    await run.complete()
     embeddings = []
     for output in run.outputs:
         if output.embedding is None:  # after `/abort`

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nanovllm.batch import LOST_GRAMMAR, UNUSABLE_LOGITS
 from nanovllm.errors import ContextLengthError, InvalidRequestError
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 MAX_AT_ONCE = 64
 """Prompts of one request that the engines are given at a time, where there may be many."""
+MAX_CHARS_AT_ONCE = 1 << 18
+"""Characters of all these, but for one prompt that is longer."""
 
 MAX_PROMPT_SCORES = 1 << 20
 """Log probabilities of the prompts' tokens in an answer, which are some 30 to 70 MB of JSON."""
@@ -110,30 +112,6 @@ class Generation:
         state.generations.add(generation)
         return generation
 
-    @classmethod
-    async def finished(
-        cls,
-        state: ServerState,
-        request_id: str,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        **options: Any,
-    ) -> "Generation":
-        """The same as `start`, with all of it there, and nobody to see what is generated.
-
-        Raises:
-            InvalidRequestError: See `start`.
-            ContextLengthError: See `start`.
-            UnavailableError: See `start`, or the engine has died.
-            APIError: A completion could not be computed.
-        """
-        run = await cls.start(state, request_id, prompts, params, hidden=True, **options)
-        try:
-            await run.finish()
-        finally:
-            await run.aclose()
-        return run
-
     async def news(self) -> AsyncIterator[int]:
         """Yield the index of a prompt whenever there is news of it, until all have ended.
 
@@ -151,6 +129,13 @@ class Generation:
         """Wait until all of it is there; raises what `news` does."""
         async for _ in self.news():
             pass
+
+    async def complete(self) -> None:
+        """The same, and leave nothing behind."""
+        try:
+            await self.finish()
+        finally:
+            await self.aclose()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -176,9 +161,16 @@ class Generation:
             await stream.aclose()
 
 
-def in_parts(state: ServerState, items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """What a request asks, some at a time: all would fill the queue and hold the event loop up."""
+def in_parts(state: ServerState, items: Sequence[T], item_chars: int = 0) -> Iterator[Sequence[T]]:
+    """What a request asks, some at a time: all would fill the queue and hold the event loop up.
+
+    Args:
+        state: The server.
+        items: What there is a prompt for each of.
+        item_chars: Characters of such a prompt, if they may be many.
+    """
     size = min(MAX_AT_ONCE, state.llm.config.max_num_seqs or MAX_AT_ONCE)
+    size = max(1, min(size, MAX_CHARS_AT_ONCE // max(item_chars, 1)))
     for first in range(0, len(items), size):
         yield items[first : first + size]
 

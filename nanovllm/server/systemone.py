@@ -10,7 +10,6 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Field
 from typing_extensions import TypedDict
 
-from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.decisions import MAX_QUESTIONS, Asked, Decided, DecisionOptions, respond
 from nanovllm.server.fields import FAIL_FAST, WireModel, not_served
 from nanovllm.server.json_body import JSONRoute
@@ -159,12 +158,10 @@ class SystemOneDecision(TypedDict):
 @router.post("/v1/systemone", response_model=SystemOneDecision)
 async def decide(body: SystemOneRequest, request: Request, state: State) -> Response:
     """Answer named questions about a state by the probability of each answer."""
-    model = body.model or None
-    state.check_model(model)
-    note_ignored(body)
-    name = state.answering_name(model)
     about = "\n\n".join(filter(None, [_text_of(body.state), body.instructions]))
-    questions = [question.question(f"questions.{key}") for key, question in body.questions.items()]
+    questions = [
+        question.question(f"questions.{key:.80}") for key, question in body.questions.items()
+    ]
 
     def tell(decided: Decided) -> dict[str, Any]:
         named = dict(zip(body.questions, decided.decisions, strict=True))
@@ -172,14 +169,14 @@ async def decide(body: SystemOneRequest, request: Request, state: State) -> Resp
             "id": f"decision-{decided.request_id}",
             "object": "structured_decision",
             "created": int(time.time()),
-            "model": name,
+            "model": decided.model,
             "answers": _answers(body.questions, named),
             "usage": {
                 "input_tokens": decided.num_prompt_tokens,
                 "output_tokens": len(decided.decisions),
             },
             "diagnostics": {
-                key: {"label_mass": d.label_mass, "argmax_is_label": d.says_a_label}
+                key: {"label_mass": d.label_mass, "argmax_is_label": d.argmax_is_label}
                 for key, d in named.items()
             },
         }

@@ -23,6 +23,9 @@ TAIL = 64
 """Characters at the end of a prompt that may change how what follows is cut into tokens."""
 
 
+LETTERS = string.ascii_uppercase
+
+
 class Option(NamedTuple):
     """One of the answers to a question: what it is called, and what speaks for it."""
 
@@ -38,17 +41,16 @@ class Labelling(NamedTuple):
         request: How the model is asked for one.
     """
 
-    labels: Sequence[str]
+    labels: tuple[str, ...]
     request: str
 
 
-PAIRS = ("".join(pair) for pair in itertools.product(string.ascii_uppercase, repeat=2))
 BY_LETTER = Labelling(
-    (*string.ascii_uppercase, *PAIRS),
+    (*LETTERS, *("".join(pair) for pair in itertools.product(LETTERS, repeat=2))),
     "Reply with the label of the answer that fits best, and with nothing else.",
 )
 BY_DIGIT = Labelling(
-    string.digits[:MAX_LEVELS],
+    tuple(string.digits[:MAX_LEVELS]),
     "Reply with the number of the level that fits best, and with nothing else.",
 )
 YES_OR_NO = Labelling(("yes", "no"), "Reply with yes or no, and with nothing else.")
@@ -91,6 +93,13 @@ def _described(option: Option, label: str) -> str:
     return " - ".join(filter(None, [name, option.description]))
 
 
+def _by_name(question: Question) -> list[Labelling]:
+    """Answers such as A and B, or 1 to 5, are their own labels: others would contradict them."""
+    names = tuple(option.name for option in question.options)
+    are_labels = all(len(name) == 1 for name in names) and len(set(names)) == len(names)
+    return [Labelling(names, BY_LETTER.request)] if are_labels else []
+
+
 class Labelled(NamedTuple):
     """A question as the model reads it, and for each of its options the tokens of the label."""
 
@@ -109,6 +118,7 @@ class Labels:
     def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
         self._tokenizer, self._tail = tokenizer, prompt[-TAIL:]
         self._tail_ids = tokenizer.encode(self._tail, False)
+        self._found: dict[Labelling, dict[str, list[int]]] = {}
 
     def of(self, question: Question) -> Labelled:
         """Label the options of a question.
@@ -117,11 +127,13 @@ class Labels:
             InvalidRequestError: There are not so many labels.
         """
         num_options = len(question.options)
-        for labelling in (question.labelling, BY_LETTER):
-            tokens = self._tokens(labelling.labels)
-            found = dict(itertools.islice(tokens, num_options))
-            if len(found) == num_options:
-                return Labelled(question.text(labelling, list(found)), list(found.values()))
+        for labelling in (*_by_name(question), question.labelling, BY_LETTER):
+            if labelling not in self._found:
+                self._found[labelling] = dict(self._tokens(labelling.labels))
+            found = self._found[labelling]
+            if len(found) >= num_options:
+                labels = list(found)[:num_options]
+                return Labelled(question.text(labelling, labels), [found[x] for x in labels])
         raise InvalidRequestError(
             f"the question has {num_options} answers, and this model's tokenizer has single tokens "
             f"for {len(found)} labels: ask with fewer",
@@ -149,12 +161,12 @@ class Decision(NamedTuple):
         probabilities: Of each option among all of them.
         label_mass: Of all options' labels among all tokens: little if the model would rather have
             said something else.
-        says_a_label: Whether the likeliest token of all is one of them.
+        argmax_is_label: Whether the likeliest token of all is one of them.
     """
 
     probabilities: list[float]
     label_mass: float
-    says_a_label: bool
+    argmax_is_label: bool
 
     @classmethod
     def of(

@@ -85,6 +85,39 @@ def test_yes_and_no_may_have_no_tokens(
     assert lettered.text.split("\n")[1:3] == ["A: yes", "B: no - It lies."]
 
 
+def test_labels_are_looked_up_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, texts = Tokenizer.encode, []
+
+    def counted(self: Tokenizer, text: str, special: bool = True) -> list[int]:
+        texts.append(text)
+        return encode(self, text, special)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    labels = Labels(tokenizer, "x\n")
+    for _ in range(400):
+        labels.of(question(BY_LETTER, 26))
+        labels.of(question(BY_DIGIT, 10))
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["B", "A"], ["B", "A"]),
+        (["1", "2", "10"], ["A", "B", "C"]),
+        (["C", "C"], ["A", "B"]),
+        (["wolf", "A"], ["A", "B"]),
+    ],
+)
+def test_answers_that_are_labels_are_their_own(
+    tokenizer: Tokenizer, names: list[str], labels: list[str]
+) -> None:
+    asked = Question("Which?", [Option(name) for name in names])
+    lines = Labels(tokenizer, "x\n").of(asked).text.split("\n")[1:-1]
+    assert [line[0] for line in lines] == labels
+    assert all(("A: B" not in line) for line in lines)
+
+
 def test_labels_that_would_grow_into_what_is_before_them_are_none(tokenizer: Tokenizer) -> None:
     (before,), (_,) = (tokenizer.encode(text, False) for text in ("th", "the"))
     apart = tokenizer.encode("th e", False)
@@ -113,11 +146,11 @@ def test_probabilities_are_those_among_the_labels() -> None:
     assert decided.best == 1
     assert decided.confidence == pytest.approx(0.3)
     assert decided.score == pytest.approx(7 / 6)
-    assert decided.says_a_label
-    assert not Decision.of(scores(t5=0.1, t6=0.3), [[5], [6]], 8).says_a_label
+    assert decided.argmax_is_label
+    assert not Decision.of(scores(t5=0.1, t6=0.3), [[5], [6]], 8).argmax_is_label
     both = Decision.of(scores(t5=0.1, t6=0.3, t7=0.2), [[5, 7], [6]], 7)
     assert both.probabilities == pytest.approx([0.5, 0.5])
-    assert both.says_a_label
+    assert both.argmax_is_label
 
 
 def test_labels_that_cannot_be_decide_nothing() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, SamplingParams
@@ -91,7 +92,11 @@ def test_a_config_is_read_as_transformers_reads_it(raw: dict[str, Any], is_saved
         ("hidden_activation", "relu", "supported: silu, swish, gelu_pytorch_tanh"),
         ("sliding_window", None, "must be a positive integer, not None"),
         ("sliding_window_pattern", 0, "must be a positive integer, not 0"),
-        ("query_pre_attn_scalar", 0, "must be a positive number, not 0"),
+        ("query_pre_attn_scalar", -1, "must be a positive number, not -1"),
+        ("hidden_activation", ["silu"], "supported: silu"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor 0.5 is not supported"),
+        ("rope_parameters", {"rope_theta": 5.0}, "must be by the type of a layer"),
+        ("rope_scaling", {"full_attention": {"factor": 2.0}}, "are not supported here"),
         ("rope_local_base_freq", "fast", "must be a positive number, not 'fast'"),
         ("layer_types", ["full_attention"], "there must be one for each layer"),
     ],
@@ -101,7 +106,33 @@ def test_what_would_change_its_words_is_refused(field: str, value: object, messa
         ModelConfig.from_dict(SMALL | {field: value})
 
 
-def test_what_writes_in_a_model_that_sees_images(tmp_path: Path) -> None:
+def test_null_is_left_out() -> None:
+    nulls = dict.fromkeys(("rope_theta", "rope_local_base_freq", "query_pre_attn_scalar"))
+    assert ModelConfig.from_dict(SMALL | nulls) == ModelConfig.from_dict(SMALL)
+    linear = {"rope_type": None, "type": "linear", "factor": 8.0}
+    assert ModelConfig.from_dict(SMALL | {"rope_scaling": linear}).max_model_len == 32768
+
+
+def test_others_do_not_have_its_fields() -> None:
+    raw = SMALL | {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"}
+    qwen = ModelConfig.from_dict(raw | {"query_pre_attn_scalar": 16, "hidden_activation": None})
+    assert (qwen.query_pre_attn_scalar, qwen.activation) == (None, "silu")
+    assert (qwen.embedding_scale, qwen.window_rope) == (1.0, None)
+
+
+def test_it_does_not_run_in_float16_by_itself() -> None:
+    assert ModelConfig.from_dict(SMALL | {"dtype": "float16"}).dtype == "bfloat16"
+
+
+def test_a_model_that_sees_images_says_what_ends_a_text() -> None:
+    seeing = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    assert ModelConfig.from_dict(
+        seeing | {"text_config": SEEING | {"eos_token_id": 1}}
+    ).eos_token_ids == (1, 106)
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["released", "renamed"])
+def test_what_writes_in_a_model_that_sees_images(tmp_path: Path, is_new: bool) -> None:
     text = TINY | CHECKPOINTS["gemma3"][1]
     sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     sight |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -115,6 +146,15 @@ def test_what_writes_in_a_model_that_sees_images(tmp_path: Path) -> None:
     model = transformers.Gemma3ForConditionalGeneration(config)
     spread_out(model)
     model.save_pretrained(tmp_path)
+    if is_new:
+        stored = load_file(tmp_path / "model.safetensors")
+        renamed = {
+            name.replace("language_model.model.", "model.language_model.").replace(
+                "language_model.lm_head.", "lm_head."
+            ): tensor
+            for name, tensor in stored.items()
+        }
+        save_file(renamed, tmp_path / "model.safetensors", {"format": "pt"})
     prompt = [7, 250, 31, 4] * 20
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     with LLM(str(tmp_path), dtype="float32") as llm:

@@ -30,6 +30,8 @@ SIZES = ((1, 1, 1), (37, 20, 33), (64, 96, 65), (200, 48, 64))
 ROUTINGS = ((1, Routing(1, True)), (4, Routing(4, False)), (9, Routing(3, True)))
 """How many experts there are, and how tokens are shared out among them."""
 
+CPU = torch.device("cpu")
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -41,12 +43,16 @@ class Experts:
     dtype: torch.dtype
     gate_up: Tensor  # [num_experts, 2 * inner, depth]
     down: Tensor  # [num_experts, width, inner]
-    device: torch.device = torch.device("cpu")  # noqa: RUF009  # is immutable
+    device: torch.device = CPU
     scheme: str | None = None
+    activation: Activation = "silu"
 
     def __post_init__(self) -> None:
         halves = [half for expert in self.gate_up for half in expert.chunk(2)]
-        self.packed = self._pack(self.gate_up, halves, "silu"), self._pack(self.down, self.down)
+        self.packed = (
+            self._pack(self.gate_up, halves, self.activation),
+            self._pack(self.down, self.down),
+        )
 
     def _pack(
         self, stacked: Tensor, parts: Iterable[Any], activation: Activation | None = None
@@ -76,13 +82,14 @@ def experts(
     dtype: torch.dtype,
     num_experts: int,
     sizes: tuple[int, int, int],
-    device: torch.device = torch.device("cpu"),  # noqa: B008  # is immutable
+    device: torch.device = CPU,
     scheme: str | None = None,
+    activation: Activation = "silu",
 ) -> Experts:
     depth, inner, width = sizes
     gate_up = random(num_experts, 2 * inner, depth, seed=1, dtype=dtype) * depth**-0.5
     down = random(num_experts, width, inner, seed=2, dtype=dtype) * inner**-0.5
-    return Experts(kernels, dtype, gate_up, down, device, scheme)
+    return Experts(kernels, dtype, gate_up, down, device, scheme, activation)
 
 
 def expected_of(
@@ -97,7 +104,8 @@ def expected_of(
     expected = magnitude = torch.zeros(len(x), given.down.shape[1], dtype=torch.float64)
     for share, gate_up, down in zip(shares.T, given.gate_up, given.down, strict=True):
         gate, up = F.linear(x.double(), gate_up.double()).chunk(2, -1)
-        hidden = F.silu(gate) * up
+        is_silu = given.activation == "silu"
+        hidden = (F.silu(gate) if is_silu else F.gelu(gate, approximate="tanh")) * up
         expected = expected + share[:, None] * F.linear(hidden, down.double())
         scale = F.linear(x.abs().double(), gate_up.abs().double()).amax(-1, keepdim=True)
         made = F.linear(hidden.abs(), down.abs().double()) + scale * 1e-3
@@ -140,6 +148,20 @@ def test_triton_kernels(
         mixture = experts(kernels, dtype, num_experts, sizes, DEVICE)
         for rows in (0, 1, 5, FEW_VISITS * num_experts + 3):
             mixture.check(rows, routing)
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton", "cpu"])
+def test_experts_gated_by_gelu(kind: str) -> None:
+    dtype = torch.float32
+    kernels: dict[str, tuple[Kernels, torch.device]] = {
+        "torch": (TorchKernels(CPU, dtype), CPU),
+        "triton": (TritonKernels(DEVICE, dtype), DEVICE),
+        "cpu": (kernels_for("portable", dtype), CPU),
+    }
+    chosen, device = kernels[kind]
+    mixture = experts(chosen, dtype, 4, (16, 8, 24), device, activation="gelu_tanh")
+    for rows in (1, 5):
+        mixture.check(rows, Routing(2, True))
 
 
 def test_more_visits_than_a_tile() -> None:

@@ -229,6 +229,25 @@ def test_scores_are_of_the_raw_logits(logits: Tensor) -> None:
     torch.testing.assert_close(sampled.scores.logprobs[:, 1:], expected.topk(4).values)
 
 
+def test_scores_of_chosen_ids_are_beside_those_of_likely_ones(logits: Tensor) -> None:
+    wanted = [[3, 0, VOCAB - 1], None, [7], None, list(range(VOCAB)), None]
+    rows = [
+        SamplingParams(temperature=0, logprob_token_ids=ids, logprobs=2 if index == 3 else None)
+        for index, ids in enumerate(wanted)
+    ]
+    scores = sample(logits.clone(), batch_for(rows)).scores
+    assert scores is not None
+    expected = logits.log_softmax(-1)
+    for row, ids in enumerate(wanted):
+        found = (scores.token_ids[row], scores.logprobs[row])
+        best = expected[row].argmax()
+        assert found[0][0] == best
+        others = ids if ids is not None else expected[row].topk(2).indices.tolist()
+        if ids is not None or row == 3:
+            assert found[0][1 : 1 + len(others)].tolist() == others
+            torch.testing.assert_close(found[1][1 : 1 + len(others)], expected[row, others])
+
+
 def test_rank_counts_from_one() -> None:
     scores = score_tokens(torch.tensor([[0.1, 0.7, 0.2]]).log(), torch.tensor([2]), 1)
     assert scores.ranks.tolist() == [2]

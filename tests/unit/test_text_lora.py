@@ -51,7 +51,9 @@ def request(number: int, path: Path) -> LoRARequest:
 
 
 @pytest.mark.parametrize("cpu_isa", ["auto", "torch"])
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied", "qwen2", "llama", "llama-bias", "mistral"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "qwen3-tied", "qwen2", "llama", "llama-bias", "mistral", "gemma3"]
+)
 def test_tokens_are_those_of_the_merged_weights(
     checkpoint: MakeCheckpoint, tmp_path: Path, kind: str, cpu_isa: str
 ) -> None:

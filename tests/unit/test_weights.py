@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.layers.linear import Linear
+from nanovllm.layers.norm import RMSNorm
 from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.model_config import ARCHITECTURES, ModelConfig
 from nanovllm.models.registry import CLASSES
@@ -22,10 +23,12 @@ CPU = torch.device("cpu")
 KERNELS = TorchKernels(CPU, torch.float32)
 
 
-def load(directory: Path, source: WeightSource | None = None) -> torch.nn.Module:
+def load(
+    directory: Path, source: WeightSource | None = None, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     config = ModelConfig.from_directory(directory)
     source = source or Checkpoint(weight_files(directory))
-    return load_model(config, source, KERNELS, dtype=torch.float32, device=CPU)
+    return load_model(config, source, KERNELS, dtype=dtype, device=CPU)
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -237,6 +240,14 @@ def test_a_config_that_is_no_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         ModelConfig.from_directory(tmp_path)
+
+
+def test_norms_are_float32_whatever_the_others_are(directory: Path) -> None:
+    """The kernels read them by their address."""
+    model = load(directory, RandomWeights(0, torch.float32), torch.bfloat16)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert norms
+    assert {norm.weight.dtype for norm in norms} == {torch.float32}
 
 
 def test_dummy_weights_are_seeded(directory: Path) -> None:

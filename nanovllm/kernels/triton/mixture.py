@@ -50,8 +50,7 @@ def mixture(
     is_few = len(visits) <= FEW_VISITS * num_experts and not deterministic
     block_m = SMALL_M if is_few else LARGE_M
     hidden = _visit(x, gate_up.weight, visits, ends, None, routing.top_k, block_m)
-    if gate_up.activation is not None:
-        hidden = act_and_mul(hidden, gate_up.activation)
+    hidden = act_and_mul(hidden, gate_up.activation or "silu")
     made = _visit(hidden, down.weight, visits, ends, shares, 1, block_m)
     return (
         made.view(num_rows, routing.top_k, down.weight.shape[1])

@@ -9,8 +9,6 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from nanovllm.errors import InvalidRequestError
-from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.decisions import MAX_QUESTIONS, Asked, Decided, DecisionOptions, respond
 from nanovllm.server.fields import FAIL_FAST, Text, WireModel
 from nanovllm.server.json_body import JSONRoute
@@ -237,16 +235,10 @@ class Decisions(TypedDict):
 @router.post("/v1/decisions", response_model=Decisions)
 async def decide(body: DecisionRequest, request: Request, state: State) -> Response:
     """Answer questions about a text or a conversation by the probability of each answer."""
-    model = body.model or None
-    state.check_model(model)
-    note_ignored(body)
-    name = state.answering_name(model)
     if isinstance(body.input, str):
         messages = [{"role": "user", "content": body.input}]
     else:
         messages = messages_of(body.input)
-    if not messages:  # there may be nothing but thoughts that we cannot read
-        raise InvalidRequestError("input: must not be empty", "input")
     questions = [
         question.question(f"questions.{index}") for index, question in enumerate(body.questions)
     ]
@@ -255,7 +247,7 @@ async def decide(body: DecisionRequest, request: Request, state: State) -> Respo
         asked = zip(body.questions, decided.decisions, strict=True)
         num_input, num_output = decided.num_prompt_tokens, len(decided.decisions)
         return {
-            "model": name,
+            "model": decided.model,
             "answers": [
                 {"type": question.type, "name": question.name, **question.answer(decision)}
                 for question, decision in asked

@@ -12,7 +12,7 @@ enum Gate : int32_t { kNoGate = 0, kSilu = 1, kGeluTanh = 2 };
 inline Floats gated(int32_t gate, Floats x, Floats up) {
   // x / 2 (1 + tanh(t / 2)) is x sigmoid(t), with t = sqrt(8 / pi) (x + 0.044715 x^3).
   const Floats t = gate == kSilu ? x : 1.59576912f * x * (1.0f + 0.044715f * x * x);
-  // 2^126 is the largest power that exp2 is good for; beyond it the result is 0 to float anyway.
+  // 2^126 is the largest power that exp2 is good for; beyond it the result is next to nothing.
   const Floats power = t * -kLog2E, top = splat(126.0f);
   return x / (1.0f + exp2(power > top ? top : power)) * up;
 }
