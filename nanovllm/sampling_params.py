@@ -192,4 +192,5 @@ class SamplingParams:
 
     def _check(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
-            raise InvalidRequestError(f"{name} must be {expected}, got {getattr(self, name)}", name)
+            given = f"{getattr(self, name)!s:.200}"
+            raise InvalidRequestError(f"{name} must be {expected}, got {given}", name)

@@ -51,6 +51,7 @@ GPU_WRITE = ("tests/unit/test_triton_kv_write.py",)
 GPU_LINEAR = ("tests/unit/test_triton_linear.py",)
 MIXTURES = ("tests/unit/test_mixture.py",)
 CPU_PRODUCTS = ("tests/unit/test_cpu_linear.py",)
+DECIDING = ("tests/unit/test_decisions.py",)
 EMBEDDINGS = ("tests/unit/test_embeddings.py",)
 GPU_ADAPTERS = ("tests/unit/test_triton_lora.py",)
 REGISTRY = ("tests/unit/test_adapter_registry.py",)
@@ -81,6 +82,7 @@ DECODE_GRAPHS = "nanovllm/runners/decode_graphs.py"
 CAPTURED_TAIL = "nanovllm/runners/captured_tail.py"
 TABLE = "nanovllm/runners/sampling_table.py"
 SLOT_GRAMMAR = "nanovllm/runners/grammar.py"
+DECISIONS = "nanovllm/text/decisions.py"
 SAMPLER = "nanovllm/layers/sampler.py"
 ROTARY = "nanovllm/layers/rotary.py"
 TORCH_KERNELS = "nanovllm/kernels/torch_kernels.py"
@@ -761,6 +763,49 @@ FAULTS = [
         "(1.0f + 0.044715f * x * x)",
         "(1.0f + 0.044715f * x)",
         ("tests/unit/test_cpu_elementwise.py",),
+    ),
+    # Decisions.
+    Fault(
+        "labels that change the tokens before them",
+        DECISIONS,
+        "return last if before == self._tail_ids else None",
+        "return last",
+        DECIDING,
+    ),
+    Fault(
+        "a confidence as if the model had to say a label",
+        DECISIONS,
+        "self.probabilities[self.best] * self.label_mass",
+        "self.probabilities[self.best]",
+        DECIDING,
+    ),
+    Fault(
+        "labels with a space before them do not count",
+        DECISIONS,
+        '(self._token(label), self._token(f" {label}"))',
+        "(self._token(label),)",
+        DECIDING,
+    ),
+    Fault(
+        "a slot goes on scoring the ids of the request before",
+        TABLE,
+        "self._allowed, self._scored, self._bad_words",
+        "self._allowed, self._bad_words",
+        SAMPLING,
+    ),
+    Fault(
+        "chosen ids are scored as the likeliest ones",
+        SAMPLER,
+        "        top_ids[rows, : ids.shape[1]] = ids\n",
+        "",
+        SAMPLING,
+    ),
+    Fault(
+        "decisions are not ended between two parts",
+        "nanovllm/server/generation.py",
+        "        self._ended = True\n        return True\n",
+        "        return True\n",
+        ("tests/unit/server/test_server_decisions.py",),
     ),
     # The networks of VoxCPM.
     Fault(

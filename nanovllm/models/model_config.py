@@ -33,6 +33,9 @@ ARCHITECTURES = (
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 """Models that see images as well, of which we read what writes: its `text_config`."""
 
+OF_THE_WHOLE = ("eos_token_id", "tie_word_embeddings")
+"""What is said of such a model as a whole; its `text_config` may have the defaults."""
+
 ATTENTION_BIAS = (
     "Gemma3ForCausalLM",
     "LlamaForCausalLM",
@@ -74,8 +77,13 @@ MAX_EXPERTS = 4096
 HAVE_WINDOWS = ("Gemma3ForCausalLM", "MistralForCausalLM")
 """Which have windows without `use_sliding_window`."""
 
+MAX_WINDOW = 1 << 30
+"""More than any context, and in the range of the kernels."""
+
 ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
 """Which have the same window in all layers, unless `layer_types` says else."""
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -246,10 +254,11 @@ class ModelConfig:
         if isinstance(named, str) and named.endswith("Model"):  # the same without a head
             architecture = named.removesuffix("Model") + "ForCausalLM"
         if architecture in TEXT_PARTS:
-            # What ends a text is said of the whole model; `text_config` may have a default of it.
-            ends = {name: raw[name] for name in ("eos_token_id",) if raw.get(name) is not None}
-            text_config = json_object(raw, "text_config")
-            architecture, raw = TEXT_PARTS[architecture], raw | text_config | ends
+            if "text_config" not in raw:
+                raise InvalidRequestError("config.json lacks 'text_config'", "text_config")
+            whole = {name: raw[name] for name in OF_THE_WHOLE if raw.get(name) is not None}
+            raw = raw | json_object(raw, "text_config") | whole
+            architecture = TEXT_PARTS[architecture]
         if architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
                 f"Unsupported model architecture: {named}; supported: "
@@ -287,9 +296,9 @@ class ModelConfig:
             num_kv_heads=positive(raw, "num_key_value_heads", num_heads),
             head_dim=head_dim,
             rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=architecture in ATTENTION_BIAS and bool(raw.get("attention_bias")),
-            mlp_bias=architecture in MLP_BIAS and bool(raw.get("mlp_bias")),
+            tie_word_embeddings=boolean(raw, "tie_word_embeddings"),
+            attention_bias=architecture in ATTENTION_BIAS and boolean(raw, "attention_bias"),
+            mlp_bias=architecture in MLP_BIAS and boolean(raw, "mlp_bias"),
             windows=_windows(architecture, raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
             mixture=_mixture(raw) if architecture == "Qwen3MoeForCausalLM" else None,
@@ -394,9 +403,16 @@ def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
     is_none = is_optional and "sliding_window" in raw and not raw["sliding_window"]
     if not has_windows or is_none or architecture == "LlamaForCausalLM":
         return (None,) * num_layers
-    window = positive(raw, "sliding_window", 4096)
+    window = min(positive(raw, "sliding_window", 4096), MAX_WINDOW)
     if "layer_types" in raw:
         kinds = json_list(raw, "layer_types")
+        unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
+        if unknown:
+            raise UnsupportedModelError(
+                f"layer type {unknown[0]!r:.80} is not supported; supported: "
+                f"{', '.join(LAYER_TYPES)}",
+                "layer_types",
+            )
     elif architecture in ONE_WINDOW:
         return (window,) * num_layers
     elif architecture == "Gemma3ForCausalLM":

@@ -87,8 +87,8 @@ def ropes_by_layer(raw: dict[str, Any], head_dim: int) -> tuple[RopeConfig, Rope
     length = positive(raw, "max_position_embeddings")
     if (full.get("rope_type") or full.get("type")) == "linear":
         length = int(length / positive_number(full, "factor"))
-    others = raw | {"rope_scaling": None, "max_position_embeddings": length}
+    others = raw | {"rope_scaling": None}
     return (
-        rope(others | {"rope_parameters": full}, head_dim),
+        rope(others | {"rope_parameters": full, "max_position_embeddings": length}, head_dim),
         rope(others | {"rope_parameters": window}, head_dim),
     )

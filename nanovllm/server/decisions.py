@@ -17,7 +17,7 @@ from nanovllm.server.chat.plan import format_of
 from nanovllm.server.chat.prompt import checked_kwargs, render
 from nanovllm.server.chat.request import ChatRequest
 from nanovllm.server.fields import Int64, RequestId, WireModel
-from nanovllm.server.generation import Generation, in_parts
+from nanovllm.server.generation import RequestInParts
 from nanovllm.server.state import ServerState
 from nanovllm.text.decisions import Decision, Labels, Question
 
@@ -105,6 +105,7 @@ async def respond(
 async def _decide(state: ServerState, options: DecisionOptions, asked: Asked, name: str) -> Decided:
     if not asked.messages:  # there may be nothing but thoughts that we cannot read
         raise InvalidRequestError(f"{asked.param}: must not be empty", asked.param)
+    request = RequestInParts(state, name)
     prompt_of = _prompts(state, options, asked, name)
     model = options.model or None
     prompt = await prompt_of("?")
@@ -115,29 +116,23 @@ async def _decide(state: ServerState, options: DecisionOptions, asked: Asked, na
     )
     decisions: list[Decision] = []
     num_prompt_tokens = num_cached_tokens = 0
-    for part in in_parts(state, labelled, len(prompt)):
+    for part in request.parts(labelled, len(prompt)):
         of_labels = itertools.chain.from_iterable(question.token_ids for question in part)
         token_ids = sorted(set(itertools.chain.from_iterable(of_labels)))
-        run = await Generation.start(
-            state,
-            name,
+        run = await request.run(
             [await prompt_of(question.text) for question in part],
             SamplingParams(max_tokens=1, temperature=0, logprob_token_ids=token_ids),
             add_special_tokens=False,
-            hidden=True,
             priority=options.priority or 0,
             cache_salt=options.cache_salt,
             lora_name=state.text_adapter(model),
         )
-        await run.complete()
         num_prompt_tokens += run.num_prompt_tokens
         num_cached_tokens += run.num_cached_tokens
         for question, output in zip(part, run.outputs, strict=True):
             completion = output.outputs[0]
-            if not completion.logprobs:  # after `/abort`
-                raise InvalidRequestError("the request was ended before it was done")
-            scores, likeliest = completion.logprobs[0], completion.token_ids[0]
-            decisions.append(Decision.of(scores, question.token_ids, likeliest))
+            (logprobs,), (likeliest,) = completion.logprobs or [], completion.token_ids
+            decisions.append(Decision.of(logprobs, question.token_ids, likeliest))
     answering = state.answering_name(model)
     return Decided(name, answering, decisions, num_prompt_tokens, num_cached_tokens)
 

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server import whole_answer
-from nanovllm.server.generation import Generation, in_parts
+from nanovllm.server.generation import RequestInParts
 from nanovllm.server.state import ServerState
 from nanovllm.server.streaming import encode
 from nanovllm.text.embeddings import embedding_of
@@ -95,37 +95,21 @@ async def _embed(state: ServerState, wanted: Wanted, name: str) -> Embedded:
         raise InvalidRequestError(
             f"a request may have {most} texts, got {len(wanted.prompts)}", "prompt"
         )
-    parts = [
-        await _embed_part(state, wanted, name, prompts)
-        for prompts in in_parts(state, wanted.prompts)
-    ]
-    return Embedded(
-        name,
-        [embedding for part in parts for embedding in part.embeddings],
-        sum(part.num_prompt_tokens for part in parts),
-        sum(part.num_cached_tokens for part in parts),
-    )
-
-
-async def _embed_part(
-    state: ServerState, wanted: Wanted, name: str, prompts: Sequence[Prompt]
-) -> Embedded:
-    run = await Generation.start(
-        state,
-        name,
-        prompts,
-        state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens),
-        add_special_tokens=wanted.add_special_tokens,
-        hidden=True,
-        embeds=True,
-        priority=wanted.priority,
-        cache_salt=wanted.cache_salt,
-        lora_name=wanted.lora_name,
-    )
-    await run.complete()
-    embeddings = []
-    for output in run.outputs:
-        if output.embedding is None:  # after `/abort`
-            raise InvalidRequestError("the request was ended before it was done")
-        embeddings.append(embedding_of(output.embedding, wanted.dimensions))
-    return Embedded(name, embeddings, run.num_prompt_tokens, run.num_cached_tokens)
+    request = RequestInParts(state, name)
+    params = state.llm.embedding_params(wanted.dimensions, wanted.truncate_prompt_tokens)
+    embeddings, num_prompt_tokens, num_cached_tokens = [], 0, 0
+    for prompts in request.parts(wanted.prompts):
+        run = await request.run(
+            prompts,
+            params,
+            add_special_tokens=wanted.add_special_tokens,
+            embeds=True,
+            priority=wanted.priority,
+            cache_salt=wanted.cache_salt,
+            lora_name=wanted.lora_name,
+        )
+        hidden = [output.embedding for output in run.outputs if output.embedding is not None]
+        embeddings += [embedding_of(each, wanted.dimensions) for each in hidden]
+        num_prompt_tokens += run.num_prompt_tokens
+        num_cached_tokens += run.num_cached_tokens
+    return Embedded(name, embeddings, num_prompt_tokens, num_cached_tokens)

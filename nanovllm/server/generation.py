@@ -4,7 +4,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from nanovllm.batch import LOST_GRAMMAR, UNUSABLE_LOGITS
 from nanovllm.errors import ContextLengthError, InvalidRequestError
@@ -130,13 +130,6 @@ class Generation:
         async for _ in self.news():
             pass
 
-    async def complete(self) -> None:
-        """The same, and leave nothing behind."""
-        try:
-            await self.finish()
-        finally:
-            await self.aclose()
-
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(output.prompt_token_ids) for output in self.outputs)
@@ -161,18 +154,58 @@ class Generation:
             await stream.aclose()
 
 
-def in_parts(state: ServerState, items: Sequence[T], item_chars: int = 0) -> Iterator[Sequence[T]]:
-    """What a request asks, some at a time: all would fill the queue and hold the event loop up.
+class RequestInParts:
+    """A request of many prompts, of which the engines are given some at a time.
+
+    All at once would fill the queue, and hold the event loop up. Between two parts it can be ended,
+    too.
 
     Args:
         state: The server.
-        items: What there is a prompt for each of.
-        item_chars: Characters of such a prompt, if they may be many.
+        request_id: What the client knows it by.
     """
-    size = min(MAX_AT_ONCE, state.llm.config.max_num_seqs or MAX_AT_ONCE)
-    size = max(1, min(size, MAX_CHARS_AT_ONCE // max(item_chars, 1)))
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
+
+    def __init__(self, state: ServerState, request_id: str) -> None:
+        self.names = {request_id}
+        self._state, self._request_id, self._ended = state, request_id, False
+        state.generations.add(self)
+
+    def parts(self, items: Sequence[T], item_chars: int = 0) -> Iterator[Sequence[T]]:
+        """Some items at a time, of which there is a prompt for each; `item_chars` long or less."""
+        size = min(MAX_AT_ONCE, self._state.llm.config.max_num_seqs or MAX_AT_ONCE)
+        size = max(1, min(size, MAX_CHARS_AT_ONCE // max(item_chars, 1)))
+        for first in range(0, len(items), size):
+            yield items[first : first + size]
+
+    async def run(
+        self, prompts: Sequence[Prompt], params: SamplingParams, **options: Any
+    ) -> Generation:
+        """Give the engines a part, and wait until all of it is there; see `Generation.start`.
+
+        Raises:
+            InvalidRequestError: See there, or the request was ended.
+            ContextLengthError: See there.
+            UnavailableError: See there, or the engine has died.
+            APIError: A completion could not be computed.
+        """
+        self._check()
+        name = self._request_id
+        run = await Generation.start(self._state, name, prompts, params, hidden=True, **options)
+        try:
+            await run.finish()
+        finally:
+            await run.aclose()
+        self._check()
+        return run
+
+    async def abort(self) -> bool:
+        """End it; its client gets an error."""
+        self._ended = True
+        return True
+
+    def _check(self) -> None:
+        if self._ended:
+            raise InvalidRequestError("the request was ended before it was done")
 
 
 def _failure(request_id: str, reason: str) -> APIError:

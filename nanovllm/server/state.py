@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanovllm.async_engine import AsyncEngine
     from nanovllm.async_llm import AsyncLLM
     from nanovllm.async_speech import AsyncSpeech
-    from nanovllm.server.generation import Generation
+    from nanovllm.server.generation import Generation, RequestInParts
     from nanovllm.server.metrics import Metrics
     from nanovllm.server.speech.utterance import Utterance
     from nanovllm.text.message_format import MessageFormat
@@ -64,7 +64,7 @@ class ServerState:
     startup_error: BaseException | None = None
     voice_names: dict[str, str] = field(default_factory=dict)
     voices_arriving: set[str] = field(default_factory=set)
-    generations: "WeakSet[Generation | Utterance]" = field(default_factory=WeakSet)
+    generations: "WeakSet[Generation | RequestInParts | Utterance]" = field(default_factory=WeakSet)
     message_formats: "dict[str, MessageFormat]" = field(init=False, default_factory=dict)
     responses: ResponseStore = field(init=False)
 

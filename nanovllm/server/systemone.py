@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Discriminator, Field
+from pydantic import ConfigDict, Discriminator, Field
 from typing_extensions import TypedDict
 
 from nanovllm.server.decisions import MAX_QUESTIONS, Asked, Decided, DecisionOptions, respond
@@ -25,6 +25,10 @@ from nanovllm.text.decisions import (
 
 router = APIRouter(route_class=JSONRoute, tags=["Decisions"])
 
+NoMedia = Annotated[
+    Annotated[list[str], Field(max_length=0)] | None, not_served("this model reads text")
+]
+
 
 def _text_of(value: Any) -> str:
     """What the model reads of text or any other JSON; of null nothing."""
@@ -33,14 +37,20 @@ def _text_of(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-class NoulCriteria(WireModel):
+class Strict(WireModel):
+    """A field that we do not know may be a known one with a slip of the pen: it is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class NoulCriteria(Strict):
     """What speaks for either answer."""
 
     true: Any = None
     false: Any = None
 
 
-class NoulQuestion(WireModel):
+class NoulQuestion(Strict):
     """Yes or no."""
 
     type: Literal["noul"]
@@ -59,7 +69,7 @@ class NoulQuestion(WireModel):
         return {"noul": yes, "probabilities": {"yes": yes, "no": no}}
 
 
-class ChoiceQuestion(WireModel):
+class ChoiceQuestion(Strict):
     """One of some options, each of which may be described."""
 
     type: Literal["choice"]
@@ -78,7 +88,7 @@ class ChoiceQuestion(WireModel):
         return {"choice": names[decision.best], "probabilities": shares}
 
 
-class ScoreQuestion(WireModel):
+class ScoreQuestion(Strict):
     """A level of a scale, from the lowest on."""
 
     type: Literal["score"]
@@ -112,9 +122,9 @@ class SystemOneRequest(DecisionOptions):
         FAIL_FAST,
     ]
     instructions: str | None = Field(None, description="Said before the questions.")
-    images: Annotated[None, not_served("this model reads text")] = None
-    audio: Annotated[None, not_served("this model reads text")] = None
-    videos: Annotated[None, not_served("this model reads text")] = None
+    images: NoMedia = None
+    audio: NoMedia = None
+    videos: NoMedia = None
 
 
 class SystemOneAnswer(TypedDict, total=False):

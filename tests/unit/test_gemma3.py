@@ -99,6 +99,8 @@ def test_a_config_is_read_as_transformers_reads_it(raw: dict[str, Any], is_saved
         ("rope_scaling", {"full_attention": {"factor": 2.0}}, "are not supported here"),
         ("rope_local_base_freq", "fast", "must be a positive number, not 'fast'"),
         ("layer_types", ["full_attention"], "there must be one for each layer"),
+        ("layer_types", ["chunked_attention"], "layer type 'chunked_attention' is not supported"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings must be true or false"),
     ],
 )
 def test_what_would_change_its_words_is_refused(field: str, value: object, message: str) -> None:
@@ -124,16 +126,22 @@ def test_it_does_not_run_in_float16_by_itself() -> None:
     assert ModelConfig.from_dict(SMALL | {"dtype": "float16"}).dtype == "bfloat16"
 
 
-def test_a_model_that_sees_images_says_what_ends_a_text() -> None:
+def test_what_is_said_of_a_model_that_sees_images_as_a_whole() -> None:
     seeing = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
-    assert ModelConfig.from_dict(
-        seeing | {"text_config": SEEING | {"eos_token_id": 1}}
-    ).eos_token_ids == (1, 106)
+    text_config = SEEING | {"eos_token_id": 1, "tie_word_embeddings": True}
+    config = ModelConfig.from_dict(
+        seeing | {"text_config": text_config, "tie_word_embeddings": False}
+    )
+    assert config.eos_token_ids == (1, 106)
+    assert not config.tie_word_embeddings
+    with pytest.raises(InvalidRequestError, match="lacks 'text_config'"):
+        ModelConfig.from_dict(seeing)
 
 
 @pytest.mark.parametrize("is_new", [False, True], ids=["released", "renamed"])
 def test_what_writes_in_a_model_that_sees_images(tmp_path: Path, is_new: bool) -> None:
     text = TINY | CHECKPOINTS["gemma3"][1]
+    del text["tie_word_embeddings"]  # whose default is true
     sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     sight |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     config = transformers.Gemma3Config(

@@ -248,6 +248,17 @@ def test_scores_of_chosen_ids_are_beside_those_of_likely_ones(logits: Tensor) ->
             torch.testing.assert_close(found[1][1 : 1 + len(others)], expected[row, others])
 
 
+def test_a_slot_forgets_which_ids_were_scored(logits: Tensor) -> None:
+    table = SamplingTable(1, VOCAB, CPU)
+    for params in (SamplingParams(logprob_token_ids=[3, 5]), SamplingParams(logprobs=2)):
+        table.start(SlotStart(0, list(PROMPT), len(PROMPT), params, 0, 0), TextRequest())
+    slots, ends = np.zeros(1, dtype=np.int64), np.full(1, len(PROMPT))
+    batch = table.batch(slots, ends, torch.zeros(1, 32, dtype=torch.int32))
+    scores = sample(logits[:1].clone(), batch).scores
+    assert scores is not None
+    assert scores.token_ids[0, 1:].tolist() == logits[0].topk(2).indices.tolist()
+
+
 def test_rank_counts_from_one() -> None:
     scores = score_tokens(torch.tensor([[0.1, 0.7, 0.2]]).log(), torch.tensor([2]), 1)
     assert scores.ranks.tolist() == [2]

@@ -39,8 +39,8 @@ def _write_json_out(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     return [
-        part | {"content": _write_json_out(part["content"])}
-        if isinstance(part, dict) and "content" in part
+        part | {name: _write_json_out(part[name]) for name in part.keys() & {"content", "output"}}
+        if isinstance(part, dict) and part.get("type") != "input_json"
         else _as_text(part)
         for part in content
     ]

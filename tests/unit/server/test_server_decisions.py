@@ -1,6 +1,8 @@
 """`/v1/decisions` and `/v1/systemone`: what the model is asked, the answers, and refusals."""
 
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +170,28 @@ def test_what_else_a_request_may_say(client: TestClient, llm: FakeLLM) -> None:
     assert post(client, SYSTEM_ONE, **named)["id"] == "decision-other"
 
 
+def test_a_request_is_ended(client: TestClient, llm: FakeLLM) -> None:
+    llm.config, llm.delay = replace(llm.config, max_num_seqs=2), 0.1
+    body = {"state": "x", "questions": {str(i): NOUL for i in range(40)}, "request_id": "long"}
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(client.post, SYSTEM_ONE, json=body)
+        while not llm.submitted:
+            time.sleep(0.01)
+        ended = post(client, "/abort", request_id="decision-long")
+    assert ended["aborted"] is True
+    assert answer.result().status_code == 400
+    assert "ended before it was done" in answer.result().text
+    assert len(llm.submitted) < 40
+    assert llm.num_open == 0
+    assert post(client, "/abort", request_id="decision-long")["aborted"] is False
+
+
+def test_the_model_may_be_left_empty(client: TestClient) -> None:
+    empty: dict[str, Any] = {"model": "", "images": [], "audio": None}
+    assert post(client, SYSTEM_ONE, state=None, questions={"q": NOUL}, **empty)["answers"]
+    assert post(client, OPENAI, input="x", questions=[PREDICATE], model="")["answers"]
+
+
 def changed(question: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {"input": "x", "questions": [{**question, **changes}]}
 
@@ -213,6 +237,8 @@ def test_what_is_refused(
         ({"questions": {"q": {"type": "essay"}}}, "questions.q"),
         ({"questions": {"q": NOUL | {"criteria": ["a"]}}}, "questions.q"),
         ({"questions": {"q": {"type": "choice"}}}, "questions.q"),
+        ({"questions": {"q": NOUL | {"critera": None}}}, "questions.q"),
+        ({"questions": {"q": NOUL | {"criteria": {"yes": "a"}}}}, "questions.q"),
         ({"questions": {"q": {"type": "choice", "criteria": {}}}}, "questions.q"),
         ({"questions": {"q": {"type": "score", "criteria": ["one"]}}}, "questions.q"),
         ({"images": ["data:image/png;base64,AA=="]}, "images"),
