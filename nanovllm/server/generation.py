@@ -195,6 +195,7 @@ class RequestInParts:
             await run.finish()
         finally:
             await run.aclose()
+        self._ended |= any(output.outputs[0].finish_reason == "abort" for output in run.outputs)
         self._check()
         return run
 

@@ -21,8 +21,6 @@ MAX_LEVELS = 10
 """Of a score, as each has a digit."""
 TAIL = 64
 """Characters at the end of a prompt that may change how what follows is cut into tokens."""
-
-
 LETTERS = string.ascii_uppercase
 
 
