@@ -63,6 +63,7 @@ VALUES: dict[str, list[Any]] = {
     "min_tokens": [0, 1, 9],
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],
+    "logprob_token_ids": [None, [EOS], [VOCAB_SIZE - 1, 0, 7], list(range(30, 330))],
     "detokenize": [True, False],
     "skip_special_tokens": [True, False],
     "spaces_between_special_tokens": [True, False],
@@ -150,6 +151,8 @@ def possible(row: Row) -> bool:
         return False
     if row["truncate_prompt_tokens"] == -1 and row["max_tokens"] is None:
         return False  # what is left for the output is one token
+    if row["logprob_token_ids"] is not None and row["logprobs"] is not None:
+        return False
     allowed = row["allowed_token_ids"]
     stops = {EOS, *(row["stop_token_ids"] or ())}
     return allowed is None or row["min_tokens"] == 0 or not stops.issuperset(allowed)
@@ -197,6 +200,8 @@ def requests_of(made_of: list[Row], adapters: list[LoRARequest]) -> list[Request
     requests = []
     for number, (row, feature) in enumerate(product):
         asked: Row = {"max_tokens": 10, "seed": number} | FEATURES[feature] | row
+        if asked.get("logprob_token_ids") is not None:
+            asked.pop("logprobs", None)  # these two exclude each other
         lora = adapters[number % len(adapters)] if asked.pop("lora", False) else None
         prompt = make_prompt(number)
         requests.append(Request(number, feature, prompt, SamplingParams(**asked), lora))
@@ -311,11 +316,14 @@ def check_scores(request: Request, output: RequestOutput) -> None:
     """One entry for each token, with as many alternatives as were asked for."""
     params = request.params
     for completion in output.outputs:
-        if params.logprobs is None:
+        if params.num_logprobs is None:
             assert completion.logprobs is None
             continue
         assert completion.logprobs is not None
-        check_entries(completion.token_ids, completion.logprobs, params.logprobs, request)
+        check_entries(completion.token_ids, completion.logprobs, params.num_logprobs, request)
+        for token_id, entry in zip(completion.token_ids, completion.logprobs, strict=True):
+            if params.logprob_token_ids is not None:
+                assert entry.keys() == {token_id, *params.logprob_token_ids}, request
     if params.prompt_logprobs is None:
         assert output.prompt_logprobs is None
         return

@@ -433,9 +433,9 @@ class TestMessages:
 
     def test_turns_are_put_together_in_linear_time(self, llm: FakeLLM) -> None:
         client = TestClient(build(llm))
-        start = time.monotonic()
+        start = time.process_time()
         refused(client, messages=[{"role": "user", "content": "far " * 120}] * (MAX_PIECES - 1))
-        assert time.monotonic() - start < 5
+        assert time.process_time() - start < 5
 
     def test_too_many_pieces(self, client: TestClient) -> None:
         result = {**RESULT, "content": [{"type": "text", "text": "x"}] * 8}

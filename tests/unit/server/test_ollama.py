@@ -315,9 +315,9 @@ class TestMessages:
         results = [{"role": "tool", "tool_name": name, "content": ""} for name in ("a", "b")] * 2000
         messages = [{"role": "assistant", "tool_calls": made[:1000]}] * 4 + results
         request = ChatRequest.model_validate({"model": MODEL, "messages": messages})
-        start = time.monotonic()
+        start = time.process_time()
         conversation_of(request, state_of(FakeLLM()), "id")
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
     def test_results_find_their_calls(self) -> None:
         """By id, else by name, else in order."""

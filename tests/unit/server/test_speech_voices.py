@@ -116,10 +116,10 @@ class TestAdding:
         for part in (head, head[:8000]):
             body = (b"--x\r\n" + part + b"\r\n\r\n1\r\n") * (1 if part is head else 60) + b"--x--"
             headers = {"Content-Type": "multipart/form-data; boundary=x"}
-            start = time.monotonic()
+            start = time.process_time()
             response = speaker.post(VOICES, content=body, headers=headers)
             assert response.status_code == 400
-            assert time.monotonic() - start < 1
+            assert time.process_time() - start < 1
 
     def test_two_of_one_name_at_once(self, speech: FakeSpeech) -> None:
         app = build_speech(speech)
