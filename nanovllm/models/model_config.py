@@ -152,7 +152,8 @@ class ModelConfig:
         eos_token_ids: Ids that end a text.
         mixture: What some layers have in place of an MLP; None is none.
         activation: Of the gates of MLPs.
-        query_pre_attn_scalar: By whose root scores of attention are divided; 0 is `head_dim`.
+        query_pre_attn_scalar: By whose root scores of attention are divided, in architectures that
+            norm queries; None is `head_dim`.
         window_rope: Rotary parameters of layers with a window; None is those of the others.
         embedding_scale: Factor on the embeddings of tokens.
         residual_scale: Factor on what each attention and MLP adds to the residual stream.
