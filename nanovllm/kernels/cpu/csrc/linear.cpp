@@ -29,13 +29,18 @@ constexpr long kExpandingRows = 4;      // of many: more would leave no register
 constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
 constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
 
+// What a group of activations was rounded to.
+struct Rounded {
+  float scale;
+  int32_t sum;  // of the codes
+};
+
 // Activations as a kernel reads them: elements of T.
 template <class T>
 struct Input {
   const T* data;
   long stride;
-  const float* scales = nullptr;  // [rows, groups]
-  const int32_t* sums = nullptr;  // [rows, groups]
+  const Rounded* rounded = nullptr;  // [rows, groups]
   long groups = 1;
 };
 
@@ -70,8 +75,7 @@ Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth
   const long groups = padded_depth / group, padded_rows = round_up(rows, 2 * kTileRows);
   const long stride = padded_depth + 64;
   auto* data = static_cast<Code*>(session.scratch(0, padded_rows * stride * sizeof(Code)));
-  auto* scales = static_cast<float*>(session.scratch(1, rows * groups * 4));
-  auto* sums = static_cast<int32_t*>(session.scratch(2, rows * groups * 4));
+  auto* rounded = static_cast<Rounded*>(session.scratch(1, rows * groups * sizeof(Rounded)));
   session.parallel(rows, [&](long r) {
     for (long g = 0; g < groups; g++) {
       const From* source = x + r * depth + g * group;
@@ -87,11 +91,10 @@ Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth
       }
       int32_t group_sum = 0;
       for (int i = 0; i < kWidth; i++) group_sum += total[i];
-      scales[r * groups + g] = scale;
-      sums[r * groups + g] = group_sum;
+      rounded[r * groups + g] = {scale, group_sum};
     }
   });
-  return {data, stride, scales, sums, groups};
+  return {data, stride, rounded, groups};
 }
 
 // A panel in memory.
@@ -167,8 +170,8 @@ void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tile
   const auto* sums = reinterpret_cast<const int32_t*>(panel.sums);
   const float* scales = w.scales + panel.tile * kTile;
   for (long r = 0; r < panel.rows; r++) {
-    const float x_scale = in.scales[panel.row + r];
-    const int32_t offset = kCodeOffset * in.sums[panel.row + r];
+    const auto [x_scale, sum] = in.rounded[panel.row + r];
+    const int32_t offset = kCodeOffset * sum;
     for (int j = 0; j < panel.num_tiles * kTile; j += kWidth) {
       const Ints total = load_raw<Ints>(sums + r * kPanel + j) - offset;
       store(panel.sums + r * kPanel + j,
@@ -177,136 +180,114 @@ void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tile
   }
 }
 
-// 16-bit products suffice: a zero point is below 16, a sum of 256 int8 below 2^15.
+// What `sum` activations of a group add up to times its zero points, which are below 16; the sum of
+// 256 int8 is below 2^15.
 inline Ints zero_product(Ints zero, int32_t sum) {
-#if defined(NANOVLLM_AVX512)
-  return bit_cast<Ints>(
-      _mm512_madd_epi16(bit_cast<__m512i>(zero), _mm512_set1_epi32(sum & 0xffff)));
-#else
-  return zero * sum;
-#endif
+  return multiply_pairs(bit_cast<Words>(zero), splat_word(uint32_t(sum)));
 }
 
-inline Ints load_zero(const Int4Panel& panel, bool has_zeros, long group, long tile, int lane) {
-  if (!has_zeros) return Ints{} + kInt4Zero;
+template <bool kZeros>
+inline Ints load_zero(const Int4Panel& panel, long group, long tile, int lane) {
+  if constexpr (!kZeros) return Ints{} + kInt4Zero;
   return widen(reinterpret_cast<const int8_t*>(panel.zeros(group, tile)) + lane);
 }
 
-// Sums of products with codes of four bits, begun from exact sums and ended as such, over at most
-// kNibbleDepth inputs. Without an instruction for four int8 they have 16 bits: 15 * 128 * 32 / 2 < 2^15.
+// Exact sums of products with codes of four bits, over a *run* of inputs: a group, or a part of it.
+// Without an instruction for four int8 they have 16 bits: 15 * 128 * 32 / 2 < 2^15.
 #if defined(NANOVLLM_INT8_DOT)
 using NibbleSums = Ints;
-constexpr long kNibbleDepth = 256;  // the largest group
+constexpr long kMostOfRun = 256;  // the largest group
 
-inline NibbleSums begin_nibbles(Ints exact) { return exact; }
 inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
   return multiply_add(sums, int8_t{}, x, codes);
 }
-inline Ints end_nibbles(Ints, NibbleSums sums) { return sums; }
+inline Ints total_of(NibbleSums sums) { return sums; }
 #else
 using NibbleSums = Shorts;
-constexpr long kNibbleDepth = 32;
+constexpr long kMostOfRun = 32;
 
-inline NibbleSums begin_nibbles(Ints) { return NibbleSums{}; }
 inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
-  return sums + multiply_bytes(codes, x);
+  return kept_in_register(sums + multiply_bytes(codes, x));
 }
-inline Ints end_nibbles(Ints exact, NibbleSums sums) {
-  return exact + multiply_pairs(bit_cast<Words>(sums), splat_word(0x00010001u));
+inline Ints total_of(NibbleSums sums) {
+  return multiply_pairs(bit_cast<Words>(sums), splat_word(0x00010001u));
 }
 #endif
 
-// R rows times C tiles of int4: exact within a group, then scaled into floats. Meanwhile a line is
+inline long run_of(const Weights& w) { return std::min<long>(w.group_size, kMostOfRun); }
+
+// R rows times C tiles of int4: exact within a run, then scaled into floats. Meanwhile a line is
 // fetched every step from `next` on, or if that is null, what comes soon.
-template <int R, int C>
-inline void int4_block(const Weights& w, const Int4Panel panel, int tile, const Input<int8_t>& in,
-                       long row, float* c, const char* next) {
+template <int R, int C, bool kZeros>
+__attribute__((noinline))  // or its loops compete with others for registers
+void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<int8_t>& in, long row,
+                float* c, const char* next) {
+  constexpr int V = C * kSplits;
+  constexpr bool kBeginsExact = std::is_same_v<NibbleSums, Ints>;
   Sums<Floats, R, C> sums;
-  const long group_size = w.group_size, stride = panel.stride(), groups = in.groups;
-  const bool has_zeros = w.has_zeros;
+  const long run = kBeginsExact ? w.group_size : kMostOfRun;
+  const long stride = panel.stride(), runs = in.groups;
   const int8_t* x = in.data + row * in.stride;
-  for (long g = 0; g < groups; g++, x += group_size) {
-    Ints exact[R][C * kSplits];
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) {
-      const Ints zero = load_zero(panel, has_zeros, g, tile + j / kSplits, j % kSplits * kWidth);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const int32_t sum = in.sums[(row + r) * groups + g];
-        // Of few rows the branch would cost more than the product.
-        const bool is_same = R > 2 && !has_zeros;
-        exact[r][j] = is_same ? Ints{} - kInt4Zero * sum : -zero_product(zero, sum);
-      }
-    }
+  const Rounded* rounded = in.rounded + row * runs;
+  const char* ahead = next;
+  const long ahead_step = next ? C * kLine : stride;
+  for (long g = 0; g * w.group_size < w.padded_depth; g++) {
     const char* line = panel.codes(g, tile);
-    for (long begin = 0; begin < group_size; begin += kNibbleDepth) {
-      NibbleSums partial[R][C * kSplits];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-#pragma GCC unroll 16
-        for (int j = 0; j < C * kSplits; j++) partial[r][j] = begin_nibbles(exact[r][j]);
-      }
-#if !defined(NANOVLLM_INT8_DOT)
-      // Registers are for the partial sums: left alone, compilers keep some of these there instead.
-      asm("" : "+m"(exact), "+m"(sums));
-#endif
-      const long end = std::min(begin + kNibbleDepth, group_size);
-      for (long k = begin; k < end; k += Int4Panel::kStep, line += stride) {
-        if (next) {
-          __builtin_prefetch(next, 0, 2);
-          next += 64;
-        } else {
-          for (int j = 0; j < C; j++) __builtin_prefetch(line + kInt4Ahead + j * 64);
+    if (!next) ahead = line + kInt4Ahead;
+    const auto zero_part = [&](int r, int j) {
+      const Ints zero = load_zero<kZeros>(panel, g, tile + j / kSplits, j % kSplits * kWidth);
+      return zero_product(zero, rounded[r * runs].sum);
+    };
+    for (long left = w.group_size; left > 0; left -= run, rounded++) {
+      NibbleSums partial[R][V] = {};
+      if constexpr (kBeginsExact) {
+        for (int j = 0; j < V; j++) {
+          for (int r = 0; r < R; r++) partial[r][j] = -zero_part(r, j);
         }
+      }
+      for (const int8_t* end = x + run; x < end; x += Int4Panel::kStep, line += stride) {
+        for (int j = 0; j < C; j++) __builtin_prefetch(ahead + j * kLine, 0, 2);
+        ahead += ahead_step;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
-          const auto four = [&](int r) {
-            return splat_word(word_at(x + r * in.stride + k + 4 * half));
-          };
+          const auto four = [&](int r) { return splat_word(word_at(x + r * in.stride + 4 * half)); };
           const auto weights = [&](int j) {
             return (load_raw<Words>(line + j * kVectorBytes) >> (4 * half)) & 0x0f0f0f0fu;
           };
           // Of rows and columns, registers hold the fewer.
-          if constexpr (R < C * kSplits) {
+          if constexpr (R < V) {
             Words held[R];
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) held[r] = four(r);
 #pragma GCC unroll 16
-            for (int j = 0; j < C * kSplits; j++) {
+            for (int j = 0; j < V; j++) {
               const Words w = weights(j);
 #pragma GCC unroll 8
               for (int r = 0; r < R; r++) partial[r][j] = add_nibbles(partial[r][j], held[r], w);
             }
           } else {
-            Words held[C * kSplits];
+            Words held[V];
 #pragma GCC unroll 16
-            for (int j = 0; j < C * kSplits; j++) held[j] = weights(j);
+            for (int j = 0; j < V; j++) held[j] = weights(j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
               const Words v = four(r);
 #pragma GCC unroll 16
-              for (int j = 0; j < C * kSplits; j++) {
-                partial[r][j] = add_nibbles(partial[r][j], v, held[j]);
-              }
+              for (int j = 0; j < V; j++) partial[r][j] = add_nibbles(partial[r][j], v, held[j]);
             }
           }
         }
       }
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
 #pragma GCC unroll 16
-        for (int j = 0; j < C * kSplits; j++) {
-          exact[r][j] = end_nibbles(exact[r][j], partial[r][j]);
+      for (int j = 0; j < V; j++) {
+        const Floats scale = load_half(panel.scales(g, tile + j / kSplits) + j % kSplits * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+          Ints total = total_of(partial[r][j]);
+          if constexpr (!kBeginsExact) total -= zero_part(r, j);
+          const Floats factor = scale * rounded[r * runs].scale;
+          sums.at[r][j] += __builtin_convertvector(total, Floats) * factor;
         }
-      }
-    }
-#pragma GCC unroll 16
-    for (int j = 0; j < C * kSplits; j++) {
-      const Floats scale = load_half(panel.scales(g, tile + j / kSplits) + j % kSplits * kWidth);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) {
-        const float x_scale = in.scales[(row + r) * groups + g];
-        sums.at[r][j] += __builtin_convertvector(exact[r][j], Floats) * (scale * x_scale);
       }
     }
   }
@@ -320,6 +301,7 @@ constexpr int kInt4Rows = kVectorBytes == 64 ? 6 : 4;
 template <int R>
 constexpr int kInt4Tiles = R > 2 ? std::min(2, kDotTiles<R>) : kDotTiles<R>;
 
+template <bool kZeros>
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
   const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
   for_blocks<kInt4Rows>(panel.rows, [&](auto num_rows, long r, long) {
@@ -327,12 +309,12 @@ void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
     float* sums = panel.sums + r * kPanel;
     int j = 0;
     for (; j + C <= panel.num_tiles; j += C) {
-      const long steps = w.padded_depth / Int4Panel::kStep;
-      const char* next = panel.rows > 2 ? panel.ahead.take(steps) : nullptr;
-      int4_block<R, C>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
+      const long lines = w.padded_depth / Int4Panel::kStep * C;
+      const char* next = panel.rows > 2 ? panel.ahead.take(lines) : nullptr;
+      int4_block<R, C, kZeros>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
     }
     for (; j < panel.num_tiles; j++) {
-      int4_block<R, 1>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
+      int4_block<R, 1, kZeros>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
     }
   });
 }
@@ -349,7 +331,7 @@ void expand_int4(const Weights& w, const Int4Panel panel, int tile, long first, 
     const char* line = panel.codes(group, tile) + step * panel.stride();
     for (int lane = 0; lane < kTile; lane += kWidth) {
       const Words codes = load_raw<Words>(line + lane * 4);
-      const Ints zero = load_zero(panel, w.has_zeros, group, tile, lane);
+      const Ints zero = w.has_zeros ? load_zero<true>(panel, group, tile, lane) : load_zero<false>(panel, group, tile, lane);
       const Floats scale = load_half(panel.scales(group, tile) + lane);
       for (int pair = 0; pair < 4; pair++) {
         // Byte i of a word holds elements i and i + 4.
@@ -384,25 +366,22 @@ void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
 #endif
 
 // Adds the bias, applies the gate, and writes a panel's sums to the output, or adds them to it.
-template <class Out>
+template <bool kGated, class Out>
 void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
-  const long width = w.gate ? w.columns / 2 : w.columns;
-  const int step = w.gate ? 2 : 1;
+  constexpr long kStep = kGated ? 2 : 1;  // tiles of an output tile
+  const long width = w.columns / kStep, first = panel.tile / kStep * kTile;
+  const long count = std::min(panel.num_tiles / kStep * kTile, width - first);
+  const float* bias = w.bias ? w.bias + panel.tile * kTile : nullptr;
   for (long r = 0; r < panel.rows; r++) {
-    for (int j = 0; j < panel.num_tiles; j += step) {
-      for (int lane = 0; lane < kTile; lane += kWidth) {
-        const long packed = (panel.tile + j) * kTile + lane;
-        const long column = (panel.tile + j) / step * kTile + lane;
-        if (column >= width) break;
-        const auto value = [&](int part) {
-          const Floats v = load(panel.sums + r * kPanel + (j + part) * kTile + lane);
-          return w.bias ? v + load(w.bias + packed + part * kTile) : v;
-        };
-        Floats y = w.gate ? gated(w.gate, value(0), value(1)) : value(0);
-        Out* target = out.data + (panel.row + r) * width + column;
-        if (out.add) y += load(target, width - column);
-        store(target, y, width - column);
-      }
+    const float* sums = panel.sums + r * kPanel;
+    Out* target = out.data + (panel.row + r) * width + first;
+    for (long c = 0; c < count; c += kWidth) {
+      const long at = c + c / kTile * kTile * (kStep - 1);
+      const auto value = [&](long i) { return bias ? load(sums + i) + load(bias + i) : load(sums + i); };
+      Floats y = value(at);
+      if constexpr (kGated) y = gated(w.gate, y, value(at + kTile));
+      if (out.add) y += load(target + c, count - c);
+      store(target + c, y, count - c);
     }
   }
 }
@@ -420,7 +399,8 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
       panel.ahead = bytes_of_panel(w, (index + num_threads()) * kMaxColumnTiles);
     }
     multiply(panel);
-    finish_panel(w, panel, out);
+    if (w.gate) finish_panel<true>(w, panel, out);
+    else finish_panel<false>(w, panel, out);
   });
 }
 
@@ -461,9 +441,12 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Output
     }
   }
 #endif
-  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, w.group_size);
+  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, run_of(w));
   run_panels(session, w, rows, kBlockRows, out,
-             [&](Panel& panel) { multiply_int4(w, in, panel); });
+             [&](Panel& panel) {
+               if (w.has_zeros) multiply_int4<true>(w, in, panel);
+               else multiply_int4<false>(w, in, panel);
+             });
 }
 
 template <class In, class Out>

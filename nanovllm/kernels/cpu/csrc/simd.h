@@ -3,6 +3,7 @@
 // extensions cannot name an instruction.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -51,6 +52,18 @@ inline float to_float(Bf16 x) {
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+// The same, but computed at this place: compilers put sums off behind many products, for which there
+// are no registers.
+template <class Vector>
+inline Vector kept_in_register(Vector v) {
+#if defined(__x86_64__)
+  asm volatile("" : "+x"(v));
+#elif defined(__ARM_NEON)
+  asm volatile("" : "+w"(v));
+#endif
+  return v;
 }
 
 inline Floats splat(float x) { return Floats{} + x; }
@@ -271,14 +284,28 @@ inline Ints lanes() {
 
 inline Floats vector_max(Floats a, Floats b) { return a > b ? a : b; }
 
+// The lanes of a vector, its upper half with its lower one until one is left.
+template <class Combine>
+inline float reduce(Floats x, Combine&& combine) {
+#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+  typedef float Four __attribute__((vector_size(16)));
+  const auto [low, high] = bit_cast<std::array<Four, 2>>(x);
+  const Four four = combine(high, low);
+  const Four two = combine(__builtin_shufflevector(four, four, 2, 3, 2, 3), four);
+  return combine(__builtin_shufflevector(two, two, 1, 1, 1, 1), two)[0];
+#else
+  for (int half = kWidth / 2; half; half /= 2) {
+    for (int i = 0; i < half; i++) x[i] = combine(x[i + half], x[i]);
+  }
+  return x[0];
+#endif
+}
+
 inline float sum(Floats x) {
 #if defined(NANOVLLM_AVX512)
   return _mm512_reduce_add_ps(bit_cast<__m512>(x));
 #else
-  for (int half = kWidth / 2; half; half /= 2) {
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  }
-  return x[0];
+  return reduce(x, [](auto a, auto b) { return a + b; });
 #endif
 }
 
@@ -286,10 +313,7 @@ inline float max(Floats x) {
 #if defined(NANOVLLM_AVX512)
   return _mm512_reduce_max_ps(bit_cast<__m512>(x));
 #else
-  for (int half = kWidth / 2; half; half /= 2) {
-    for (int i = 0; i < half; i++) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
-  }
-  return x[0];
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 #endif
 }
 
