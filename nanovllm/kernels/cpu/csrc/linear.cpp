@@ -29,7 +29,7 @@ constexpr long kExpandingRows = 4;      // of many: more would leave no register
 constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
 constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
 
-// What a group of activations was rounded to.
+// What some activations were rounded to.
 struct Rounded {
   float scale;
   int32_t sum;  // of the codes
@@ -40,8 +40,8 @@ template <class T>
 struct Input {
   const T* data;
   long stride;
-  const Rounded* rounded = nullptr;  // [rows, groups]
-  long groups = 1;
+  const Rounded* rounded = nullptr;  // [rows, runs]
+  long runs = 1;
 };
 
 // Where the results go; they take the place of what is there, or are added to it.
@@ -68,33 +68,35 @@ Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long 
   return {data, stride};
 }
 
-// Rounds each group of each row to int8 by its largest magnitude.
+// Rounds each group of each row to int8 by its largest magnitude; a group is one or more runs.
 template <class Code, class From>
 Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth, long padded_depth,
-                          long group) {
-  const long groups = padded_depth / group, padded_rows = round_up(rows, 2 * kTileRows);
+                          long group, long run) {
+  const long runs = padded_depth / run, padded_rows = round_up(rows, 2 * kTileRows);
   const long stride = padded_depth + 64;
   auto* data = static_cast<Code*>(session.scratch(0, padded_rows * stride * sizeof(Code)));
-  auto* rounded = static_cast<Rounded*>(session.scratch(1, rows * groups * sizeof(Rounded)));
+  auto* rounded = static_cast<Rounded*>(session.scratch(1, rows * runs * sizeof(Rounded)));
   session.parallel(rows, [&](long r) {
-    for (long g = 0; g < groups; g++) {
-      const From* source = x + r * depth + g * group;
-      const long count = std::clamp(depth - g * group, 0L, group);
-      const auto [scale, inverse] = int8_scale(source, count);
-      Code* row = data + r * stride + g * group;
+    const From* source = x + r * depth;
+    Int8Scale by{};
+    for (long i = 0; i < runs; i++) {
+      const long begin = i * run;
+      if (begin % group == 0) by = int8_scale(source + begin, std::clamp(depth - begin, 0L, group));
+      Code* codes = data + r * stride + begin;
       Ints total{};
-      for (long k = 0; k < group; k += kWidth) {
-        const Floats v = k < count ? load(source + k, count - k) : Floats{};
-        const Ints code = (round_to_ints(v * inverse) << 24) >> 24;  // a NaN has any bits
+      for (long k = 0; k < run; k += kWidth) {
+        const long left = depth - begin - k;
+        const Floats v = left > 0 ? load(source + begin + k, left) : Floats{};
+        const Ints code = (round_to_ints(v * by.inverse) << 24) >> 24;  // a NaN has any bits
         total += code;
-        store_narrow(row + k, code);
+        store_narrow(codes + k, code);
       }
-      int32_t group_sum = 0;
-      for (int i = 0; i < kWidth; i++) group_sum += total[i];
-      rounded[r * groups + g] = {scale, group_sum};
+      int32_t sum = 0;
+      for (int lane = 0; lane < kWidth; lane++) sum += total[lane];
+      rounded[r * runs + i] = {by.scale, sum};
     }
   });
-  return {data, stride, rounded, groups};
+  return {data, stride, rounded, runs};
 }
 
 // A panel in memory.
@@ -192,20 +194,20 @@ inline Ints load_zero(const Int4Panel& panel, long group, long tile, int lane) {
   return widen(reinterpret_cast<const int8_t*>(panel.zeros(group, tile)) + lane);
 }
 
-// Exact sums of products with codes of four bits, over a *run* of inputs: a group, or a part of it.
-// Without an instruction for four int8 they have 16 bits: 15 * 128 * 32 / 2 < 2^15.
+// Exact sums of products with codes of four bits, over a *run* of inputs: a group, or as much of it as
+// sums of 16 bits can take where there is no instruction for four int8, 15 * 128 * 32 / 2 < 2^15.
 #if defined(NANOVLLM_INT8_DOT)
 using NibbleSums = Ints;
-constexpr long kMostOfRun = 256;  // the largest group
 
+inline long run_of(const Weights& w) { return w.group_size; }
 inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
   return multiply_add(sums, int8_t{}, x, codes);
 }
 inline Ints total_of(NibbleSums sums) { return sums; }
 #else
 using NibbleSums = Shorts;
-constexpr long kMostOfRun = 32;
 
+inline long run_of(const Weights&) { return 32; }  // a group is a multiple of it
 inline NibbleSums add_nibbles(NibbleSums sums, Words x, Words codes) {
   return kept_in_register(sums + multiply_bytes(codes, x));
 }
@@ -214,10 +216,9 @@ inline Ints total_of(NibbleSums sums) {
 }
 #endif
 
-inline long run_of(const Weights& w) { return std::min<long>(w.group_size, kMostOfRun); }
-
 // R rows times C tiles of int4: exact within a run, then scaled into floats. Meanwhile a line is
-// fetched every step from `next` on, or if that is null, what comes soon.
+// fetched every step: with one or two rows what they read soon, with more rows from `next` on, if it
+// is not null.
 template <int R, int C, bool kZeros>
 __attribute__((noinline))  // or its loops compete with others for registers
 void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<int8_t>& in, long row,
@@ -225,15 +226,13 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
   constexpr int V = C * kSplits;
   constexpr bool kBeginsExact = std::is_same_v<NibbleSums, Ints>;
   Sums<Floats, R, C> sums;
-  const long run = kBeginsExact ? w.group_size : kMostOfRun;
-  const long stride = panel.stride(), runs = in.groups;
+  const long run = run_of(w), stride = panel.stride(), runs = in.runs;
   const int8_t* x = in.data + row * in.stride;
   const Rounded* rounded = in.rounded + row * runs;
-  const char* ahead = next;
-  const long ahead_step = next ? C * kLine : stride;
+  [[maybe_unused]] const long next_step = next ? kLine : 0;
+  if (!next) next = panel.codes(0, tile);  // any address that there is
   for (long g = 0; g * w.group_size < w.padded_depth; g++) {
     const char* line = panel.codes(g, tile);
-    if (!next) ahead = line + kInt4Ahead;
     const auto zero_part = [&](int r, int j) {
       const Ints zero = load_zero<kZeros>(panel, g, tile + j / kSplits, j % kSplits * kWidth);
       return zero_product(zero, rounded[r * runs].sum);
@@ -241,13 +240,19 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
     for (long left = w.group_size; left > 0; left -= run, rounded++) {
       NibbleSums partial[R][V] = {};
       if constexpr (kBeginsExact) {
+#pragma GCC unroll 16
         for (int j = 0; j < V; j++) {
+#pragma GCC unroll 8
           for (int r = 0; r < R; r++) partial[r][j] = -zero_part(r, j);
         }
       }
       for (const int8_t* end = x + run; x < end; x += Int4Panel::kStep, line += stride) {
-        for (int j = 0; j < C; j++) __builtin_prefetch(ahead + j * kLine, 0, 2);
-        ahead += ahead_step;
+        if constexpr (R > 2) {
+          __builtin_prefetch(next, 0, 2);
+          next += next_step;
+        } else {
+          for (int j = 0; j < C; j++) __builtin_prefetch(line + kInt4Ahead + j * kLine);
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
           const auto four = [&](int r) { return splat_word(word_at(x + r * in.stride + 4 * half)); };
@@ -309,8 +314,8 @@ void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
     float* sums = panel.sums + r * kPanel;
     int j = 0;
     for (; j + C <= panel.num_tiles; j += C) {
-      const long lines = w.padded_depth / Int4Panel::kStep * C;
-      const char* next = panel.rows > 2 ? panel.ahead.take(lines) : nullptr;
+      const long steps = w.padded_depth / Int4Panel::kStep;
+      const char* next = R > 2 ? panel.ahead.take(steps) : nullptr;
       int4_block<R, C, kZeros>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
     }
     for (; j < panel.num_tiles; j++) {
@@ -424,7 +429,7 @@ template <class In, class Out>
 void run_int8(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
   const auto in = quantize_rows<Operand<int8_t>>(session, x, rows, w.depth, w.padded_depth,
-                                                 w.padded_depth);
+                                                 w.padded_depth, w.padded_depth);
   run_panels(session, w, rows, kBlockRows, out,
              [&](Panel& panel) { multiply_int8(w, in, tiled, panel); });
 }
@@ -441,7 +446,7 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Output
     }
   }
 #endif
-  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, run_of(w));
+  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, w.group_size, run_of(w));
   run_panels(session, w, rows, kBlockRows, out,
              [&](Panel& panel) {
                if (w.has_zeros) multiply_int4<true>(w, in, panel);

@@ -58,7 +58,9 @@ inline float to_float(Bf16 x) {
 // are no registers.
 template <class Vector>
 inline Vector kept_in_register(Vector v) {
-#if defined(__x86_64__)
+#if defined(NANOVLLM_AVX512)
+  asm volatile("" : "+v"(v));
+#elif defined(__x86_64__)
   asm volatile("" : "+x"(v));
 #elif defined(__ARM_NEON)
   asm volatile("" : "+w"(v));
