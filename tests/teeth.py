@@ -603,8 +603,8 @@ FAULTS = [
     Fault(
         "C++: biases left out",
         CPU_LINEAR,
-        "return w.bias ? v + load(w.bias + packed + part * kTile) : v;",
-        "return v;",
+        "return bias ? load(sums + i) + load(bias + i) : load(sums + i);",
+        "return load(sums + i);",
         MODELS,
     ),
     # Weights of bf16 in 12 bits.
@@ -1357,6 +1357,13 @@ FAULTS = [
         "numbers < end",
         "numbers < end - 1",
         MIXTURES,
+    ),
+    Fault(
+        "AVX2: int4 whose zero points count for the first run of a group only",
+        CPU_LINEAR,
+        "rounded[r * runs + i] = {by.scale, sum};",
+        "rounded[r * runs + i] = {by.scale, begin % group ? 0 : sum};",
+        CPU_PRODUCTS,
     ),
     Fault(
         "AVX2: int8 without the weights' signs",

@@ -1,7 +1,6 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from nanovllm.config import QUANTIZED_METHODS
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.kernels.activation import Activation
 from nanovllm.layers.rope_config import RopeConfig
+from nanovllm.models.architectures import ARCHITECTURES, TEXT_PARTS, Architecture
 from nanovllm.models.config_fields import (
     boolean,
     indices,
@@ -18,74 +18,17 @@ from nanovllm.models.config_fields import (
     positive,
     positive_number,
 )
-from nanovllm.models.rope_fields import rope, ropes_by_layer
-
-ARCHITECTURES = (
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-"""What we read; `registry.py` has the classes."""
-
-TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
-"""Models that see images as well, of which we read what writes: its `text_config`."""
 
 OF_THE_WHOLE = ("eos_token_id", "tie_word_embeddings")
-"""What is said of such a model as a whole; its `text_config` may have the defaults."""
-
-ATTENTION_BIAS = (
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-MLP_BIAS = ("LlamaForCausalLM",)
-"""Which of them have biases where the config says so; the others ignore what it says."""
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "Gemma3ForCausalLM": {
-        "vocab_size": 262208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
-        "query_pre_attn_scalar": 256,
-        "rope_theta": 1000000.0,
-        "rope_local_base_freq": 10000.0,
-    },
-    "Qwen3ForCausalLM": {"head_dim": 128},
-}
-"""What transformers takes for a field that is left out, where that is not the same for all."""
+"""What is said of a model of several parts as a whole; its `text_config` may have the defaults."""
 
 MAX_EXPERTS = 4096
 """In a layer; each has tensors of its own, whose names alone would fill the memory else."""
 
-HAVE_WINDOWS = ("Gemma3ForCausalLM", "MistralForCausalLM")
-"""Which have windows without `use_sliding_window`."""
-
 MAX_WINDOW = 1 << 30
 """More than any context, and in the range of the kernels."""
 
-ONE_WINDOW = ("MistralForCausalLM", "Qwen3MoeForCausalLM")
-"""Which have the same window in all layers, unless `layer_types` says else."""
-
 LAYER_TYPES = ("full_attention", "sliding_attention")
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 NULLABLE = (
     *("head_dim", "num_key_value_heads", "layer_types", "query_pre_attn_scalar"),
@@ -273,22 +216,21 @@ class ModelConfig:
             raise InvalidRequestError(f"config.json lacks {e.args[0]!r}", str(e.args[0])) from e
 
     @classmethod
-    def _parse(cls, architecture: str, raw: dict[str, Any]) -> "ModelConfig":
+    def _parse(cls, name: str, raw: dict[str, Any]) -> "ModelConfig":
         _refuse_what_we_lack(raw)
+        architecture = ARCHITECTURES[name]
         # Null counts as left out in some fields, and so does the 0 of some checkpoints.
         given = {n: value for n, value in raw.items() if value or n not in NULLABLE}
-        raw = DEFAULTS.get(architecture, {}) | given
+        raw = dict(architecture.defaults) | given
         hidden_size = positive(raw, "hidden_size")
         num_heads = positive(raw, "num_attention_heads")
         head_dim = positive(raw, "head_dim", hidden_size // num_heads)
-        dtype = _dtype(raw)
-        if architecture == "Gemma3ForCausalLM":
-            special = _of_gemma(raw, head_dim, dtype)
-        else:
-            special = {"rope": rope(raw, head_dim), "activation": _activation(raw, "hidden_act")}
-            special["dtype"] = dtype
+
+        def has_bias(name: str) -> bool:
+            return name in architecture.biases and boolean(raw, name)
+
         return cls(
-            architecture=architecture,
+            architecture=name,
             vocab_size=positive(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=positive(raw, "intermediate_size"),
@@ -298,12 +240,12 @@ class ModelConfig:
             head_dim=head_dim,
             rms_norm_eps=positive_number(raw, "rms_norm_eps", 1e-6),
             tie_word_embeddings=boolean(raw, "tie_word_embeddings"),
-            attention_bias=architecture in ATTENTION_BIAS and boolean(raw, "attention_bias"),
-            mlp_bias=architecture in MLP_BIAS and boolean(raw, "mlp_bias"),
+            attention_bias=has_bias("attention_bias"),
+            mlp_bias=has_bias("mlp_bias"),
             windows=_windows(architecture, raw),
             eos_token_ids=as_ids(raw.get("eos_token_id")),
-            mixture=_mixture(raw) if architecture == "Qwen3MoeForCausalLM" else None,
-            **special,
+            mixture=_mixture(raw) if architecture.has_mixtures else None,
+            **architecture.special(raw, head_dim),
         )
 
 
@@ -372,63 +314,41 @@ def _refuse_what_we_lack(raw: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"{name} is not supported; supported: null", name)
 
 
-def _of_gemma(raw: dict[str, Any], head_dim: int, dtype: str) -> dict[str, Any]:
-    """What Gemma 3 has in its own way, by the names of `ModelConfig`."""
-    full, window = ropes_by_layer(raw, head_dim)
-    return {
-        "rope": full,
-        "window_rope": window,
-        "activation": _activation(raw, "hidden_activation"),
-        "query_pre_attn_scalar": positive_number(raw, "query_pre_attn_scalar"),
-        "embedding_scale": math.sqrt(raw["hidden_size"]),
-        # Its residual stream leaves the range of float16.
-        "dtype": "bfloat16" if dtype == "float16" else dtype,
-    }
-
-
-def _activation(raw: dict[str, Any], name: str) -> Activation:
-    value = raw.get(name, "silu")
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}", name
-        )
-    return ACTIVATIONS[value]
-
-
-def _windows(architecture: str, raw: dict[str, Any]) -> tuple[int | None, ...]:
-    """The attention window of each layer, from the ways the architectures say it."""
+def _windows(architecture: Architecture, raw: dict[str, Any]) -> tuple[int | None, ...]:
+    """The attention window of each layer."""
     num_layers: int = raw["num_hidden_layers"]
-    has_windows = architecture in HAVE_WINDOWS or raw.get("use_sliding_window", False)
-    # A window of null is none, but one that is left out has its default.
-    is_optional = architecture != "Gemma3ForCausalLM"
-    is_none = is_optional and "sliding_window" in raw and not raw["sliding_window"]
-    if not has_windows or is_none or architecture == "LlamaForCausalLM":
+    is_null = "sliding_window" in raw and not raw["sliding_window"]  # left out, it has its default
+    has_windows = {
+        "asked": bool(raw.get("use_sliding_window")) and not is_null,
+        "not null": not is_null,
+        "always": True,
+        "never": False,
+    }
+    if not has_windows[architecture.has_windows]:
         return (None,) * num_layers
     window = min(positive(raw, "sliding_window", 4096), MAX_WINDOW)
-    if "layer_types" in raw:
-        kinds = json_list(raw, "layer_types")
-        unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
-        if unknown:
-            raise UnsupportedModelError(
-                f"layer type {unknown[0]!r:.80} is not supported; supported: "
-                f"{', '.join(LAYER_TYPES)}",
-                "layer_types",
-            )
-    elif architecture in ONE_WINDOW:
-        return (window,) * num_layers
-    elif architecture == "Gemma3ForCausalLM":
-        every = positive(raw, "sliding_window_pattern", 6)
-        kinds = ["" if i % every == 0 else "sliding_attention" for i in range(1, num_layers + 1)]
-    else:
-        first = 0 if raw.get("max_window_layers") == 0 else positive(raw, "max_window_layers", 28)
-        kinds = ["sliding_attention" if i >= first else "" for i in range(num_layers)]
-    if len(kinds) != num_layers:
+    windowed = _by_layer_types(raw) or architecture.windowed(raw, num_layers)
+    if len(windowed) != num_layers:
         raise InvalidRequestError(
-            f"layer_types has {len(kinds)} entries, and num_hidden_layers={num_layers}: there must "
-            "be one for each layer",
+            f"layer_types has {len(windowed)} entries, and num_hidden_layers={num_layers}: there "
+            "must be one for each layer",
             "layer_types",
         )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if has_window else None for has_window in windowed)
+
+
+def _by_layer_types(raw: dict[str, Any]) -> list[bool]:
+    """Which layers `layer_types` gives a window, empty if it is left out."""
+    if "layer_types" not in raw:
+        return []
+    kinds = json_list(raw, "layer_types")
+    unknown = [kind for kind in kinds if kind not in LAYER_TYPES]
+    if unknown:
+        raise UnsupportedModelError(
+            f"layer type {unknown[0]!r:.80} is not supported; supported: {', '.join(LAYER_TYPES)}",
+            "layer_types",
+        )
+    return [kind == "sliding_attention" for kind in kinds]
 
 
 def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
@@ -448,12 +368,3 @@ def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
         norm_topk_prob=boolean(raw, "norm_topk_prob"),
         layers=layers,
     )
-
-
-def _dtype(raw: dict[str, Any]) -> str:
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise UnsupportedModelError(
-            f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
-        )
-    return dtype
