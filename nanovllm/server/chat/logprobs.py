@@ -55,9 +55,19 @@ class TokenNames:
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], positions: Sequence[TokenLogprobs], num_top: int, names: TokenNames
+    token_ids: Sequence[int],
+    positions: Sequence[TokenLogprobs],
+    num_top: int | None,
+    names: TokenNames,
 ) -> list[ChatTokenLogprob]:
-    """Tell of each position the token that was taken and the `num_top` likeliest ones."""
+    """Tell of each position the token that was taken and others.
+
+    Args:
+        token_ids: The tokens of a message.
+        positions: Their log probabilities.
+        num_top: How many of the likeliest tokens there to tell of; None is all that were looked at.
+        names: What tokens are called.
+    """
 
     def describe(token_id: int, position: TokenLogprobs) -> TopLogprob:
         return {
@@ -66,14 +76,16 @@ def chat_logprobs(
             "bytes": names.utf8(token_id),
         }
 
-    def likeliest(position: TokenLogprobs) -> list[int]:
+    def others(position: TokenLogprobs) -> list[int]:
+        if num_top is None:
+            return list(position)
         ranked = sorted((p.rank or 0, token_id) for token_id, p in position.items())
         return [token_id for _, token_id in ranked[:num_top]]
 
     return [
         {
             **describe(token_id, position),
-            "top_logprobs": [describe(other, position) for other in likeliest(position)],
+            "top_logprobs": [describe(other, position) for other in others(position)],
         }
         for token_id, position in zip(token_ids, positions, strict=True)
     ]

@@ -184,9 +184,10 @@ class ChatAnswer(Answer[Conversation]):
     def _logprobs(
         self, token_ids: list[int], logprobs: list[TokenLogprobs] | None
     ) -> ChatLogprobs | None:
-        num_top = self.request.num_logprobs
-        if num_top is None or logprobs is None:
+        request = self.request
+        if request.num_logprobs is None or logprobs is None:
             return None
+        num_top = None if request.logprob_token_ids else request.num_logprobs
         content = chat_logprobs(token_ids, logprobs, num_top, self.names)
         return {"content": content, "refusal": None}
 

@@ -26,6 +26,8 @@ from nanovllm.server.fields import (
 from nanovllm.server.openai.messages import ONLY_TEXT, Messages, ToolChoice, Tools
 from nanovllm.server.openai.structure import StructureFields
 
+MAX_SCORED_IDS = 128
+"""Of a request's `logprob_token_ids`: each is told of with every token."""
 NO_BEAMS = not_served("there is no beam search; use n")
 
 
@@ -53,6 +55,11 @@ class GenerationRequest(SampledRequest, StructureFields, ABC):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     allowed_token_ids: Annotated[TokenIds, WHOLE] | None = None
+    logprob_token_ids: (
+        Annotated[list[TokenId], Field(max_length=MAX_SCORED_IDS), FAIL_FAST, WHOLE] | None
+    ) = Field(
+        None, description="Tokens to tell of in place of the likeliest ones; needs `logprobs`."
+    )
     prompt_logprobs: NumLogprobs | None = None
     truncate_prompt_tokens: Annotated[
         TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")

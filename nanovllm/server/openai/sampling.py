@@ -30,11 +30,13 @@ def sampling_params(
     _check_consistent(request)
     _check_limits(request, num_prompts, state.config)
     given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
+    scored = given.pop("logprob_token_ids") or None
     structure = request.structure()
     return replace(
         state.llm.default_sampling_params(),
         max_tokens=None if request.token_limit is None else max(request.token_limit, 1),
-        logprobs=request.num_logprobs,
+        logprobs=None if scored else request.num_logprobs,
+        logprob_token_ids=scored,
         structured_outputs=None if structure is None else structure[1],
         **{name: value for name, value in given.items() if value is not None},
     )
@@ -45,6 +47,13 @@ def _check_consistent(request: GenerationRequest) -> None:
         raise InvalidRequestError("stream_options needs stream=true", "stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise InvalidRequestError("prompt_logprobs needs stream=false", "prompt_logprobs")
+    if request.logprob_token_ids and request.num_logprobs is None:
+        raise InvalidRequestError("logprob_token_ids needs logprobs", "logprob_token_ids")
+    if request.logprob_token_ids and request.token_limit == 0:
+        raise InvalidRequestError(
+            "logprob_token_ids are told of generated tokens: max_tokens must be at least 1",
+            "logprob_token_ids",
+        )
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidRequestError(
             "best_of is not supported: every completion that is generated is returned; use n",

@@ -1,5 +1,6 @@
 """`/v1/completions`, over a model that says what it is told to."""
 
+import math
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from starlette.testclient import TestClient
 from nanovllm.server import generation
 from nanovllm.server.openai import completions
 from nanovllm.server.openai import logprobs as formats
-from tests.fake_llm import EOS, FakeLLM
-from tests.server_client import HI, TEXT, post, refused, stream
+from tests.fake_llm import EOS, FakeLLM, share_of
+from tests.server_client import CHAT, HI, TEXT, post, refused, stream
 
 LONG = [{"role": "user", "content": "x" * 1000}]
 
@@ -82,6 +83,54 @@ def test_echo(client: TestClient, prompt: Any, streams: bool) -> None:
         {" a": -1.0, "per": -0.5},
     ]
     assert joined["text_offset"] == [0, 4, 9]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_chosen_tokens_are_scored_in_place_of_the_likeliest(
+    client: TestClient, streams: bool
+) -> None:
+    """Besides the token that was taken; what is echoed has the likeliest."""
+    read = stream if streams else lambda *a, **body: [post(*a, **body)]
+    wanted = [2182, 258]
+    body = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True, "max_tokens": 2}
+    chosen = {f"token_id:{i}": math.log(share_of(i)) for i in wanted}
+
+    text = {"prompt": "Once", "logprobs": 1, "echo": True}
+    parts = [chunk["choices"][0]["logprobs"] for chunk in read(client, TEXT, **text, **body)]
+    positions = [position for part in parts if part for position in part["top_logprobs"]]
+    first, second = positions[1:]
+    assert positions[0] is None
+    assert first == {"token_id:686": -1.0, **chosen}
+    assert second == chosen | {"token_id:258": -1.0}
+
+    chat = {"messages": HI, "logprobs": True, "top_logprobs": 1}
+    choices = [c for chunk in read(client, CHAT, **chat, **body) for c in chunk["choices"]]
+    told = [token for c in choices if c["logprobs"] for token in c["logprobs"]["content"]]
+    tops = [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in told]
+    assert tops == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (TEXT, {"prompt": "Once"}),
+        (TEXT, {"prompt": "Once", "logprobs": 1, "echo": True, "max_tokens": 0}),
+        (TEXT, {"prompt": "Once", "logprobs": 1, "logprob_token_ids": [3, 3]}),
+        (TEXT, {"prompt": "Once", "logprobs": 1, "logprob_token_ids": [10**8]}),
+        (CHAT, {"messages": HI}),
+        (CHAT, {"messages": HI, "logprobs": True, "logprob_token_ids": list(range(129))}),
+    ],
+)
+def test_tokens_that_cannot_be_scored(client: TestClient, path: str, body: dict[str, Any]) -> None:
+    error = refused(client, path, **{"logprob_token_ids": [3], **body})
+    assert error["param"] == "logprob_token_ids"
+
+
+def test_no_chosen_tokens_are_the_likeliest(client: TestClient) -> None:
+    body = {"prompt": "Once", "logprobs": 1, "max_tokens": 1, "logprob_token_ids": []}
+    assert post(client, TEXT, **body)["choices"][0]["logprobs"]["top_logprobs"] == [
+        {" upon": -1.0, "per": -0.5}
+    ]
 
 
 @pytest.mark.parametrize("streams", [False, True])
