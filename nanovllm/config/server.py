@@ -58,7 +58,8 @@ class ServerConfig(Options):
         max_headers: Headers of a request.
         max_header_size: Bytes of a request line and its headers.
         request_timeout: Seconds a client may take to send a request.
-        keep_alive_timeout: Seconds an idle connection is kept open.
+        keep_alive_timeout: Seconds an idle connection is kept open. Less than a client keeps it for
+            (httpx 5, aiohttp 15), and its next request may meet the end of it.
         max_n: Completions of one prompt.
         max_prompts: Prompts in one request, at most 16384.
         max_stop_strings: Stop strings, of at most 256 characters, in one request.
@@ -98,7 +99,7 @@ class ServerConfig(Options):
     max_headers: int = 256
     max_header_size: int = 64 << 10
     request_timeout: float = 30.0
-    keep_alive_timeout: float = 5.0
+    keep_alive_timeout: float = 20.0
     max_n: int = 128
     max_prompts: int = 128
     max_stop_strings: int = 16

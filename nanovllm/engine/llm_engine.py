@@ -158,12 +158,7 @@ class LLMEngine:
         """
         priority = conformed("priority", priority, int)
         cache_salt = conformed("cache_salt", cache_salt, str | None)
-        if not keys:
-            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
-        if len(keys) >= self.max_model_len:
-            raise ContextLengthError.of_prompt(self.max_model_len, len(keys))
-        if adapter_id is not None and not self.scheduler.max_num_adapters:
-            raise InvalidRequestError("this engine was started without LoRA adapters", "adapter_id")
+        self._check(keys, adapter_id)
         max_keys = self.max_model_len
         if params.max_tokens is not None:
             max_keys = min(max_keys, len(keys) + params.max_tokens)
@@ -189,14 +184,25 @@ class LLMEngine:
             )
             for index in range(params.n)
         ]
+        self._queue(sequences)
+        return [seq.seq_id for seq in sequences]
+
+    def _check(self, keys: list[Key], adapter_id: int | None) -> None:
+        if not keys:
+            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
+        if len(keys) >= self.max_model_len:
+            raise ContextLengthError.of_prompt(self.max_model_len, len(keys))
+        if adapter_id is not None and not self.scheduler.max_num_adapters:
+            raise InvalidRequestError("this engine was started without LoRA adapters", "adapter_id")
+
+    def _queue(self, sequences: list[Sequence]) -> None:
         if not self.scheduler.has_unfinished:
             # A step that is still in flight serves nobody: what passed since then was no work.
             self._last_collected = time.monotonic()
         with interrupts_held_back():
-            self._next_seq_id = max(self._next_seq_id, first_seq_id + params.n)
+            self._next_seq_id = max(self._next_seq_id, sequences[-1].seq_id + 1)
             for seq in sequences:
                 self.scheduler.add(seq)
-        return [seq.seq_id for seq in sequences]
 
     def abort(self, seq_id: int) -> EngineOutput | None:
         """End a sequence at any moment and free what it holds.

@@ -1,22 +1,12 @@
 """What each architecture says in its own way in `config.json`."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nanovllm.errors import UnsupportedModelError
-from nanovllm.kernels.activation import Activation
-from nanovllm.models.config_fields import positive, positive_number
-from nanovllm.models.rope_fields import rope, ropes_by_layer
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-DTYPES = ("bfloat16", "float16", "float32")
+from nanovllm.layers.rope_config import RopeConfig
+from nanovllm.models.config_fields import positive
+from nanovllm.models.rope_fields import one_rope, ropes_by_layer
 
 Raw = dict[str, Any]
 """The content of a `config.json`."""
@@ -36,28 +26,6 @@ def _all_but_every_sixth(raw: Raw, num_layers: int) -> list[bool]:
     return [i % every != 0 for i in range(1, num_layers + 1)]
 
 
-def _usual(raw: Raw, head_dim: int) -> dict[str, Any]:
-    return {
-        "rope": rope(raw, head_dim),
-        "activation": _activation(raw, "hidden_act"),
-        "dtype": _dtype(raw),
-    }
-
-
-def _of_gemma(raw: Raw, head_dim: int) -> dict[str, Any]:
-    full, window = ropes_by_layer(raw, head_dim)
-    dtype = _dtype(raw)
-    return {
-        "rope": full,
-        "window_rope": window,
-        "activation": _activation(raw, "hidden_activation"),
-        "query_pre_attn_scalar": positive_number(raw, "query_pre_attn_scalar"),
-        "embedding_scale": math.sqrt(raw["hidden_size"]),
-        # Its residual stream leaves the range of float16.
-        "dtype": "bfloat16" if dtype == "float16" else dtype,
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """How the `config.json` of an architecture is read.
@@ -73,7 +41,12 @@ class Architecture:
         windowed: Which layers have one, if there is no `layer_types`, given the fields and the
             number of layers.
         has_mixtures: Whether some layers may have a mixture of experts.
-        special: Further arguments of `ModelConfig`, from the fields and the width of a head.
+        ropes: Rotary parameters of all layers, or of those without a window and those with one,
+            given the fields and the width of a head.
+        activation: The field that names the activation of gates.
+        has_query_scalar: Whether `query_pre_attn_scalar` counts.
+        scales_embeddings: Whether embeddings are multiplied by the root of their width.
+        overflows_float16: Whether the residual stream leaves the range of float16.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -81,7 +54,11 @@ class Architecture:
     has_windows: Literal["asked", "not null", "always", "never"] = "asked"
     windowed: Callable[[Raw, int], list[bool]] = _upper_layers
     has_mixtures: bool = False
-    special: Callable[[Raw, int], dict[str, Any]] = _usual
+    ropes: Callable[[Raw, int], tuple[RopeConfig, RopeConfig | None]] = one_rope
+    activation: str = "hidden_act"
+    has_query_scalar: bool = False
+    scales_embeddings: bool = False
+    overflows_float16: bool = False
 
 
 ARCHITECTURES = {
@@ -104,7 +81,11 @@ ARCHITECTURES = {
         biases=("attention_bias",),
         has_windows="always",
         windowed=_all_but_every_sixth,
-        special=_of_gemma,
+        ropes=ropes_by_layer,
+        activation="hidden_activation",
+        has_query_scalar=True,
+        scales_embeddings=True,
+        overflows_float16=True,
     ),
     "LlamaForCausalLM": Architecture(biases=("attention_bias", "mlp_bias"), has_windows="never"),
     "MistralForCausalLM": Architecture(has_windows="not null", windowed=_all_layers),
@@ -118,21 +99,3 @@ ARCHITECTURES = {
 
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 """Models that see images as well, of which we read what writes: its `text_config`."""
-
-
-def _activation(raw: Raw, name: str) -> Activation:
-    value = raw.get(name, "silu")
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"{name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}", name
-        )
-    return ACTIVATIONS[value]
-
-
-def _dtype(raw: Raw) -> str:
-    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise UnsupportedModelError(
-            f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
-        )
-    return dtype

@@ -1,6 +1,7 @@
 """What a checkpoint's `config.json` says, in one form for all architectures."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,21 @@ from nanovllm.models.config_fields import (
 OF_THE_WHOLE = ("eos_token_id", "tie_word_embeddings")
 """What is said of a model of several parts as a whole; its `text_config` may have the defaults."""
 
+MAX_LAYERS = 4096
+
 MAX_EXPERTS = 4096
 """In a layer; each has tensors of its own, whose names alone would fill the memory else."""
 
 MAX_WINDOW = 1 << 30
 """More than any context, and in the range of the kernels."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -194,8 +205,8 @@ class ModelConfig:
                 '["Qwen3ForCausalLM"]',
                 "architectures",
             )
-        named = architecture = json_list(raw, "architectures")[0]
-        if isinstance(named, str) and named.endswith("Model"):  # the same without a head
+        named = architecture = str(json_list(raw, "architectures")[0])
+        if named.endswith("Model"):  # the same without a head
             architecture = named.removesuffix("Model") + "ForCausalLM"
         if architecture in TEXT_PARTS:
             if "text_config" not in raw:
@@ -222,19 +233,31 @@ class ModelConfig:
         # Null counts as left out in some fields, and so does the 0 of some checkpoints.
         given = {n: value for n, value in raw.items() if value or n not in NULLABLE}
         raw = dict(architecture.defaults) | given
+        dtype, activation = _dtype(raw), _activation(raw, architecture.activation)
         hidden_size = positive(raw, "hidden_size")
+        num_layers = positive(raw, "num_hidden_layers")
+        if num_layers > MAX_LAYERS:
+            raise InvalidRequestError(
+                f"num_hidden_layers={num_layers} is not supported; supported: up to {MAX_LAYERS}",
+                "num_hidden_layers",
+            )
         num_heads = positive(raw, "num_attention_heads")
         head_dim = positive(raw, "head_dim", hidden_size // num_heads)
+        rope, window_rope = architecture.ropes(raw, head_dim)
 
-        def has_bias(name: str) -> bool:
-            return name in architecture.biases and boolean(raw, name)
+        def has_bias(field: str) -> bool:
+            return field in architecture.biases and boolean(raw, field)
+
+        def query_scalar() -> float | None:
+            is_read = architecture.has_query_scalar
+            return positive_number(raw, "query_pre_attn_scalar") if is_read else None
 
         return cls(
             architecture=name,
             vocab_size=positive(raw, "vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=positive(raw, "intermediate_size"),
-            num_layers=positive(raw, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=positive(raw, "num_key_value_heads", num_heads),
             head_dim=head_dim,
@@ -242,10 +265,15 @@ class ModelConfig:
             tie_word_embeddings=boolean(raw, "tie_word_embeddings"),
             attention_bias=has_bias("attention_bias"),
             mlp_bias=has_bias("mlp_bias"),
-            windows=_windows(architecture, raw),
+            windows=_windows(architecture, raw, num_layers),
+            rope=rope,
+            dtype="bfloat16" if dtype == "float16" and architecture.overflows_float16 else dtype,
             eos_token_ids=as_ids(raw.get("eos_token_id")),
-            mixture=_mixture(raw) if architecture.has_mixtures else None,
-            **architecture.special(raw, head_dim),
+            mixture=_mixture(raw, num_layers) if architecture.has_mixtures else None,
+            activation=activation,
+            query_pre_attn_scalar=query_scalar(),
+            window_rope=window_rope,
+            embedding_scale=math.sqrt(hidden_size) if architecture.scales_embeddings else 1.0,
         )
 
 
@@ -270,9 +298,19 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def as_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """One id, several or none, as a tuple."""
-    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+def as_ids(value: Any) -> tuple[int, ...]:
+    """One id, several or none, as a tuple.
+
+    Raises:
+        InvalidRequestError: It is something else.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(i) is not int for i in ids):
+        raise InvalidRequestError(
+            f"eos_token_id must be an integer or a list of integers, not {value!r:.80}",
+            "eos_token_id",
+        )
+    return tuple(ids)
 
 
 def stored_quantization(raw: dict[str, Any]) -> dict[str, Any] | None:
@@ -314,17 +352,37 @@ def _refuse_what_we_lack(raw: dict[str, Any]) -> None:
             raise UnsupportedModelError(f"{name} is not supported; supported: null", name)
 
 
-def _windows(architecture: Architecture, raw: dict[str, Any]) -> tuple[int | None, ...]:
+def _activation(raw: dict[str, Any], name: str) -> Activation:
+    value = raw.get(name, "silu")
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{name} {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}", name
+        )
+    return ACTIVATIONS[value]
+
+
+def _dtype(raw: dict[str, Any]) -> str:
+    dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise UnsupportedModelError(
+            f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}", "dtype"
+        )
+    return dtype
+
+
+def _has_windows(architecture: Architecture, raw: dict[str, Any]) -> bool:
+    if architecture.has_windows in ("always", "never"):
+        return architecture.has_windows == "always"
+    if "sliding_window" in raw and not raw["sliding_window"]:  # left out, it has its default
+        return False
+    return architecture.has_windows == "not null" or bool(raw.get("use_sliding_window"))
+
+
+def _windows(
+    architecture: Architecture, raw: dict[str, Any], num_layers: int
+) -> tuple[int | None, ...]:
     """The attention window of each layer."""
-    num_layers: int = raw["num_hidden_layers"]
-    is_null = "sliding_window" in raw and not raw["sliding_window"]  # left out, it has its default
-    has_windows = {
-        "asked": bool(raw.get("use_sliding_window")) and not is_null,
-        "not null": not is_null,
-        "always": True,
-        "never": False,
-    }
-    if not has_windows[architecture.has_windows]:
+    if not _has_windows(architecture, raw):
         return (None,) * num_layers
     window = min(positive(raw, "sliding_window", 4096), MAX_WINDOW)
     windowed = _by_layer_types(raw) or architecture.windowed(raw, num_layers)
@@ -351,11 +409,11 @@ def _by_layer_types(raw: dict[str, Any]) -> list[bool]:
     return [kind == "sliding_attention" for kind in kinds]
 
 
-def _mixture(raw: dict[str, Any]) -> MixtureConfig | None:
+def _mixture(raw: dict[str, Any], num_layers: int) -> MixtureConfig | None:
     """The experts of `Qwen3MoeForCausalLM`; None if no layer has any."""
     raw = {name: value for name, value in raw.items() if value is not None}
     every = positive(raw, "decoder_sparse_step", 1)
-    sparse = range(every - 1, raw["num_hidden_layers"], every)
+    sparse = range(every - 1, num_layers, every)
     layers = frozenset(sparse) - set(indices(raw, "mlp_only_layers"))
     if "num_local_experts" in raw:  # what transformers 5 writes
         raw.setdefault("num_experts", raw["num_local_experts"])

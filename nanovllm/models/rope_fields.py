@@ -64,6 +64,11 @@ def rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     )
 
 
+def one_rope(raw: dict[str, Any], head_dim: int) -> tuple[RopeConfig, None]:
+    """The same for all layers; see `rope`."""
+    return rope(raw, head_dim), None
+
+
 def ropes_by_layer(raw: dict[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
     """Rotary parameters of layers that see all, and of those with a window (Gemma 3).
 

@@ -20,6 +20,7 @@ from nanovllm.errors import InvalidRequestError
 
 MAX_COMPILED_TEMPLATES = 64
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+PROBE = "which content shows"
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -142,6 +143,33 @@ def render_chat_template(
         kind = "" if type(e) is jinja2.TemplateError else f"{type(e).__name__}: "
         raise InvalidRequestError(f"chat template failed: {kind}{e}", "messages") from e
     return text if final_text is None else _cut_at_tag(text, final_text)
+
+
+@lru_cache(maxsize=MAX_COMPILED_TEMPLATES)
+def reads_only_parts(template: str, variables: frozenset[tuple[str, str]]) -> bool:
+    """Whether a template passes over content that is text, and reads a list of parts (Llama Guard).
+
+    Args:
+        template: Jinja text.
+        variables: Names and values of special tokens.
+    """
+    message = {"role": "user", "content": PROBE}
+    for chat in ([message], [in_parts(message)]):
+        try:
+            text = render_chat_template(template, chat, variables=dict(variables))
+        except InvalidRequestError:
+            continue
+        if PROBE in text:
+            return chat != [message]
+    return False
+
+
+def in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose content, if it is text, is a part in OpenAI's form."""
+    text = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(text, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": text}]}
 
 
 @lru_cache(maxsize=MAX_COMPILED_TEMPLATES)

@@ -80,7 +80,10 @@ class InputProcessor:
         text = prompt if isinstance(prompt, str) else None
         if text is not None and params.truncate_prompt_tokens is None:
             self._check_size(text)
-        token_ids = self._fitted(self._token_ids(prompt, add_special_tokens), params, embeds)
+        token_ids = self._token_ids(prompt, add_special_tokens)
+        # A tokenizer may have tokens for which the model has no row.
+        self._check_ids("prompt", token_ids)
+        token_ids = self._fitted(token_ids, params, embeds)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
             given = getattr(params, name) or ()
             if len(given) > self._vocab_size:
@@ -150,9 +153,7 @@ class InputProcessor:
             raise InvalidRequestError(
                 f"a prompt is a string or a list of token ids, got {prompt!r:.80}", "prompt"
             )
-        token_ids = [int(token_id) for token_id in token_ids]
-        self._check_ids("prompt", token_ids)
-        return token_ids
+        return [int(token_id) for token_id in token_ids]
 
     def _check_ids(self, name: str, token_ids: list[int]) -> None:
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
@@ -164,13 +165,17 @@ class InputProcessor:
             )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each word's token ids, both at the start of a text and after a space."""
+        """Each word's token ids, both at the start of a text and after a space.
+
+        Those that the model has no row for it cannot write in any case.
+        """
         if not params.bad_words:
             return ()
         tokenizer = self._require_tokenizer("bad_words")
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         encoded = [tuple(tokenizer.encode(spelling, False, "bad_words")) for spelling in spellings]
-        return tuple(dict.fromkeys(ids for ids in encoded if ids))
+        possible = (ids for ids in encoded if ids and max(ids) < self._vocab_size)
+        return tuple(dict.fromkeys(possible))
 
     def _grammar(self, params: SamplingParams) -> str | None:
         """The form of the output as a grammar, made sure of."""

@@ -12,8 +12,10 @@ from tokenizers.decoders import DecodeStream
 
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.text.chat_template import (
+    in_parts,
     load_chat_template,
     read_chat_templates,
+    reads_only_parts,
     render_chat_template,
     select_chat_template,
 )
@@ -146,7 +148,8 @@ class Tokenizer:
         """Render a conversation to the text of a prompt, to be encoded without special tokens.
 
         Args:
-            messages: The conversation.
+            messages: The conversation. A template that reads parts of content and nothing else gets
+                text as a part.
             tools: JSON schemas of functions the model may call.
             documents: Texts for retrieval.
             chat_template: Jinja text in place of the tokenizer's own.
@@ -158,6 +161,8 @@ class Tokenizer:
             InvalidRequestError: There is no template, or it does not take this conversation.
         """
         template = chat_template or select_chat_template(self.chat_templates, tools is not None)
+        if reads_only_parts(template, frozenset(self.special_tokens.items())):
+            messages = [in_parts(message) for message in messages]
         return render_chat_template(
             template,
             messages,

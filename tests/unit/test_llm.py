@@ -484,6 +484,27 @@ def test_a_mistake_in_a_request_is_told_and_loses_nothing(llm: LLM, mistake: str
     assert news[0].finish_reason in ("stop", "length")
 
 
+def test_a_token_that_the_model_has_no_row_for(tmp_path: Path) -> None:
+    """Tokenizers may have such tokens: a prompt with one is refused, and none is ever written."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    image = {"id": 4096, "content": "<image>", "special": True, "normalized": False}
+    settings["added_tokens"].append(
+        image | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    llm = LLM(tokenizer=str(tmp_path), dtype="float32")
+    for ask in (llm.generate, llm.embed):
+        with pytest.raises(InvalidRequestError, match="token id 4096 in prompt is out of range"):
+            ask("An <image> of", use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match="token id 4096 in prompt is out of range"):
+        llm.chat([{"role": "user", "content": "<image>"}], GREEDY, use_tqdm=False)
+    plain = llm.generate("The fox", GREEDY, use_tqdm=False)[0]
+    params = SamplingParams(temperature=0, max_tokens=12, bad_words=["<image>", "a <image>"])
+    assert llm.generate("The fox", params, use_tqdm=False)[0]["text"] == plain["text"]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -3,7 +3,7 @@
 import json
 import random
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,46 @@ def test_any_text_streams_back(text: str, data: st.DataObject) -> None:
     whole, prompt = tokenizer.decode(ids), tokenizer.decode(ids[:cut])
     if REPLACEMENT not in whole + prompt:
         assert prompt + "".join(pieces) == whole
+
+
+GUARD = (
+    "{{ bos_token + '' }}{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}"
+    "{% endif %}{% for message in messages %}[{{ message.role }}]"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] | trim }}"
+    "{% endif %}{% endfor %}{% endfor %}"
+)
+"""Reads parts alone, as Llama Guard's."""
+
+
+def test_a_template_that_reads_only_parts_gets_text_as_one() -> None:
+    tokenizer = byte_level()
+    user = {"role": "user", "content": " Is this safe? "}
+    chat = [user, {"role": "assistant", "content": "Yes, "}]
+    render = partial(
+        tokenizer.apply_chat_template, chat_template=GUARD, add_generation_prompt=False
+    )
+    assert render(chat) == "<s>[user]Is this safe?[assistant]Yes,"
+    assert render([user | {"content": [{"type": "text", "text": "a"}]}]) == "<s>[user]a"
+    assert render(chat, continue_final_message=True) == "<s>[user]Is this safe?[assistant]Yes,"
+    assert render([{"role": "user"}]) == "<s>[user]"
+    with pytest.raises(InvalidRequestError, match="user first"):
+        render([user | {"role": "system"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content }}", "hi"),
+        (
+            "{% if messages[0].content is string %}text{{ messages[0].content }}{% endif %}",
+            "texthi",
+        ),
+        ("nothing", "nothing"),
+    ],
+)
+def test_other_templates_get_text(template: str, text: str) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    assert byte_level().apply_chat_template(messages, chat_template=template) == text
 
 
 def test_chat_template_of_a_directory(tmp_path: Path) -> None:

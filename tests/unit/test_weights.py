@@ -221,6 +221,11 @@ def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
         ),
         ({"quantization_config": []}, r"quantization_config must be an object, not \[\]"),
         ({"architectures": "Qwen3ForCausalLM"}, "architectures must be a list"),
+        ({"architectures": [["Qwen3ForCausalLM"]]}, "Unsupported model architecture"),
+        ({"eos_token_id": 1.5}, "eos_token_id must be an integer or a list of integers"),
+        ({"eos_token_id": [1, "</s>"]}, "eos_token_id must be an integer or a list of integers"),
+        ({"num_hidden_layers": 10**20}, "supported: up to 4096"),
+        ({"dtype": "int8", "rms_norm_eps": 0}, "dtype 'int8' is not supported"),
         ({"head_dim": 15}, "head_dim=15 is not supported: it must be even"),
     ],
 )

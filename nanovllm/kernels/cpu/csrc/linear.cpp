@@ -27,7 +27,8 @@ constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in 
 constexpr long kTiledDepthBlock = 512;  // two tiles' slice in L1
 constexpr long kExpandingRows = 4;      // of many: more would leave no registers for it
 constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
-constexpr long kFewestRows = 3, kFewRows = 64;  // between them the next panel is fetched meanwhile
+constexpr long kFewestRows = 4, kFewRows = 64;  // from so many to so many, a panel is fetched ahead
+constexpr long kFewestInt4Rows = 3;             // the same of int4
 
 // What some activations were rounded to.
 struct Rounded {
@@ -182,15 +183,14 @@ void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tile
   }
 }
 
-// What `sum` activations of a group add up to times its zero points, which are below 16; the sum of
+// What activations of a group that add up to `sum` give with its zero points, which are below 16; the sum of
 // 256 int8 is below 2^15.
 inline Ints zero_product(Ints zero, int32_t sum) {
   return multiply_pairs(bit_cast<Words>(zero), splat_word(uint32_t(sum)));
 }
 
-template <bool kZeros>
-inline Ints load_zero(const Int4Panel& panel, long group, long tile, int lane) {
-  if constexpr (!kZeros) return Ints{} + kInt4Zero;
+inline Ints load_zero(bool has_zeros, const Int4Panel& panel, long group, long tile, int lane) {
+  if (!has_zeros) return Ints{} + kInt4Zero;
   return widen(reinterpret_cast<const int8_t*>(panel.zeros(group, tile)) + lane);
 }
 
@@ -216,25 +216,29 @@ inline Ints total_of(NibbleSums sums) {
 }
 #endif
 
+// Whether a block of int4 fetches the panel that comes next, or else what it reads soon itself.
+template <int R>
+constexpr bool kFetchesNext = R >= kFewestInt4Rows;
+
 // R rows times C tiles of int4: exact within a run, then scaled into floats. Meanwhile a line is
-// fetched every step: with one or two rows what they read soon, with more rows from `next` on, if it
-// is not null.
+// fetched every step, of the next panel from `next` on, if it is not null.
 template <int R, int C, bool kZeros>
 __attribute__((noinline))  // or its loops compete with others for registers
 void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<int8_t>& in, long row,
                 float* c, const char* next) {
   constexpr int V = C * kSplits;
+  // Sums of 32 bits begin with what the zero points take off, which those of 16 bits could not hold.
   constexpr bool kBeginsExact = std::is_same_v<NibbleSums, Ints>;
   Sums<Floats, R, C> sums;
   const long run = run_of(w), stride = panel.stride(), runs = in.runs;
-  const int8_t* x = in.data + row * in.stride;
+  const int8_t* x = in.data + row * in.stride;       // these two run on from group to group
   const Rounded* rounded = in.rounded + row * runs;
   [[maybe_unused]] const long next_step = next ? kLine : 0;
   if (!next) next = panel.codes(0, tile);  // any address that there is
   for (long g = 0; g * w.group_size < w.padded_depth; g++) {
     const char* line = panel.codes(g, tile);
     const auto zero_part = [&](int r, int j) {
-      const Ints zero = load_zero<kZeros>(panel, g, tile + j / kSplits, j % kSplits * kWidth);
+      const Ints zero = load_zero(kZeros, panel, g, tile + j / kSplits, j % kSplits * kWidth);
       return zero_product(zero, rounded[r * runs].sum);
     };
     for (long left = w.group_size; left > 0; left -= run, rounded++) {
@@ -247,7 +251,7 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
         }
       }
       for (const int8_t* end = x + run; x < end; x += Int4Panel::kStep, line += stride) {
-        if constexpr (R > 2) {
+        if constexpr (kFetchesNext<R>) {
           __builtin_prefetch(next, 0, 2);
           next += next_step;
         } else {
@@ -256,7 +260,7 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
           const auto four = [&](int r) { return splat_word(word_at(x + r * in.stride + 4 * half)); };
-          const auto weights = [&](int j) {
+          const auto codes = [&](int j) {
             return (load_raw<Words>(line + j * kVectorBytes) >> (4 * half)) & 0x0f0f0f0fu;
           };
           // Of rows and columns, registers hold the fewer.
@@ -266,14 +270,14 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
             for (int r = 0; r < R; r++) held[r] = four(r);
 #pragma GCC unroll 16
             for (int j = 0; j < V; j++) {
-              const Words w = weights(j);
+              const Words held_codes = codes(j);
 #pragma GCC unroll 8
-              for (int r = 0; r < R; r++) partial[r][j] = add_nibbles(partial[r][j], held[r], w);
+              for (int r = 0; r < R; r++) partial[r][j] = add_nibbles(partial[r][j], held[r], held_codes);
             }
           } else {
             Words held[V];
 #pragma GCC unroll 16
-            for (int j = 0; j < V; j++) held[j] = weights(j);
+            for (int j = 0; j < V; j++) held[j] = codes(j);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
               const Words v = four(r);
@@ -299,27 +303,27 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
   sums.store(c, kPanel);
 }
 
-// Rows whose sums of 16 bits, or 32, fit the registers beside them.
+// Rows whose exact sums fit the registers.
 constexpr int kInt4Rows = kVectorBytes == 64 ? 6 : 4;
 
-// Tiles beside R rows whose sums of the innermost loop fit the registers.
+// Tiles times R rows whose exact sums fit the registers.
 template <int R>
 constexpr int kInt4Tiles = R > 2 ? std::min(2, kDotTiles<R>) : kDotTiles<R>;
 
 template <bool kZeros>
 void multiply_int4(const Weights& w, const Input<int8_t>& in, Panel& panel) {
-  const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
+  const Int4Panel packed(w, panel.tile / kMaxColumnTiles);
   for_blocks<kInt4Rows>(panel.rows, [&](auto num_rows, long r, long) {
     constexpr int R = num_rows(), C = kInt4Tiles<R>;
     float* sums = panel.sums + r * kPanel;
     int j = 0;
     for (; j + C <= panel.num_tiles; j += C) {
       const long steps = w.padded_depth / Int4Panel::kStep;
-      const char* next = R > 2 ? panel.ahead.take(steps) : nullptr;
-      int4_block<R, C, kZeros>(w, weights, j, in, panel.row + r, sums + j * kTile, next);
+      const char* next = kFetchesNext<R> ? panel.ahead.take(steps) : nullptr;
+      int4_block<R, C, kZeros>(w, packed, j, in, panel.row + r, sums + j * kTile, next);
     }
     for (; j < panel.num_tiles; j++) {
-      int4_block<R, 1, kZeros>(w, weights, j, in, panel.row + r, sums + j * kTile, nullptr);
+      int4_block<R, 1, kZeros>(w, packed, j, in, panel.row + r, sums + j * kTile, nullptr);
     }
   });
 }
@@ -336,7 +340,7 @@ void expand_int4(const Weights& w, const Int4Panel panel, int tile, long first, 
     const char* line = panel.codes(group, tile) + step * panel.stride();
     for (int lane = 0; lane < kTile; lane += kWidth) {
       const Words codes = load_raw<Words>(line + lane * 4);
-      const Ints zero = w.has_zeros ? load_zero<true>(panel, group, tile, lane) : load_zero<false>(panel, group, tile, lane);
+      const Ints zero = load_zero(w.has_zeros, panel, group, tile, lane);
       const Floats scale = load_half(panel.scales(group, tile) + lane);
       for (int pair = 0; pair < 4; pair++) {
         // Byte i of a word holds elements i and i + 4.
@@ -355,12 +359,12 @@ void expand_int4(const Weights& w, const Int4Panel panel, int tile, long first, 
 
 void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
   alignas(64) static thread_local Bf16 expanded[kMaxColumnTiles][kExpandedDepth * kTile];
-  const Int4Panel weights(w, panel.tile / kMaxColumnTiles);
+  const Int4Panel packed(w, panel.tile / kMaxColumnTiles);
   const Bf16* tiles[kMaxColumnTiles];
   for (long k = 0; k < w.padded_depth; k += kExpandedDepth) {
     const long depth = std::min<long>(kExpandedDepth, w.padded_depth - k);
     for (int j = 0; j < panel.num_tiles; j++) {
-      expand_int4(w, weights, j, k, depth, expanded[j]);
+      expand_int4(w, packed, j, k, depth, expanded[j]);
       tiles[j] = expanded[j];
     }
     multiply<Bf16>(true, in.data + panel.row * in.stride + k, in.stride, panel.rows, tiles,
@@ -373,15 +377,15 @@ void multiply_expanded(const Weights& w, const Input<Bf16>& in, Panel& panel) {
 // Adds the bias, applies the gate, and writes a panel's sums to the output, or adds them to it.
 template <bool kGated, class Out>
 void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
-  constexpr long kStep = kGated ? 2 : 1;  // tiles of an output tile
-  const long width = w.columns / kStep, first = panel.tile / kStep * kTile;
-  const long count = std::min(panel.num_tiles / kStep * kTile, width - first);
+  constexpr long kTilesPerOutput = kGated ? 2 : 1;  // those of gate and up alternate
+  const long width = w.columns / kTilesPerOutput, first = panel.tile / kTilesPerOutput * kTile;
+  const long count = std::min(panel.num_tiles / kTilesPerOutput * kTile, width - first);
   const float* bias = w.bias ? w.bias + panel.tile * kTile : nullptr;
   for (long r = 0; r < panel.rows; r++) {
     const float* sums = panel.sums + r * kPanel;
     Out* target = out.data + (panel.row + r) * width + first;
     for (long c = 0; c < count; c += kWidth) {
-      const long at = c + c / kTile * kTile * (kStep - 1);
+      const long at = c + c / kTile * kTile * (kTilesPerOutput - 1);  // of gate and up, the gate's
       const auto value = [&](long i) { return bias ? load(sums + i) + load(bias + i) : load(sums + i); };
       Floats y = value(at);
       if constexpr (kGated) y = gated(w.gate, y, value(at + kTile));
@@ -400,7 +404,8 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
     const long index = item % panels, row = item / panels * block_rows;
     Panel panel{row, std::min(block_rows, rows - row), index * kMaxColumnTiles,
                 tiles_of_panel(w, index), block_sums, {}};
-    if (w.format == kCompact || (rows <= kFewRows && (rows > kFewestRows || w.format == kInt4))) {
+    const long fewest = w.format == kInt4 ? kFewestInt4Rows : kFewestRows;
+    if (w.format == kCompact || (rows >= fewest && rows <= kFewRows)) {
       panel.ahead = bytes_of_panel(w, (index + num_threads()) * kMaxColumnTiles);
     }
     multiply(panel);

@@ -54,8 +54,8 @@ inline float to_float(Bf16 x) {
   return value;
 }
 
-// The same, but computed at this place: compilers put sums off behind many products, for which there
-// are no registers.
+// `v`, as it is. The empty instruction makes compilers compute it here; else they put such sums off
+// behind many products, and have no registers for those.
 template <class Vector>
 inline Vector kept_in_register(Vector v) {
 #if defined(NANOVLLM_AVX512)
@@ -293,8 +293,9 @@ inline float reduce(Floats x, Combine&& combine) {
   typedef float Four __attribute__((vector_size(16)));
   const auto [low, high] = bit_cast<std::array<Four, 2>>(x);
   const Four four = combine(high, low);
-  const Four two = combine(__builtin_shufflevector(four, four, 2, 3, 2, 3), four);
-  return combine(__builtin_shufflevector(two, two, 1, 1, 1, 1), two)[0];
+  const __m128 both = bit_cast<__m128>(four);
+  const Four two = combine(bit_cast<Four>(_mm_movehl_ps(both, both)), four);
+  return combine(bit_cast<Four>(_mm_movehdup_ps(bit_cast<__m128>(two))), two)[0];
 #else
   for (int half = kWidth / 2; half; half /= 2) {
     for (int i = 0; i < half; i++) x[i] = combine(x[i + half], x[i]);
