@@ -186,8 +186,7 @@ class ChatCompletionRequest(ChatTemplateOptions, GenerationRequest):
     ] = None
     audio: Annotated[None, ONLY_TEXT] = None
     mm_processor_kwargs: Annotated[None, ONLY_TEXT] = None
-    prediction: Annotated[None, not_served("nothing is predicted")] = None
-    store: Annotated[Off, not_served("nothing is stored")] = None
+    store: bool | None = Field(None, description="Without effect: chat completions are not kept.")
     web_search_options: Annotated[None, not_served("the server asks no other one")] = None
 
     @property

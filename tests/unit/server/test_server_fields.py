@@ -47,9 +47,10 @@ class TestWholeNumbers:
 
 
 def test_zero_is_not_false(client: TestClient) -> None:
-    assert post(client, CHAT, messages=HI, store=False)["choices"]
+    assert post(client, CHAT, messages=HI, use_beam_search=False)["choices"]
     for value in (0, 0.0, "", True):
-        assert refused(client, CHAT, messages=HI, store=value)["param"] == "store"
+        error = refused(client, CHAT, messages=HI, use_beam_search=value)
+        assert error["param"] == "use_beam_search"
 
 
 def test_the_description_has_exact_bounds(app: FastAPI) -> None:
