@@ -24,10 +24,11 @@ class ContextLengthError(InvalidRequestError):
 
     @classmethod
     def of_prompt(cls, max_model_len: int, num_tokens: int) -> "ContextLengthError":
-        """A prompt of so many tokens leaves no room for an output."""
+        """A prompt has so many tokens, and is too long or leaves no room for an output."""
+        hint = "" if num_tokens > max_model_len else ", one token must be left for the output"
         return cls(
             f"This model's maximum context length is {max_model_len} tokens, and the prompt alone "
-            f"has {num_tokens}: shorten it, at least one token must be left for the output",
+            f"has {num_tokens}: shorten it{hint}",
             "prompt",
         )
 

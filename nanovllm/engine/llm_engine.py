@@ -136,7 +136,8 @@ class LLMEngine:
     ) -> list[int]:
         """Queue a request.
 
-        The output is clipped to what the context leaves after the prompt.
+        The output is clipped to what the context leaves after the prompt, but one key there always
+        is: it takes no position.
 
         Args:
             keys: The prompt's keys.
@@ -154,12 +155,12 @@ class LLMEngine:
 
         Raises:
             InvalidRequestError: The prompt is empty, or a value of another type.
-            ContextLengthError: The prompt leaves no room for an output.
+            ContextLengthError: The prompt is longer than the context.
         """
         priority = conformed("priority", priority, int)
         cache_salt = conformed("cache_salt", cache_salt, str | None)
         self._check(keys, adapter_id)
-        max_keys = self.max_model_len
+        max_keys = max(self.max_model_len, len(keys) + 1)
         if params.max_tokens is not None:
             max_keys = min(max_keys, len(keys) + params.max_tokens)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
@@ -190,7 +191,7 @@ class LLMEngine:
     def _check(self, keys: list[Key], adapter_id: int | None) -> None:
         if not keys:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
-        if len(keys) >= self.max_model_len:
+        if len(keys) > self.max_model_len:
             raise ContextLengthError.of_prompt(self.max_model_len, len(keys))
         if adapter_id is not None and not self.scheduler.max_num_adapters:
             raise InvalidRequestError("this engine was started without LoRA adapters", "adapter_id")

@@ -231,6 +231,7 @@ def check_room(item: TextInput, max_model_len: int, may_clip: bool = False) -> N
     """
     num_prompt = len(item.token_ids)
     num_output = 1 if may_clip else max(item.params.max_tokens or 1, item.params.min_tokens)
+    num_output = 0 if item.payload.embeds else num_output
     if num_prompt + num_output <= max_model_len:
         return
     raise ContextLengthError(

@@ -111,21 +111,21 @@ class InputProcessor:
     def _fitted(self, token_ids: list[int], params: SamplingParams, embeds: bool) -> list[int]:
         """The prompt, cut where that is asked for, with room for the output in the context.
 
-        What is gone on with keeps its end. What is embedded keeps its beginning, as in vLLM, and
-        the token that the tokenizer ends it with.
+        What is gone on with keeps its end. What is embedded needs no room, and keeps its beginning,
+        as in vLLM, and the token that the tokenizer ends it with.
         """
         if not token_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
         kept = params.truncate_prompt_tokens
         if kept is not None:
-            room = self._max_model_len - (params.max_tokens or 1)
+            room = self._max_model_len - (0 if embeds else params.max_tokens or 1)
             size = kept if kept >= 0 else max(room, 1)
             if embeds and len(token_ids) > size:
                 special = frozenset() if self._tokenizer is None else self._tokenizer.special_ids
                 ending = token_ids[-1:] if token_ids[-1] in special else []
                 token_ids = token_ids[: size - len(ending)] + ending
             token_ids = token_ids[-size:]
-        if len(token_ids) >= self._max_model_len:
+        if len(token_ids) > self._max_model_len - (not embeds):
             raise ContextLengthError.of_prompt(self._max_model_len, len(token_ids))
         return token_ids
 

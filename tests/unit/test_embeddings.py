@@ -117,7 +117,9 @@ def test_texts_prefixes_of_numbers_and_truncation() -> None:
         with pytest.raises(ContextLengthError):
             llm.embed(long)
         (cut,) = llm.embed(long, truncate_prompt_tokens=-1, use_tqdm=False)
-        assert cut.prompt_token_ids == llm.encode(long)[:63]
+        assert cut.prompt_token_ids == llm.encode(long)[:64]
+        with pytest.raises(ContextLengthError):
+            llm.embed([llm.encode(long)[:65]])
         assert llm.tokenizer is not None
         end = min(llm.tokenizer.special_ids)
         (ended,) = llm.embed([*llm.encode(long), end], truncate_prompt_tokens=9, use_tqdm=False)

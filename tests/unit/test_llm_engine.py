@@ -98,8 +98,8 @@ def test_an_empty_prompt_is_refused() -> None:
     assert not harness.engine.has_unfinished
 
 
-@pytest.mark.parametrize("num_keys", [40, 41, 1000])
-def test_a_prompt_without_room_for_an_output_is_refused(num_keys: int) -> None:
+@pytest.mark.parametrize("num_keys", [41, 1000])
+def test_a_prompt_longer_than_the_context_is_refused(num_keys: int) -> None:
     harness = Harness(max_model_len=40)
 
     with pytest.raises(ContextLengthError) as error:
@@ -108,6 +108,17 @@ def test_a_prompt_without_room_for_an_output_is_refused(num_keys: int) -> None:
     assert "40 tokens" in str(error.value)
     assert f"has {num_keys}" in str(error.value)
     assert error.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("max_tokens", [1, 6, None])
+def test_a_prompt_that_fills_the_context_gives_one_key(depth: int, max_tokens: int | None) -> None:
+    harness = Harness(depth, max_model_len=40, num_blocks=40 // BLOCK_SIZE)
+    seq_id = harness.add([1] * 40, max_tokens)
+
+    assert harness.drain()[seq_id].finish_reason == "length"
+
+    assert len(harness.keys_of(seq_id)) == 1
 
 
 def test_an_adapter_needs_an_engine_with_adapters() -> None:
