@@ -123,7 +123,7 @@ class AsyncEngine(ABC, Generic[OutputT]):
         self._background: set[asyncio.Task[None]] = set()
         self._request_numbers = itertools.count()
         # Drawn here, so that they depend neither on the dispatch nor on an engine's life.
-        self._seeds = random.Random(engine.seed)
+        self._seeds = random.Random(engine.seed % 2**64)
         self._recent: deque[tuple[float, float]] = deque(maxlen=pool.metric_window)
 
     @abstractmethod

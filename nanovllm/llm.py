@@ -1,10 +1,13 @@
 """`LLM`: a text model in this process."""
 
 import itertools
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -27,9 +30,29 @@ from nanovllm.text.input_processor import Prompt
 from nanovllm.text.tokenizer import Tokenizer
 from nanovllm.worker.loading import load_engine
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _alone(
+    method: Callable[Concatenate["LLM", Parameters], Result],
+) -> Callable[Concatenate["LLM", Parameters], Result]:
+    """Refuse a call once the LLM is closed, or while another thread makes one."""
+
+    @wraps(method)
+    def call(self: "LLM", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with self._turn():
+            if self._closed:
+                raise RuntimeError("this LLM is closed: build a new one")
+            return method(self, *args, **kwargs)
+
+    return call
+
 
 class LLM:
-    """A text model, its engine and its tokenizer in this process, for one thread.
+    """A text model, its engine and its tokenizer in this process, for one thread at a time.
+
+    A call that meets another thread's is refused with a `RuntimeError`; `AsyncLLM` takes many.
 
     Args:
         model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
@@ -61,6 +84,7 @@ class LLM:
         self._request_ids = itertools.count()
         self._news: dict[str, RequestOutput] = {}
         self._closed = False
+        self._in_use = threading.RLock()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -233,7 +257,6 @@ class LLM:
         Returns:
             Every request with news, as it stands now; it is updated in place by later steps.
         """
-        self._check_open()
         self._advance()
         news, self._news = self._news, {}
         return list(news.values())
@@ -242,7 +265,7 @@ class LLM:
         """End a request and free what it holds; without effect if it has ended."""
         if self._closed:
             return
-        with interrupts_held_back():
+        with self._turn(), interrupts_held_back():
             self._news.pop(request_id, None)
             for seq_id in self._outputs.abort(request_id):
                 self.engine.abort(seq_id)
@@ -255,27 +278,27 @@ class LLM:
         """The opposite of `has_unfinished`, under nano-vllm's name."""
         return not self.has_unfinished()
 
+    @_alone
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Load an adapter before a request names it; False if it is there already.
 
         Raises:
             InvalidRequestError: It cannot be loaded, or another one has its id.
         """
-        self._check_open()
         return self._adapters.add(lora_request)
 
+    @_alone
     def remove_lora(self, lora_int_id: int) -> bool:
         """Forget an adapter, so that another one may have its id; False if it is not known.
 
         Raises:
             InvalidRequestError: A request still uses it.
         """
-        self._check_open()
         return self._adapters.remove(lora_int_id)
 
+    @_alone
     def list_loras(self) -> set[int]:
         """Ids of the adapters that are loaded."""
-        self._check_open()
         return self._adapters.ids
 
     def default_sampling_params(self) -> SamplingParams:
@@ -306,9 +329,10 @@ class LLM:
         """Free the model and the KV cache; the object cannot be used afterwards."""
         if self._closed:
             return
-        self._closed = True
-        self._runner.close()
-        del self.engine, self._runner, self._adapters
+        with self._turn():
+            self._closed = True
+            self._runner.close()
+            del self.engine, self._runner, self._adapters
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -323,6 +347,7 @@ class LLM:
     ) -> None:
         self.close()
 
+    @_alone
     def _add(
         self,
         prompt: Prompt,
@@ -335,7 +360,6 @@ class LLM:
         embeds: bool = False,
     ) -> tuple[str, RequestOutput]:
         """Register a request whole or not at all; returns its id and its live output."""
-        self._check_open()
         arrival_time = time.monotonic()
         (params,) = self._params_for(sampling_params, 1)
         inputs = self._inputs.process(prompt, params, add_special_tokens, embeds)
@@ -368,6 +392,7 @@ class LLM:
             raise
         return request_id, output
 
+    @_alone
     def _run(
         self,
         prompts: list[Prompt],
@@ -379,7 +404,6 @@ class LLM:
         embeds: bool = False,
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
-        self._check_open()
         loras = self._adapters.for_each(lora_request, len(prompts))
         priorities = _priority_of_each(priority, len(prompts))
         outputs: dict[str, RequestOutput] = {}
@@ -414,9 +438,9 @@ class LLM:
                     self.abort(request_id)
         return list(outputs.values())
 
+    @_alone
     def _advance(self) -> None:
         """Run one step and keep its news until whoever asked for them takes them."""
-        self._check_open()
         with interrupts_held_back():  # but for the runner, which the engine lets them interrupt
             outputs, stopped = self._outputs.process(self.engine.step())
             for seq_id in stopped:
@@ -431,9 +455,17 @@ class LLM:
             self.default_sampling_params() if given is None else given, num_prompts
         )
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this LLM is closed: build a new one")
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep other threads out, or be kept out by one."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is using this LLM: give each thread one of its own, or use AsyncLLM"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
 
 
 def _priority_of_each(given: Sequence[int] | None, num_prompts: int) -> list[int]:

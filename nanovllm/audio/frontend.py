@@ -117,7 +117,7 @@ class SpeechFrontend:
         """
         check_text(text)
         self._check_prompt(prompt_latents, prompt_text, ref_audio_latents)
-        prompt_text, text = clean_text(prompt_text), clean_text(text)
+        text = clean_text(text)
         self._check_size(len(prompt_text) + len(text), max_model_len)
         num_bytes = len(prompt_latents or b"") + len(ref_audio_latents or b"")
         _check_prompt_len(num_bytes // self._bytes_per_patch, max_model_len)

@@ -27,7 +27,7 @@ _DESIGN = re.compile(r"\s*(?:\([^()]*\)|（[^（）]*）)\s*")
 
 
 def clean_text(text: str) -> str:
-    """Make one space of every run of white space, as the reference does before it tokenises."""
+    """Make one space of every run of white space, as the reference does with what it is to say."""
     return re.sub(r"\s+", " ", text)
 
 

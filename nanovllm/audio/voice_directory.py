@@ -5,16 +5,24 @@ import os
 import re
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category
 
 from nanovllm.audio.files import MAX_FILE_BYTES
 from nanovllm.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
-MAX_TEXT_BYTES = 64 << 10
+MAX_TEXT_CHARS = 4096
 NAME = r"^[\w-]([\w .-]{0,62}[\w-])?$"
 """What a voice may be called; without look-around, which not all regular expressions have."""
+NAME_RULE = (
+    "a voice's name has 1 to 64 letters, digits, spaces and any of ._-, and neither begins nor "
+    "ends with a space or a dot"
+)
 _NAME = re.compile(NAME)
+_MAX_NAME_BYTES = 240
+"""Of a file's name, which has a suffix besides."""
+_JOINERS = "\u200c\u200d"
 _SUFFIXES = {
     b"RIFF": ".wav",
     b"fLaC": ".flac",
@@ -82,14 +90,21 @@ class VoiceDirectory:
             InvalidRequestError: The name is taken or not allowed, or the recording in a format that
                 is not kept.
         """
-        if not _NAME.fullmatch(name):
+        if not _is_name(name):
+            raise InvalidRequestError(f"{NAME_RULE}; got {name!r:.80}", "name")
+        if len(name.encode()) > _MAX_NAME_BYTES:
             raise InvalidRequestError(
-                "a voice's name has 1 to 64 letters, digits, spaces and any of ._-, and neither "
-                f"begins nor ends with a space or a dot; got {name!r:.80}",
-                "name",
+                f"a voice that is kept has a name of {_MAX_NAME_BYTES} bytes at most", "name"
             )
         if name in self._files:
             raise InvalidRequestError(f"there is a voice {name!r} already: remove it first", "name")
+        for suffix in (".txt", *_SUFFIXES.values()):
+            if os.path.lexists(self._path / (name + suffix)):
+                raise InvalidRequestError(
+                    f"the directory of voices has a file {name + suffix!r} already, which is no "
+                    "voice of this server's",
+                    "name",
+                )
         _suffix(data)
 
     def add(self, name: str, data: bytes, text: str) -> None:
@@ -98,10 +113,14 @@ class VoiceDirectory:
         Raises:
             OSError: It cannot be written.
         """
-        path = self._path / (name + _suffix(data))
+        path, text_path = self._path / (name + _suffix(data)), self._path / f"{name}.txt"
         # The recording last: a text alone is no voice.
-        _write(self._path / f"{name}.txt", text.encode())
-        _write(path, data)
+        _write(text_path, text.encode())
+        try:
+            _write(path, data)
+        except OSError:
+            text_path.unlink()
+            raise
         self._files[name] = VoiceFile(path, text)
 
     def remove(self, name: str) -> None:
@@ -116,18 +135,27 @@ class VoiceDirectory:
 
     def _take(self, file: Path) -> None:
         name = file.stem
-        if not _NAME.fullmatch(name) or name in self._files:
+        if not _is_name(name) or name in self._files:
             logger.warning("%s is left out: its name is taken, or no name for a voice", file)
             return
         try:
             with file.with_name(f"{name}.txt").open("rb") as text_file:
-                text = text_file.read(MAX_TEXT_BYTES).decode("utf-8-sig").strip()
+                text = text_file.read(MAX_FILE_BYTES).decode("utf-8-sig").strip()
         except FileNotFoundError:
             text = ""
-        except UnicodeDecodeError:
-            logger.warning("%s is left out: its text is not UTF-8", file)
+        except (OSError, UnicodeDecodeError) as e:
+            logger.warning("%s is left out: its text cannot be read: %s", file, e)
+            return
+        if len(text) > MAX_TEXT_CHARS:
+            logger.warning("%s is left out: its text has over %d characters", file, MAX_TEXT_CHARS)
             return
         self._files[name] = VoiceFile(file, text)
+
+
+def _is_name(name: str) -> bool:
+    """Whether a voice may be called so; marks on letters and what joins them count as letters."""
+    letters = ("a" if category(c)[0] == "M" or c in _JOINERS else c for c in name)
+    return _NAME.fullmatch("".join(letters)) is not None
 
 
 def _suffix(data: bytes) -> str:
@@ -140,5 +168,9 @@ def _suffix(data: bytes) -> str:
 def _write(path: Path, data: bytes) -> None:
     """Write a file as a whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

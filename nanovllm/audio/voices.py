@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanovllm.audio.encoded_recordings import Encode
-from nanovllm.audio.voice_directory import VoiceDirectory
+from nanovllm.audio.voice_directory import MAX_TEXT_CHARS, VoiceDirectory
 from nanovllm.errors import InvalidRequestError
 from nanovllm.validation import check_type
 
-MAX_TEXT_CHARS = 4096
 MAX_PROMPTS = 4096
 MAX_PROMPT_BYTES = 256 << 20
 """Latents of the prompts that clients added; ten minutes of speech are some 4 MB."""
@@ -116,7 +115,10 @@ class VoiceStore:
         if directory is None or (file := directory.find(voice)) is None:
             raise _not_found(voice)
         data = await asyncio.to_thread(directory.read, file)
-        made = await self._voice(voice, data, None, file.text)
+        try:
+            made = await self._voice(voice, data, None, file.text)
+        except InvalidRequestError as e:
+            raise InvalidRequestError(f"voice {voice!r} cannot be used: {e}", "prompt_id") from e
         if directory.find(voice) is file:  # it may have been removed meanwhile
             self._named[voice] = made
         return made

@@ -136,7 +136,14 @@ async def run_speech(
         engine: With which engine.
         pool: With how many of them.
         on_done: Called after each request with how many have ended.
+
+    Raises:
+        InvalidRequestError: There is no model, or it cannot speak so much.
     """
+    if engine.model is None and config.release is None:
+        raise InvalidRequestError(
+            "no model: give --model, or --release with --dummy-weights", "model"
+        )
     num_done = itertools.count(1)
     async with _engine(config, engine, pool) as speech:
         bench = _Bench(config, speech)
@@ -192,6 +199,13 @@ class _Bench:
         info = speech.info
         samples = config.audio_seconds * info.sample_rate
         self.num_patches = max(2, math.ceil(samples / info.samples_per_patch))
+        if self.num_patches >= speech.max_model_len:
+            raise InvalidRequestError(
+                f"audio_seconds={config.audio_seconds:g} are {self.num_patches} patches, and the "
+                f"context has {speech.max_model_len} positions: ask for less, or raise "
+                "max_model_len",
+                "audio_seconds",
+            )
         self._params = SpeechParams(
             cfg_value=config.cfg_value,
             inference_timesteps=config.inference_timesteps,
@@ -208,7 +222,7 @@ class _Bench:
         """Encode the voice, and speak what does not count.
 
         Raises:
-            RuntimeError: It failed.
+            InvalidRequestError: It failed.
         """
         if self._prompt_seconds:
             voice = _recording(self._prompt_seconds, self._speech.info.encoder_sample_rate)
@@ -216,7 +230,7 @@ class _Bench:
         for number in range(self._num_warmups):
             record = await self.ask(-1 - number, time.perf_counter())
             if record.error is not None:
-                raise RuntimeError(f"the warm-up failed: {record.error}")
+                raise InvalidRequestError(f"the warm-up failed: {record.error}")
 
     async def ask(self, number: int, intended: float) -> SpeechRecord:
         """Speak one text and record what comes; it does not raise for what an engine does."""

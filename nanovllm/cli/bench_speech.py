@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFlags(SpeechBenchConfig):  # noqa: D101  # SpeechBenchConfig's docstring is the help
-    concurrency: Annotated[list[int] | None, Parameter(converter=numbers)] = None
+    concurrency: Annotated[
+        list[int] | None, Parameter(converter=numbers, consume_multiple=True)
+    ] = None
+    seed: Annotated[int, Parameter(show=False)] = 0  # the engine's flag, which says it all
 
 
 LoadFlags.__doc__ = SpeechBenchConfig.__doc__

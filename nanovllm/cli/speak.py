@@ -132,8 +132,12 @@ class Target:
         self._format = response_format
         self._streams = path == STANDARD_OUTPUT
         self._parts: list[bytes] = []
-        if not self._streams and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InvalidRequestError(f"cannot write {path}: that is no file", "output")
+        if not self._streams and path.is_dir():
+            raise InvalidRequestError(f"cannot write {path}: that is a directory", "output")
+        if not self._streams and not path.absolute().parent.is_dir():
+            raise InvalidRequestError(
+                f"cannot write {path}: there is no directory {path.parent}", "output"
+            )
 
     def open(self, rate: int) -> "AudioWriter":
         """Begin, now that the sample rate is known."""

@@ -106,7 +106,7 @@ class LLMEngine:
         self._runner = runner
         self._model_id = model_id
         self._max_in_flight = 1 if async_scheduling else 0
-        self._seeds = random.Random(seed)
+        self._seeds = random.Random(seed % 2**64)  # or -1 would be 1
         self._in_flight: deque[_Launched] = deque()
         self._unreported: list[EngineOutput] = []
         self._next_seq_id = 0

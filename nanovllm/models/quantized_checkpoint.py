@@ -316,6 +316,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
                 "quantization_config",
             )
         schemes = json_object(settings, "config_groups")
+        widths = set()
         for name in schemes:
             scheme = json_object(schemes, name)
             form = scheme.get("format") or settings.get("format")
@@ -328,9 +329,12 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
                     "quantization_config",
                 )
             _check_bits(weights, "num_bits", "compressed-tensors")
+            widths.add(weights.get("num_bits"))
             sizes.add(_stored_group_size(weights, "group_size"))
             # Which matrices are a group's we do not read: one such group excuses all.
             self._symmetric |= weights.get("symmetric") is not False
+        # Of codes that are a byte each, nothing that is stored says how wide they are.
+        self._bits_of_bytes = 4 if widths == {4} else 8
         return sizes
 
     def _check_module(self, module: str, rows: int, depth: int) -> None:
@@ -339,7 +343,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
             bits = self._bits(packed, 1, depth)
             self.check_tensor(packed, (rows, num_words(depth, bits)), WORDS)
         else:
-            bits = 8
+            bits = self._bits_of_bytes
             self._require(module, "weight")
             self.check_tensor(f"{module}.weight", (rows, depth), (torch.int8,))
         scales = f"{module}.weight_scale"
@@ -365,8 +369,10 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
             bits = self._bits(f"{module}.weight_packed", 1, depth)
             codes = unpack(words, bits).flatten(1)[:, :depth]
         else:
-            bits = 8
+            bits = self._bits_of_bytes
             codes = self._unsigned(self._stored(f"{module}.weight"), bits)
+            if int(codes.max()) >= 1 << bits:
+                raise InvalidRequestError(f"{module}.weight has values of more than {bits} bits")
         scales = self._scales(module, rows)
         zeros = None
         if f"{module}.weight_zero_point" in self._files:

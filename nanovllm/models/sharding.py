@@ -224,9 +224,10 @@ def _columns_of(name: str, weight: QuantizedWeight, cut: Cut) -> QuantizedWeight
     ends = [end for end in (columns.start, columns.stop) if end < depth]
     size = math.gcd(weight.group_size, *ends)
     if size < LEAST_GROUP:
+        odd = next(end for end in ends if end % LEAST_GROUP)
         raise InvalidRequestError(
             f"{name} is quantized in groups of {weight.group_size} columns, and this "
-            f"tensor_parallel_size cuts it at {columns.start}: take fewer devices",
+            f"tensor_parallel_size cuts it at {odd}: take fewer devices, or 8 bits",
             "tensor_parallel_size",
         )
     groups = slice(columns.start // size, -(-columns.stop // size))

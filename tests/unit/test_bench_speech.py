@@ -108,6 +108,19 @@ def test_a_model_is_measured(speech_checkpoint: Callable[..., Path]) -> None:
     assert json.loads(json.dumps(result.to_dict()))["settings"]["patches"] == 7
 
 
+def test_a_model_there_must_be() -> None:
+    with pytest.raises(InvalidRequestError, match="no model: give --model, or --release"):
+        asyncio.run(run_speech(SpeechBenchConfig(), EngineConfig()))
+
+
+def test_more_speech_than_the_context_holds(speech_checkpoint: Callable[..., Path]) -> None:
+    config = SpeechBenchConfig(concurrency=[1], audio_seconds=1000)
+    engine = EngineConfig(model=str(speech_checkpoint("v1")), device="cpu", num_kv_blocks=64)
+    with pytest.raises(InvalidRequestError, match="audio_seconds=1000 are 12500 patches") as caught:
+        asyncio.run(run_speech(config, engine))
+    assert caught.value.param == "audio_seconds"
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_a_release_is_a_directory_of_config_and_tokenizer(tmp_path: Path, release: str) -> None:
     directory = write_release(tmp_path, release)

@@ -144,7 +144,10 @@ def test_a_long_text_sentence_by_sentence_from_a_file() -> None:
         ([TEXT, "-o", "out.wav"], "no model: give --model"),
         ([TEXT, "-o", "out.doc", "--model", "m"], "cannot tell the format of 'out.doc'"),
         ([TEXT, "-o", "out", "--model", "m"], "cannot tell the format of 'out'"),
-        ([TEXT, "-o", "no/out.wav", "--model", "m"], "cannot write no/out.wav"),
+        (
+            [TEXT, "-o", "no/out.wav", "--model", "m"],
+            "cannot write no/out.wav: there is no directory no",
+        ),
         ([TEXT, "-o", "x.wav", "--model", "m", "--voice", "v.wav"], "--voice and --voice-text go"),
         ([TEXT, "-o", "x.wav", "--model", "m", "--voice-text", "v"], "--voice and --voice-text go"),
         ([TEXT, "-o", "x.wav", "--model", "m", "--reference", "no.wav"], "no.wav: No such file"),

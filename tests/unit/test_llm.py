@@ -6,7 +6,9 @@ import gc
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -482,6 +484,23 @@ def test_a_mistake_in_a_request_is_told_and_loses_nothing(llm: LLM, mistake: str
         news = llm.step()
     assert news[0].request_id == other
     assert news[0].finish_reason in ("stop", "length")
+
+
+def test_threads_do_not_meet(llm: LLM) -> None:
+    """A call beside another thread's is refused; neither that one nor a later one suffers."""
+    expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
+    params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    with ThreadPoolExecutor(1) as other:
+        running = other.submit(llm.generate, "Once", params, use_tqdm=False)
+        while not llm.has_unfinished():
+            time.sleep(0.001)
+        for call in (llm.step, lambda: llm.generate("A"), lambda: llm.abort("0"), llm.close):
+            with pytest.raises(RuntimeError, match="another thread is using this LLM"):
+                call()
+        assert len(running.result(60)[0]["token_ids"]) == 300
+        assert llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"] == expected
+        again = other.submit(llm.generate, "The fox", GREEDY, use_tqdm=False)
+        assert again.result(60)[0]["text"] == expected
 
 
 def test_a_token_that_the_model_has_no_row_for(tmp_path: Path) -> None:

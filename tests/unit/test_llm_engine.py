@@ -121,6 +121,16 @@ def test_a_prompt_that_fills_the_context_gives_one_key(depth: int, max_tokens: i
     assert len(harness.keys_of(seq_id)) == 1
 
 
+def test_engines_of_opposite_seeds_draw_others() -> None:
+    params, seeds = SamplingParams(max_tokens=1), []
+    for seed in (1, -1):
+        harness = Harness(seed=seed)
+        harness.engine.add(PROMPT, params, payload=FakeText())
+        (sequence,) = harness.engine.scheduler.waiting
+        seeds.append(sequence.seed)
+    assert seeds[0] != seeds[1]
+
+
 def test_an_adapter_needs_an_engine_with_adapters() -> None:
     with pytest.raises(InvalidRequestError, match="without LoRA adapters") as error:
         Harness().engine.add(PROMPT, SamplingParams(), adapter_id=1)

@@ -121,7 +121,11 @@ def awq(matrix: Tensor, group: int = 32) -> Made:
 
 
 def compressed(
-    matrix: Tensor, bits: int = 4, group: int | None = 32, symmetric: bool = True
+    matrix: Tensor,
+    bits: int = 4,
+    group: int | None = 32,
+    symmetric: bool = True,
+    packed: bool = True,
 ) -> Made:
     """As llm-compressor, with the package's own compressors there and back."""
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -136,7 +140,7 @@ def compressed(
     groups = matrix.view(len(matrix), -1, group or matrix.shape[1])
     scales, zeros = tool.utils.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     dense = {"weight": matrix, "weight_scale": scales, "weight_zero_point": zeros}
-    name = "Packed" if bits == 4 or group else "Int"
+    name = "Packed" if packed else "Int"
     compressor = getattr(compressors, f"{name}QuantizationCompressor")
     tensors = compressor.compress(dense, scheme)
     again = compressor.decompress(dict(tensors), scheme)
@@ -192,7 +196,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made]]] = {
     ),
     "compressed-int8": (
         compressed_settings("int-quantized", num_bits=8, group_size=None, strategy="channel"),
-        lambda w: compressed(w, bits=8, group=None),
+        lambda w: compressed(w, bits=8, group=None, packed=False),
+    ),
+    "compressed-4bit-bytes": (
+        compressed_settings("int-quantized"),
+        lambda w: compressed(w, packed=False),
+    ),
+    "compressed-4bit-bytes-row-zeros": (
+        compressed_settings("int-quantized", symmetric=False, group_size=None, strategy="channel"),
+        lambda w: compressed(w, group=None, symmetric=False, packed=False),
     ),
 }
 """Checkpoints that are read as they are."""
@@ -205,7 +217,7 @@ ROUNDED: dict[str, tuple[dict[str, Any], Callable[[Tensor], Made]]] = {
     ),
     "compressed-int8-zeros": (
         compressed_settings("int-quantized", num_bits=8, symmetric=False, group_size=None),
-        lambda w: compressed(w, bits=8, group=None, symmetric=False),
+        lambda w: compressed(w, bits=8, group=None, symmetric=False, packed=False),
     ),
     "compressed-8bit-groups": (
         compressed_settings(num_bits=8),
@@ -482,6 +494,16 @@ def test_scales_and_zero_points_must_be_there(
 
     with pytest.raises(InvalidRequestError, match=message):
         load(make(name, change=change)[1])
+
+
+def test_bytes_that_are_more_than_their_four_bits(
+    make: Callable[..., tuple[Path, Path]],
+) -> None:
+    def change(stored: Tensors) -> None:
+        stored["model.layers.0.self_attn.o_proj.weight"][0, 0] = 8
+
+    with pytest.raises(InvalidRequestError, match=r"o_proj.*has values of more"):
+        load(make("compressed-4bit-bytes", change=change)[1])
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-8bit-row", "compressed-int8"])

@@ -139,7 +139,7 @@ def test_groups_with_zero_points_are_cut() -> None:
         values = [part.dequantize() for part in parts if isinstance(part, QuantizedWeight)]
         assert torch.equal(torch.cat(values, 1), weight.dequantize())
     with pytest.raises(InvalidRequestError, match=r"groups of 64 columns.* cuts it at 16"):
-        Sharding(config, 1, 8).matrix("l.o_proj.weight", grouped)
+        Sharding(config, 0, 8).matrix("l.o_proj.weight", grouped)
 
 
 def test_biases_behind_a_sum_are_added_once() -> None:

@@ -157,6 +157,14 @@ def refusal(one: SpeechFrontend, kind: str, **options: str | bytes) -> str:
     return str(caught.value)
 
 
+def test_only_what_is_to_be_said_is_cleaned(frontend: Callable[[str], SpeechFrontend]) -> None:
+    """As in the reference."""
+    one, prompt = frontend("v1"), latents("v1", 2)
+    made = one.process("a \n b", SpeechParams(), 512, prompt_latents=prompt, prompt_text=" c  d\n")
+    ids = one.tokenizer.encode(" c  d\na b")
+    assert made.keys[: len(ids) + 1] == [*ids, 101]
+
+
 def test_prompts_that_are_not_whole(frontend: Callable[[str], SpeechFrontend]) -> None:
     one, prompt = frontend("v1"), latents("v1", 2)
     assert refusal(one, "v1", prompt_text="hi") == (

@@ -1,8 +1,10 @@
 """Voices: prompts that clients add, named ones on disk, and recordings encoded only once."""
 
 import asyncio
+import errno
 import io
 import logging
+import os
 from pathlib import Path
 from unittest import mock
 
@@ -338,6 +340,67 @@ def test_names_that_are_none(tmp_path: Path, name: str) -> None:
     asyncio.run(run())
 
 
+def test_marks_and_joiners_are_letters(tmp_path: Path) -> None:
+    async def run() -> None:
+        names = ["नमस्ते", "தமிழ்", "e\u0302lise", "a\u200db"]
+        for name in names:
+            await VoiceStore(Encoder(), tmp_path).add_voice(name, recording(), None, "Text.")
+        assert set(VoiceStore(Encoder(), tmp_path).names) == set(names)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("taken", ["hand.wav", "hand.txt", "hand.flac", "hand.mp3"])
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_files_that_somebody_put_there_meanwhile_stay(
+    tmp_path: Path, taken: str, kind: str
+) -> None:
+    async def run() -> None:
+        encoder = Encoder()
+        store, path = VoiceStore(encoder, tmp_path), tmp_path / taken
+        if kind == "file":
+            path.write_text("mine")
+        elif kind == "directory":
+            path.mkdir()
+        else:
+            path.symlink_to(tmp_path / "nowhere")
+        message = await refusal(store.add_voice("hand", recording(), None, "Text."))
+        assert message.startswith(f"the directory of voices has a file {taken!r} already")
+        assert encoder.calls == []
+        assert list(tmp_path.iterdir()) == [path]
+        assert kind != "file" or path.read_text() == "mine"
+
+    asyncio.run(run())
+
+
+def test_a_name_that_is_too_long_for_a_file(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = VoiceStore(Encoder(), tmp_path)
+        message = await refusal(store.add_voice("𠀁" * 64, recording(), None, "Text."))
+        assert message == "a voice that is kept has a name of 240 bytes at most"
+        await store.add_voice("𠀁" * 60, recording(), None, "Text.")
+
+    asyncio.run(run())
+
+
+def test_a_voice_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = VoiceStore(Encoder(), tmp_path)
+        replace = os.replace
+
+        def no_room(source: Path, target: Path) -> None:
+            if target.suffix == ".wav":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(source, target)
+
+        with mock.patch("os.replace", no_room), pytest.raises(OSError, match="No space"):
+            await store.add_voice("x", recording(), None, "Text.")
+        assert list(tmp_path.iterdir()) == []
+        assert store.names == []
+
+    asyncio.run(run())
+
+
 def test_two_add_a_voice_of_one_name_at_once(tmp_path: Path) -> None:
     async def run() -> None:
         encoder = Encoder()
@@ -411,7 +474,23 @@ def test_a_directory_that_changes_behind_our_back(
         VoiceStore(Encoder(), tmp_path / "none")
 
 
-def test_a_text_that_is_none_leaves_its_voice_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", [b"\xff\xfe\xff", b"a" * 4097, "字".encode() * 30_000, None])
+def test_a_text_that_is_none_leaves_its_voice_out(tmp_path: Path, text: bytes | None) -> None:
     fill(tmp_path)
-    (tmp_path / "anna.txt").write_bytes(b"\xff\xfe\xff")
+    if text is None:
+        (tmp_path / "anna.txt").unlink()
+        (tmp_path / "anna.txt").mkdir()
+    else:
+        (tmp_path / "anna.txt").write_bytes(text)
     assert VoiceStore(Encoder(), tmp_path).names == ["tenor", "小明"]
+
+
+def test_a_recording_that_cannot_be_used_is_told_by_its_voice(tmp_path: Path) -> None:
+    async def run() -> None:
+        fill(tmp_path)
+        encoder = Encoder()
+        encoder.error = InvalidRequestError("cannot decode the recording")
+        message = await refusal(VoiceStore(encoder, tmp_path).get("anna"))
+        assert message == "voice 'anna' cannot be used: cannot decode the recording"
+
+    asyncio.run(run())

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from nanovllm.audio.latents import latents_fault
-from nanovllm.audio.voices import MAX_TEXT_CHARS
+from nanovllm.audio.voice_directory import MAX_TEXT_CHARS
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.fields import WHOLE, Int64, NumTokens, TokenCount, WireModel
 from nanovllm.server.state import ServerState

@@ -4,9 +4,10 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import AliasChoices, Field
+from pydantic import AfterValidator, AliasChoices, Field
 
 from nanovllm.errors import InvalidRequestError
+from nanovllm.server.errors import in_words_of_client
 from nanovllm.server.fields import OrSay, WireModel
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.request_id import HEADER, request_id
@@ -41,6 +42,10 @@ FIELDS = {
     "ref_audio_latents": "ref_audio",
 }
 """What the arguments of `AsyncSpeech.generate` are called here."""
+FIELDS_OF_VOICE = FIELDS | dict.fromkeys(
+    ("prompt_latents", "prompt_text", "ref_audio_latents"), "voice"
+)
+"""The same where they come of a voice."""
 
 NO_PARENTHESES = str.maketrans("()", "[]")
 
@@ -73,8 +78,8 @@ class SpeechRequest(SpeechOptions):
         None, description="False sends the speech once it is complete, with its right length."
     )
     speed: float | None = Field(None, description="Only 1: the model speaks as fast as it does.")
-    instructions: Annotated[str, Field(max_length=MAX_INPUT)] | None = Field(
-        None, description="How to speak, for models that take a description of the voice."
+    instructions: Annotated[str, Field(max_length=MAX_INPUT), AfterValidator(str.strip)] | None = (
+        Field(None, description="How to speak, for models that take a description of the voice.")
     )
     split_sentences: bool | None = Field(
         None, description="Speak sentence by sentence, for long texts; the voice stays the same."
@@ -116,9 +121,10 @@ async def create_speech(body: SpeechRequest, request: Request, state: State) -> 
         prompt = await _voice(body, state)
         text = _described(body.instructions) + body.input
         params = body.params(state, retry_badcase=bool(body.retry_badcase))
+        fields = FIELDS if body.ref_audio else FIELDS_OF_VOICE
         by_sentence = bool(body.split_sentences)
         utterance = Utterance(
-            state, name, text, params, prompt, body.lora_name, FIELDS, by_sentence=by_sentence
+            state, name, text, params, prompt, body.lora_name, fields, by_sentence=by_sentence
         )
         return await utterance.start()
 
@@ -180,7 +186,9 @@ async def _voice(body: SpeechRequest, state: ServerState) -> SpeechPrompt:
         voice = _known_voice(body, state)
         if voice is None or not body.instructions:
             return SpeechPrompt(voice)
-        return SpeechPrompt(ref_audio_latents=(await state.speech.voices.get(voice)).latents)
+        with in_words_of_client(FIELDS):
+            found = await state.speech.voices.get(voice)
+        return SpeechPrompt(ref_audio_latents=found.latents)
     if not body.ref_text:
         require_reference(state, "ref_audio")
     audio = await decode_recording(body.ref_audio, "ref_audio")

@@ -14,12 +14,11 @@ from fastapi.responses import Response
 from pydantic import AliasChoices, Field, ValidationError
 from typing_extensions import TypedDict
 
-from nanovllm.audio.voice_directory import NAME
-from nanovllm.audio.voices import MAX_TEXT_CHARS
+from nanovllm.audio.voice_directory import MAX_TEXT_CHARS, NAME, NAME_RULE
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.auth import is_admin, key_needed
 from nanovllm.server.errors import APIError
-from nanovllm.server.fields import WireModel
+from nanovllm.server.fields import OrSay, WireModel
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.multipart import read_form
 from nanovllm.server.speech.fields import OPENAI_VOICES, AudioFormat, PromptText
@@ -36,7 +35,7 @@ TEXT_FIELDS = ("text", "ref_text", "prompt_text")
 class VoiceToAdd(WireModel):
     """A recording that is to be a voice."""
 
-    name: Annotated[str, Field(pattern=NAME)]
+    name: Annotated[str, Field(pattern=NAME), OrSay(NAME_RULE)]
     audio: Annotated[str, Field(min_length=1, validation_alias=AliasChoices(*AUDIO_FIELDS))] = (
         Field(description="The recording in base64, or as a `data:` URL; no other URL.")
     )

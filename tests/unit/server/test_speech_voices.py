@@ -160,6 +160,15 @@ class TestDirectory:
         for voice in ("bob", "alloy", None):
             assert spoken_with(client, speech, voice=voice) == "bob"
 
+    def test_a_voice_that_cannot_be_used(self, speech: FakeSpeech, directory: Path) -> None:
+        (directory / "bob.wav").write_bytes(b"MZ")
+        speech.info = V2
+        client = TestClient(with_directory(speech, directory))
+        body = {"input": "Hello.", "voice": "bob", "instructions": "Softly."}
+        error = refused(client, SPEECH, **body)
+        assert error["param"] == "voice"
+        assert "'bob' cannot be used" in error["message"]
+
     def test_the_admin_may_take_openais_names(self, speech: FakeSpeech, directory: Path) -> None:
         speech.voices.open_directory(directory)
         options = SpeechConfig(voices=str(directory), default_voice="bob")
