@@ -16,10 +16,12 @@ COPY . .
 RUN /opt/nanovllm/bin/pip install --no-cache-dir \
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -c constraints.txt .
 
+# The compiler is for the CPU kernels, which are compiled at first use.
 FROM ${BASE_IMAGE}
-RUN command -v python3 > /dev/null \
-    || (apt-get update && apt-get install -y --no-install-recommends python3 \
-        && rm -rf /var/lib/apt/lists/*)
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+        $(command -v python3 > /dev/null || echo python3) \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home nanovllm
 COPY --from=build /opt/nanovllm /opt/nanovllm
 ENV PATH=/opt/nanovllm/bin:$PATH \

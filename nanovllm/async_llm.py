@@ -40,9 +40,13 @@ FORM_THREADS = 2
 
 
 class AsyncLLM(AdaptedEngine[RequestOutput]):
-    """A text model in one or more engine processes; text is made and read in this one.
+    """A text model in one or more engine processes; texts are tokenised and detokenised here.
 
-    See `AsyncEngine` for what it is built from, and when it starts and ends.
+    It starts with the first use, `await start()` or `async with`, and ends with `await close()`.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
+        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
     """
 
     def _init(

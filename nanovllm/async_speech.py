@@ -69,8 +69,11 @@ class Speech(NamedTuple):
 class AsyncSpeech(AdaptedEngine[SpeechOutput]):
     """A speech model in one or more engine processes.
 
-    See `AsyncEngine` for what it is built from, and when it starts and ends; there is no bundled
-    model.
+    It starts with the first use, `await start()` or `async with`, and ends with `await close()`.
+
+    Args:
+        model: Directory of a checkpoint or id of a hub repository.
+        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
 
     Attributes:
         voices: Recordings that requests may name.

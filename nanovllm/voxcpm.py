@@ -16,7 +16,7 @@ __all__ = ["AsyncVoxCPMServerPool", "SyncVoxCPMServerPool", "VoxCPM"]
 
 
 class VoxCPM:
-    """Loads a model; see `from_pretrained`."""
+    """Loads a VoxCPM model, which speaks; see `from_pretrained`."""
 
     @staticmethod
     def from_pretrained(
