@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nanovllm.adapted_engine import AdaptedEngine
 from nanovllm.async_engine import Observer, in_thread_if
@@ -28,11 +28,15 @@ from nanovllm.validation import check_type
 from nanovllm.worker.load import EngineRequest
 from nanovllm.worker.messages import Started
 
+Result = TypeVar("Result")
+
 LONG_TEXT = 4096
 """Characters from which tokenising or rendering goes to a thread; it takes the loop a millisecond
 for so many."""
 RENDER_TIMEOUT = 2.0
 """Seconds a chat template may take."""
+TEXT_THREADS = 2
+"""Long texts tokenised at the same time."""
 FORM_TIMEOUT = 5.0
 """Seconds until the form of an output is given up; the limits of its compiler end it sooner."""
 FORM_THREADS = 2
@@ -61,6 +65,8 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         # What a timeout leaves behind goes on in its thread, so their number is what bounds it.
         self._form_threads = ThreadPoolExecutor(FORM_THREADS, "forms")
         self._form_turns = asyncio.Semaphore(FORM_THREADS)
+        # Long texts wait for one another: a million characters take a second, and 150 MB.
+        self._text_threads = ThreadPoolExecutor(TEXT_THREADS, "texts")
 
     def _load(self) -> Path:
         directory = resolve_model(self.config)
@@ -202,7 +208,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
-        return await in_thread_if(
+        return await self._in_text_thread_if(
             len(text) >= LONG_TEXT, lambda: self._started.frontend.encode(text, add_special_tokens)
         )
 
@@ -245,7 +251,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
 
         if params.structured_outputs is not None:
             return await self._in_form_thread(process)
-        return await in_thread_if(_size(prompt) >= LONG_TEXT, process)
+        return await self._in_text_thread_if(_size(prompt) >= LONG_TEXT, process)
 
     async def submit(
         self,
@@ -317,6 +323,11 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
             raise NotReadyError("no engine takes requests now")
         await asyncio.gather(*(self._compute_on(worker, item) for worker in pool.ready_workers))
         return len(item.token_ids)
+
+    async def _in_text_thread_if(self, long: bool, work: Callable[[], Result]) -> Result:
+        if not long:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, work)
 
     async def _in_form_thread(self, process: Callable[[], TextInput]) -> TextInput:
         """Prepare a request whose output has a form, which may take a while to be compiled.

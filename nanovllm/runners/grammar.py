@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import cache, lru_cache
 from itertools import takewhile
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ MAX_DIGITS = 40
 TIME_A_TOKEN = 0.02
 """Seconds of a core; most grammars take a thousandth of that. llguidance's own limits count items,
 and in an ambiguous grammar a token within them may take a second."""
+LEAST_TIME_A_TOKEN = 0.001
+"""Seconds that it may take however many sequences share a step, and that time."""
 MAX_TIME_OVER = 2.0
 """Seconds that the sequences of a grammar may take beyond that before they end."""
 FORGIVEN_SHARE = 0.05
@@ -125,6 +128,7 @@ class SlotGrammar:
         self._forces = forces
         self._digits = digits
         self._num_digits = 0
+        _followed.add(self)
         matcher.consume_tokens(token_ids)
         self._count_digits(token_ids)
 
@@ -142,7 +146,8 @@ class SlotGrammar:
         """
         begun = time.thread_time()
         forced = self._advance(token_id)
-        self.account.charge(time.thread_time() - begun, TIME_A_TOKEN)
+        allowance = max(TIME_A_TOKEN / len(_followed), LEAST_TIME_A_TOKEN)
+        self.account.charge(time.thread_time() - begun, allowance)
         if forced is None:
             logger.warning("a sequence ends: %s", self.matcher.get_error().split("\n", 1)[0])
         elif self.account.is_overdrawn:
@@ -176,6 +181,10 @@ class SlotGrammar:
             for token_id in token_ids:
                 length = self._digits.lengths.get(token_id)
                 self._num_digits = 0 if length is None else self._num_digits + length
+
+
+_followed: WeakSet[SlotGrammar] = WeakSet()
+"""All that there are."""
 
 
 def start_grammar(

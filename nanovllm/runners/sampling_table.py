@@ -60,7 +60,7 @@ class SamplingTable:
         self._biases: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}
         self._allowed: dict[int, Tensor] = {}
         self._scored: dict[int, list[int]] = {}
-        self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._bad_words: dict[int, tuple[IntArray, IntArray]] = {}
 
     def start(self, start: SlotStart, request: TextRequest, forbidden: Sequence[int] = ()) -> None:
         """Take over the settings of the sequence that starts in a slot.
@@ -105,7 +105,7 @@ class SamplingTable:
         if params.logprob_token_ids is not None:
             self._scored[slot] = params.logprob_token_ids
         if request.bad_words:
-            self._bad_words[slot] = request.bad_words
+            self._bad_words[slot] = _in_arrays(request.bad_words)
         row = self._numbers[slot]
         self._does_more[slot] = (
             request.grammar is not None
@@ -197,25 +197,25 @@ class SamplingTable:
     def _words(
         self, slots: IntArray, ends: IntArray, generated: IntArray, token_ids: Tensor
     ) -> BadWords | None:
-        words = [
-            (row, word)
-            for row in self._rows_in(self._bad_words, slots)
-            for word in self._bad_words[int(slots[row])]
-        ]
-        if not words:
+        having = self._rows_in(self._bad_words, slots)
+        if not having:
             return None
-        rows = np.array([row for row, _ in words])
-        width = max(1, max(len(word) for _, word in words) - 1)
-        prefixes = np.full((len(words), width), -1)
-        for index, (_, word) in enumerate(words):
-            prefixes[index, width - len(word) + 1 :] = word[:-1]
+        words = [self._bad_words[int(slots[row])] for row in having]
+        rows = np.repeat(having, [len(last_ids) for last_ids, _ in words])
+        width = max(before.shape[1] for _, before in words)
+        prefixes = np.concatenate(
+            [
+                np.pad(before, ((0, 0), (width - before.shape[1], 0)), constant_values=-1)
+                for _, before in words
+            ]
+        )
         back = np.arange(width, 0, -1)  # the last id is 1 back
         positions = self._to_device((ends[rows, None] - back).clip(0))
         tails = token_ids[self._to_device(slots[rows])[:, None], positions]
         in_output = self._to_device(back <= generated[rows, None])
         return BadWords(
             rows=self._to_device(rows),
-            last_ids=self._to_device(np.array([word[-1] for _, word in words])),
+            last_ids=self._to_device(np.concatenate([last_ids for last_ids, _ in words])),
             prefixes=self._to_device(prefixes),
             tails=torch.where(in_output, tails, -2),
         )
@@ -265,6 +265,15 @@ class SamplingTable:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return to_device(array, self._device)
+
+
+def _in_arrays(words: Sequence[tuple[int, ...]]) -> tuple[IntArray, IntArray]:
+    """Last ids of words `[n]`, and what comes before them `[n, width]`, behind as many -1."""
+    width = max(1, max(map(len, words)) - 1)
+    before = np.full((len(words), width), -1)
+    for index, word in enumerate(words):
+        before[index, width - len(word) + 1 :] = word[:-1]
+    return np.array([word[-1] for word in words]), before
 
 
 def _num_likeliest(params: SamplingParams) -> int:

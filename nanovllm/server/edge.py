@@ -10,7 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.server.auth import route_path
 from nanovllm.server.error_shapes import respond
-from nanovllm.server.errors import CLIENT_CLOSED_REQUEST, BrokenStreamError, to_api_error
+from nanovllm.server.errors import (
+    CLIENT_CLOSED_REQUEST,
+    APIError,
+    BrokenStreamError,
+    to_api_error,
+)
 from nanovllm.server.metrics import HTTPMetrics
 from nanovllm.server.request_id import HEADER, PATTERN
 
@@ -21,6 +26,13 @@ UNMATCHED = "unmatched"
 NOSNIFF = (b"x-content-type-options", b"nosniff")
 ARRIVAL = "nanovllm.arrival"
 REQUEST_ID = HEADER.lower().encode()
+BOTH_LENGTHS = {b"content-length", b"transfer-encoding"}
+AMBIGUOUS = APIError(
+    400,
+    "Content-Length and Transfer-Encoding exclude each other",
+    headers={"Connection": "close"},
+)
+"""Where others end such a request may be somewhere else (RFC 9112, section 6.1)."""
 METHODS = frozenset({"GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "PATCH"})
 
 
@@ -59,7 +71,10 @@ class Edge:
         scope[ARRIVAL] = start = time.monotonic()
         self._metrics.inflight.labels(route).inc()
         try:
-            await self._app(scope, receive, send_watched)
+            app = self._app
+            if {name for name, _ in scope["headers"]} >= BOTH_LENGTHS:
+                app = respond(AMBIGUOUS, route_path(scope))
+            await app(scope, receive, send_watched)
         except BrokenStreamError as e:  # what the server that runs us makes of a cut-off answer
             logger.warning("%s %s is broken off: %s", method, route, e)
         except Exception as e:  # the last resort

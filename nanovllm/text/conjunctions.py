@@ -6,6 +6,7 @@ with some dozens neither its limits nor a timeout end it: a minute takes half a 
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
@@ -15,6 +16,8 @@ MAX_CONJUNCTIONS = 8
 seconds."""
 MAX_REFERENCES = 400
 """References in a row."""
+MAX_REFERRED = 100_000
+"""Places of which all references together tell what is asked there."""
 PATTERNS = ("pattern", "format")
 PLACE_LENGTH = 3
 """Names of properties that tell places apart; a recursive schema has places without end."""
@@ -62,6 +65,7 @@ class _Patterns:
         self._document = document
         self._known: dict[str, Asked] = {}
         self._num_open = 0
+        self._num_referred = 0
 
     def of(self, schema: object) -> Asked:
         """Patterns that a schema asks of the text at each place within its value."""
@@ -86,7 +90,11 @@ class _Patterns:
         for value in _list(schema.get("allOf")):
             _combine(asked, self.of(value))
         if isinstance(schema.get("$ref"), str):
-            _combine(asked, self._of_reference(schema["$ref"]))
+            referred = self._of_reference(schema["$ref"])
+            self._num_referred += len(referred)
+            if self._num_referred > MAX_REFERRED:
+                raise InvalidRequestError("the schema refers to its own parts too often")
+            _combine(asked, referred)
         return asked
 
     def _of_reference(self, reference: str) -> Asked:
@@ -97,10 +105,11 @@ class _Patterns:
         if self._num_open > MAX_REFERENCES:
             raise InvalidRequestError(f"the schema has more than {MAX_REFERENCES} references")
         target = resolve(self._document, reference)
-        self._known[reference] = asked = self._everything() if target is None else self.of(target)
+        self._known[reference] = asked = self._everything if target is None else self.of(target)
         self._num_open -= 1
         return asked
 
+    @cached_property
     def _everything(self) -> Asked:
         """All patterns of the document, at one place."""
         found: set[str] = set()
@@ -150,6 +159,11 @@ def _choose(asked: Asked, other: Asked) -> None:
 
 
 def _combine(asked: Asked, other: Asked) -> None:
-    """Add what is asked besides."""
+    """Add what is asked besides.
+
+    Raises:
+        InvalidRequestError: That is too much.
+    """
     for place, patterns in other.items():
         asked[place] = asked.get(place, frozenset()) | patterns
+        _check_number(len(asked[place]))

@@ -14,6 +14,9 @@ from nanovllm.text.tokenizer import Tokenizer
 NORMALIZATION_MARGIN = 4
 """How many times shorter a normalizer may make a text; those in use compose or strip characters."""
 
+MAX_BAD_TOKENS = 8192
+"""Spellings of bad words times the tokens of the longest."""
+
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or vLLM's `{"prompt": text}` or `{"prompt_token_ids": ids}`, either of which may
 have a `cache_salt`, too."""
@@ -175,7 +178,15 @@ class InputProcessor:
         spellings = [prefix + word.lstrip() for word in params.bad_words for prefix in ("", " ")]
         encoded = [tuple(tokenizer.encode(spelling, False, "bad_words")) for spelling in spellings]
         possible = (ids for ids in encoded if ids and max(ids) < self._vocab_size)
-        return tuple(dict.fromkeys(possible))
+        words = tuple(dict.fromkeys(possible))
+        longest = max(map(len, words), default=0)
+        if len(words) * longest > MAX_BAD_TOKENS:
+            raise InvalidRequestError(
+                f"bad_words are too much to look for at each step: {len(words)} spellings of up to "
+                f"{longest} tokens, and {MAX_BAD_TOKENS} are the most; give fewer or shorter ones",
+                "bad_words",
+            )
+        return words
 
     def _grammar(self, params: SamplingParams) -> str | None:
         """The form of the output as a grammar, made sure of."""

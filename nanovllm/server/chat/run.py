@@ -217,7 +217,7 @@ class Conversation:
                 raise InvalidRequestError(f"tools: {e}", "tools") from e
             raise
         (output,) = generation.outputs
-        by_token = by_token or request.params.logprobs is not None
+        by_token = by_token or request.params.num_logprobs is not None
         choices = [
             ChatChoice(
                 Cursor(output, completion, completion.index, by_token=by_token),

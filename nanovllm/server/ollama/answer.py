@@ -241,7 +241,7 @@ class GenerateAnswer(OllamaAnswer):
             lora_name=self.lora_name,
         )
         output = generation.outputs[0]
-        cursor = Cursor(output, output.outputs[0], 0, by_token=params.logprobs is not None)
+        cursor = Cursor(output, output.outputs[0], 0, by_token=params.num_logprobs is not None)
         return Conversation(generation, [ChatChoice(cursor, PlainParser())])
 
 

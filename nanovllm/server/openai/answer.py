@@ -1,10 +1,12 @@
 """What the two kinds of answer have in common: how they are sent."""
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -91,8 +93,8 @@ class Answer(ABC, Generic[RunT]):
         """Check the request and queue it."""
 
     @abstractmethod
-    async def choices(self, run: RunT) -> list[Choice]:
-        """Wait for the whole choices."""
+    def choices(self, run: RunT) -> AsyncIterator[Choice]:
+        """Wait for all of them, and yield the whole choices."""
 
     @abstractmethod
     def chunks(self, run: RunT) -> AsyncIterator[Iterable[Choice]]:
@@ -115,7 +117,10 @@ class Answer(ABC, Generic[RunT]):
     async def _respond_whole(self) -> Response:
         run = await self._started()
         try:
-            choices = await self.choices(run)
+            choices = []
+            async for choice in self.choices(run):
+                choices.append(msgspec.Raw(encode(choice)))
+                await asyncio.sleep(0)  # log probabilities of many choices take long together
             extras = await self.whole_extras(run)
         finally:
             await run.aclose()

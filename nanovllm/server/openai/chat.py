@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar
 
@@ -75,13 +74,10 @@ class ChatAnswer(Answer[Conversation]):
                 self.state, asked, by_token=bool(request.return_token_ids)
             )
 
-    async def choices(self, run: Conversation) -> list[Choice]:
+    async def choices(self, run: Conversation) -> AsyncIterator[Choice]:
         await run.finish()
-        choices: list[Choice] = []
         for choice in run.choices:
-            choices.append(self._choice(choice))
-            await asyncio.sleep(0)  # log probabilities of many choices take long together
-        return choices
+            yield self._choice(choice)
 
     async def chunks(self, run: Conversation) -> AsyncIterator[Iterator[Choice]]:
         opened: set[int] = set()

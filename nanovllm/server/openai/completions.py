@@ -1,6 +1,5 @@
 """`POST /v1/completions`."""
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import ClassVar, NamedTuple
 
@@ -91,15 +90,12 @@ class CompletionAnswer(Answer[Generation]):
         self._params = params
         return generation
 
-    async def choices(self, run: Generation) -> list[Choice]:
+    async def choices(self, run: Generation) -> AsyncIterator[Choice]:
         await run.finish()
-        choices: list[Choice] = []
         for cursors in self._cursors(run):
             for cursor in cursors:
                 await self._tell_prompt(cursor)
-                choices.append(self._choice(cursor, cursor.take() or Piece("", [], [])))
-                await asyncio.sleep(0)  # log probabilities of many choices take long together
-        return choices
+                yield self._choice(cursor, cursor.take() or Piece("", [], []))
 
     async def chunks(self, run: Generation) -> AsyncIterator[Iterator[Choice]]:
         cursors = self._cursors(run)

@@ -1,5 +1,6 @@
 """The items of a conversation as clients send them to `/v1/responses`."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
@@ -120,6 +121,12 @@ AnyItem = Annotated[
     Discriminator(_kind_of_item),
     BeforeValidator(_check_item),
 ]
+
+
+def num_parts(items: Iterable[Item]) -> int:
+    """Parts that the contents of items have, all together."""
+    lists = (value for item in items for value in vars(item).values())
+    return sum(len(parts) for parts in lists if isinstance(parts, list))
 
 
 def _check_pieces(items: Any) -> Any:

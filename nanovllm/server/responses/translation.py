@@ -9,7 +9,7 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.chat.prompt import checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
-from nanovllm.server.responses.items import MAX_ITEMS, Item, MessageItem
+from nanovllm.server.responses.items import MAX_ITEMS, Item, MessageItem, num_parts
 from nanovllm.server.responses.messages import messages_of
 from nanovllm.server.responses.request import (
     AllowedTools,
@@ -49,6 +49,10 @@ def chat_request(
     if len(items) > MAX_ITEMS:
         raise InvalidRequestError(
             f"a conversation may have {MAX_ITEMS} items, this one has {len(items)}", "input"
+        )
+    if (parts := num_parts(items)) > MAX_ITEMS:
+        raise InvalidRequestError(
+            f"a conversation may have {MAX_ITEMS} content parts, this one has {parts}", "input"
         )
     messages = messages_of(items, request.instructions, num_stored)
     if not messages:
