@@ -508,6 +508,14 @@ class TestConnections:
         assert answer.count(b"HTTP/1.1 200 OK") == 5
         assert b"HTTP/1.1 400" in answer
 
+    def test_two_lengths(self, server: Server) -> None:
+        """Request smuggling: where it ends depends on who reads it."""
+        head = f"{JSON_HEAD}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        answer = send_raw(server, head.encode() + b"2\r\n{}\r\n0\r\n\r\n" * 2)
+        assert answer.count(b"HTTP/1.1 ") == 1
+        assert status_of(answer) == 400
+        assert b"connection: close" in answer.lower()
+
     def test_clients_that_hang_up_anywhere(self, server: Server) -> None:
         body = json.dumps({"prompt": "Once", "max_tokens": 500, "stream": True}).encode()
         request = f"{JSON_HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body

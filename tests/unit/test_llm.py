@@ -462,6 +462,11 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "salt": ({"prompt": "a", "cache_salt": 1}, {}, "cache_salt must be a string, got 1"),
     "surrogates": ("a\udcff", {}, "prompt must be valid Unicode text, got"),
     "half a bad word": ("a", {"bad_words": ["\ud800"]}, "bad_words must be valid Unicode text"),
+    "too many bad words": (
+        "a",
+        {"bad_words": [f"{i} " * 50 for i in range(128)]},
+        "bad_words are too much to look for at each step: 256 spellings of up to",
+    ),
     "temperature as text": ("a", {"temperature": "hot"}, "temperature must be a number, got 'hot'"),
     "fractional tokens": ("a", {"max_tokens": 2.5}, "max_tokens must be an integer, got 2.5"),
     "truth as text": ("a", {"ignore_eos": "false"}, "ignore_eos must be True or False, got 'fal"),

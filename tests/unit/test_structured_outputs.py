@@ -1,5 +1,6 @@
 """Outputs of a given form, from the engine in this process."""
 
+import gc
 import json
 import re
 import shutil
@@ -222,6 +223,24 @@ def test_a_grammar_that_takes_too_much_time_ends_alone(
         assert (completion.finish_reason, completion.stop_reason) == ("error", LOST_GRAMMAR)
         assert len(completion.token_ids) < 300
     check(fast)
+
+
+def test_sequences_share_what_a_grammar_may_take(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[float] = []
+    charge = Account.charge
+
+    def watch(self: Account, seconds: float, allowance: float = 0.0) -> None:
+        if allowance:
+            allowed.append(allowance)
+        charge(self, seconds, allowance)
+
+    monkeypatch.setattr(Account, "charge", watch)
+    gc.collect()
+    run(llm, params(n=4, max_tokens=3))
+    assert max(allowed) == pytest.approx(runner_grammar.TIME_A_TOKEN / 4)
+    allowed.clear()
+    run(llm, params(max_tokens=3))
+    assert max(allowed) == pytest.approx(runner_grammar.TIME_A_TOKEN)
 
 
 def test_a_debt_is_forgiven_in_time() -> None:

@@ -487,6 +487,11 @@ class TestConversations:
         many = [{"role": "user", "content": ""}] * 8180
         error = refused(client, RESPONSES, input=many, previous_response_id=first["id"])
         assert "8192 items" in error["message"]
+        thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}] * 1000}
+        items = [*[thought] * 8, {"role": "user", "content": "Hi"}]
+        first = post(client, RESPONSES, input=items)
+        error = refused(client, RESPONSES, input=items, previous_response_id=first["id"])
+        assert "8192 content parts" in error["message"]
 
     def test_the_oldest_turns_are_left_out(self, client: TestClient, llm: FakeLLM) -> None:
         turns: list[dict[str, Any]] = []

@@ -110,6 +110,13 @@ def test_chosen_tokens_are_scored_in_place_of_the_likeliest(
     assert tops == [first, second]
 
 
+def test_chosen_tokens_of_what_adds_no_text(client: TestClient, llm: FakeLLM) -> None:
+    llm.reply_ids = llm.frontend.encode("\U0001f600")[:1]  # a byte of a character
+    body = {"messages": HI, "logprobs": True, "logprob_token_ids": [5], "max_tokens": 1}
+    (told,) = post(client, CHAT, **body)["choices"][0]["logprobs"]["content"]
+    assert len(told["top_logprobs"]) == 2
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
