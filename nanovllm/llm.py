@@ -13,7 +13,6 @@ import torch
 
 from nanovllm.batch import Key
 from nanovllm.config import EngineConfig
-from nanovllm.errors import InvalidRequestError
 from nanovllm.interrupts import interrupts_held_back
 from nanovllm.local_adapters import LocalAdapters, LoRARequests
 from nanovllm.lora_config import LoRARequest
@@ -23,7 +22,7 @@ from nanovllm.outputs import EmbeddingRequestOutput, RequestOutput
 from nanovllm.progress import progress_bar
 from nanovllm.runners.text import TextRunner
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.text.batches import as_batch, as_conversations, params_for_each
+from nanovllm.text.batches import as_batch, as_conversations, params_for_each, priority_for_each
 from nanovllm.text.embeddings import embedding_output
 from nanovllm.text.frontend import Message, TextFrontend
 from nanovllm.text.input_processor import Prompt
@@ -405,7 +404,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Add requests and step until all have ended; whatever happens, none is left behind."""
         loras = self._adapters.for_each(lora_request, len(prompts))
-        priorities = _priority_of_each(priority, len(prompts))
+        priorities = priority_for_each(priority, len(prompts))
         outputs: dict[str, RequestOutput] = {}
         try:
             for prompt, param, lora, precedence in zip(
@@ -466,24 +465,6 @@ class LLM:
             yield
         finally:
             self._in_use.release()
-
-
-def _priority_of_each(given: Sequence[int] | None, num_prompts: int) -> list[int]:
-    """The priority of each prompt.
-
-    Raises:
-        InvalidRequestError: There are more or fewer than prompts, or they are no integers.
-    """
-    if given is None:
-        return [0] * num_prompts
-    valid = isinstance(given, Sequence) and all(type(priority) is int for priority in given)
-    if not valid or len(given) != num_prompts:
-        raise InvalidRequestError(
-            f"priority must be a list of {num_prompts} integers, one for each prompt, got "
-            f"{given!r:.80}",
-            "priority",
-        )
-    return list(given)
 
 
 class RequestStream(Iterator[RequestOutput]):

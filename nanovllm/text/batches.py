@@ -1,4 +1,4 @@
-"""One prompt or many, as callers of `LLM` give them, and the parameters that go with each."""
+"""One prompt or many, as callers of `LLM` give them, and what goes with each."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -53,5 +53,23 @@ def params_for_each(
         raise InvalidRequestError(
             f"{num_prompts} prompts need as many sampling_params, or one for all; got {len(given)}",
             "sampling_params",
+        )
+    return list(given)
+
+
+def priority_for_each(given: Sequence[int] | None, num_prompts: int) -> list[int]:
+    """The priority of each prompt.
+
+    Raises:
+        InvalidRequestError: There are more or fewer than prompts, or they are no integers.
+    """
+    if given is None:
+        return [0] * num_prompts
+    valid = isinstance(given, Sequence) and all(type(priority) is int for priority in given)
+    if not valid or len(given) != num_prompts:
+        raise InvalidRequestError(
+            f"priority must be a list of {num_prompts} integers, one for each prompt, got "
+            f"{given!r:.80}",
+            "priority",
         )
     return list(given)
