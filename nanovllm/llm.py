@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -84,6 +85,7 @@ class LLM:
         self._news: dict[str, RequestOutput] = {}
         self._closed = False
         self._in_use = threading.RLock()
+        self._dropped = deque[str]()
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -250,6 +252,7 @@ class LLM:
         )
         return request_id
 
+    @_alone
     def step(self) -> list[RequestOutput]:
         """Run the engine one step.
 
@@ -440,6 +443,8 @@ class LLM:
     @_alone
     def _advance(self) -> None:
         """Run one step and keep its news until whoever asked for them takes them."""
+        while self._dropped:
+            self.abort(self._dropped.popleft())
         with interrupts_held_back():  # but for the runner, which the engine lets them interrupt
             outputs, stopped = self._outputs.process(self.engine.step())
             for seq_id in stopped:
@@ -489,8 +494,11 @@ class RequestStream(Iterator[RequestOutput]):
 
     def close(self) -> None:
         """Abort the request, unless it has ended."""
-        self._ended = True
         self._llm.abort(self._request_id)
+        self._ended = True
 
     def __del__(self) -> None:
-        self.close()
+        try:
+            self.close()
+        except RuntimeError:  # another thread is at work, and will see to it
+            self._llm._dropped.append(self._request_id)

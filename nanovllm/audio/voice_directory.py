@@ -102,7 +102,7 @@ class VoiceDirectory:
             if os.path.lexists(self._path / (name + suffix)):
                 raise InvalidRequestError(
                     f"the directory of voices has a file {name + suffix!r} already, which is no "
-                    "voice of this server's",
+                    "voice of this server's: remove it first",
                     "name",
                 )
         _suffix(data)
@@ -130,8 +130,8 @@ class VoiceDirectory:
             OSError: They cannot be deleted.
         """
         path = self._files.pop(name).path
-        path.unlink(missing_ok=True)
         (self._path / f"{name}.txt").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
     def _take(self, file: Path) -> None:
         name = file.stem

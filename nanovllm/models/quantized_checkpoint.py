@@ -329,7 +329,7 @@ class CompressedTensorsCheckpoint(QuantizedCheckpoint):
                     "quantization_config",
                 )
             _check_bits(weights, "num_bits", "compressed-tensors")
-            widths.add(weights.get("num_bits"))
+            widths.add(weights.get("num_bits", 4))
             sizes.add(_stored_group_size(weights, "group_size"))
             # Which matrices are a group's we do not read: one such group excuses all.
             self._symmetric |= weights.get("symmetric") is not False

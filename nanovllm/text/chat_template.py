@@ -1,6 +1,7 @@
 """Chat templates: found in a checkpoint, compiled once, rendered exactly as transformers does."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import datetime
@@ -160,7 +161,7 @@ def reads_only_parts(template: str, variables: frozenset[tuple[str, str]]) -> bo
         except InvalidRequestError:
             continue
         if PROBE in text:
-            return chat != [message]
+            return chat != [message] and not re.search("""['"]type['"]""", text)
     return False
 
 

@@ -16,8 +16,8 @@ MAX_CONJUNCTIONS = 8
 seconds."""
 MAX_REFERENCES = 400
 """References in a row."""
-MAX_REFERRED = 100_000
-"""Places of which all references together tell what is asked there."""
+MAX_REFERRED = 500_000
+"""Places of which all references together tell what is asked there; a second for so many."""
 PATTERNS = ("pattern", "format")
 PLACE_LENGTH = 3
 """Names of properties that tell places apart; a recursive schema has places without end."""
@@ -93,7 +93,10 @@ class _Patterns:
             referred = self._of_reference(schema["$ref"])
             self._num_referred += len(referred)
             if self._num_referred > MAX_REFERRED:
-                raise InvalidRequestError("the schema refers to its own parts too often")
+                raise InvalidRequestError(
+                    f"the references of the schema lead to more than {MAX_REFERRED} patterns: "
+                    "refer to smaller parts, or less often"
+                )
             _combine(asked, referred)
         return asked
 

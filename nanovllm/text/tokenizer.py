@@ -161,7 +161,10 @@ class Tokenizer:
             InvalidRequestError: There is no template, or it does not take this conversation.
         """
         template = chat_template or select_chat_template(self.chat_templates, tools is not None)
-        if reads_only_parts(template, frozenset(self.special_tokens.items())):
+        named = (
+            (name, text) for name, text in self.special_tokens.items() if isinstance(text, str)
+        )
+        if reads_only_parts(template, frozenset(named)):
             messages = [in_parts(message) for message in messages]
         return render_chat_template(
             template,

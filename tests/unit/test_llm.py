@@ -495,13 +495,17 @@ def test_threads_do_not_meet(llm: LLM) -> None:
     """A call beside another thread's is refused; neither that one nor a later one suffers."""
     expected = llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"]
     params = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    stream = llm.stream("A king", params)
+    next(stream)
     with ThreadPoolExecutor(1) as other:
         running = other.submit(llm.generate, "Once", params, use_tqdm=False)
-        while not llm.has_unfinished():
+        while llm.engine.stats().num_running < 2:
             time.sleep(0.001)
         for call in (llm.step, lambda: llm.generate("A"), lambda: llm.abort("0"), llm.close):
             with pytest.raises(RuntimeError, match="another thread is using this LLM"):
                 call()
+        del stream  # it cannot be aborted now, and is with the next step
+        gc.collect()
         assert len(running.result(60)[0]["token_ids"]) == 300
         assert llm.generate("The fox", GREEDY, use_tqdm=False)[0]["text"] == expected
         again = other.submit(llm.generate, "The fox", GREEDY, use_tqdm=False)

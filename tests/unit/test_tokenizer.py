@@ -325,6 +325,7 @@ def test_a_template_that_reads_only_parts_gets_text_as_one() -> None:
             "{% if messages[0].content is string %}text{{ messages[0].content }}{% endif %}",
             "texthi",
         ),
+        ("{{ messages[0].content | capitalize }}", "Hi"),
         ("nothing", "nothing"),
     ],
 )
