@@ -85,7 +85,7 @@ class LLM:
         self._news: dict[str, RequestOutput] = {}
         self._closed = False
         self._in_use = threading.RLock()
-        self._dropped = deque[str]()
+        self._dropped = deque[str]()  # requests to abort, of streams that went beside a call
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -461,7 +461,11 @@ class LLM:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Keep other threads out, or be kept out by one."""
+        """Keep other threads out, or be kept out by one.
+
+        Raises:
+            RuntimeError: Another thread is in.
+        """
         if not self._in_use.acquire(blocking=False):
             raise RuntimeError(
                 "another thread is using this LLM: give each thread one of its own, or use AsyncLLM"

@@ -27,10 +27,11 @@ MAX_DIGITS = 40
 """Digits of a JSON number without a bound: as many as 2**128 has, and twice those of a double."""
 
 TIME_A_TOKEN = 0.02
-"""Seconds of a core; most grammars take a thousandth of that. llguidance's own limits count items,
-and in an ambiguous grammar a token within them may take a second."""
+"""Seconds of a core, of all sequences that follow a grammar together; most take a thousandth of that.
+llguidance's own limits count items, and in an ambiguous grammar a token within them may take a
+second."""
 LEAST_TIME_A_TOKEN = 0.001
-"""Seconds that it may take however many sequences share a step, and that time."""
+"""What is left of that to each sequence, however many there are."""
 MAX_TIME_OVER = 2.0
 """Seconds that the sequences of a grammar may take beyond that before they end."""
 FORGIVEN_SHARE = 0.05
@@ -184,7 +185,7 @@ class SlotGrammar:
 
 
 _followed: WeakSet[SlotGrammar] = WeakSet()
-"""All that there are."""
+"""All that sequences follow now, of any grammar."""
 
 
 def start_grammar(
