@@ -27,9 +27,9 @@ MAX_DIGITS = 40
 """Digits of a JSON number without a bound: as many as 2**128 has, and twice those of a double."""
 
 TIME_A_TOKEN = 0.02
-"""Seconds of a core, of all sequences that follow a grammar together; most take a thousandth of that.
-llguidance's own limits count items, and in an ambiguous grammar a token within them may take a
-second."""
+"""Seconds of a core, for all sequences that follow a grammar together; most take a thousandth of
+that. llguidance's own limits count items, and in an ambiguous grammar a token within them may take
+a second."""
 LEAST_TIME_A_TOKEN = 0.001
 """What is left of that to each sequence, however many there are."""
 MAX_TIME_OVER = 2.0
