@@ -265,9 +265,9 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """End a request and free what it holds; without effect if it has ended."""
-        if self._closed:
-            return
         with self._turn(), interrupts_held_back():
+            if self._closed:
+                return
             self._news.pop(request_id, None)
             for seq_id in self._outputs.abort(request_id):
                 self.engine.abort(seq_id)
@@ -329,9 +329,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache; the object cannot be used afterwards."""
-        if self._closed:
-            return
         with self._turn():
+            if self._closed:
+                return
             self._closed = True
             self._runner.close()
             del self.engine, self._runner, self._adapters
@@ -441,6 +441,13 @@ class LLM:
         return list(outputs.values())
 
     @_alone
+    def _wait_for_news(self, request_id: str, output: RequestOutput) -> RequestOutput:
+        """Step until a request has news or has ended; returns how it stands then."""
+        while not output.finished and request_id not in self._news:
+            self._advance()
+        self._news.pop(request_id, None)
+        return output.snapshot()
+
     def _advance(self) -> None:
         """Run one step and keep its news until whoever asked for them takes them."""
         while self._dropped:
@@ -490,11 +497,9 @@ class RequestStream(Iterator[RequestOutput]):
     def __next__(self) -> RequestOutput:
         if self._ended:
             raise StopIteration
-        while not self._output.finished and self._request_id not in self._llm._news:
-            self._llm._advance()
-        self._llm._news.pop(self._request_id, None)
-        self._ended = self._output.finished
-        return self._output.snapshot()
+        output = self._llm._wait_for_news(self._request_id, self._output)
+        self._ended = output.finished
+        return output
 
     def close(self) -> None:
         """Abort the request, unless it has ended."""

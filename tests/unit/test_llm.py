@@ -501,7 +501,13 @@ def test_threads_do_not_meet(llm: LLM) -> None:
         running = other.submit(llm.generate, "Once", params, use_tqdm=False)
         while llm.engine.stats().num_running < 2:
             time.sleep(0.001)
-        for call in (llm.step, lambda: llm.generate("A"), lambda: llm.abort("0"), llm.close):
+        for call in (
+            llm.step,
+            lambda: llm.generate("A"),
+            stream.__next__,
+            lambda: llm.abort("0"),
+            llm.close,
+        ):
             with pytest.raises(RuntimeError, match="another thread is using this LLM"):
                 call()
         del stream  # it cannot be aborted now, and is with the next step
