@@ -29,6 +29,8 @@ LANGUAGE_MODEL = {
 }
 """What they begin with in a model that sees images as well, and by themselves."""
 
+TIED_ROWS = 16
+"""Of a head and an embedding that are said to be one, so many are compared."""
 MAX_NAMES = 64
 """Of tensors that a message names: a mixture of experts may lack thousands."""
 
@@ -141,8 +143,9 @@ class Checkpoint:
     def check_names(self, expected: Set[str]) -> None:
         """Complain of tensors that are missing or that nobody asks for."""
         found = {name for name in self.names if not name.endswith(IGNORED_SUFFIXES)}
-        if "lm_head.weight" not in expected:  # tied, and stored all the same
-            found.discard("lm_head.weight")
+        if "lm_head.weight" in found - expected:  # tied, and stored all the same
+            found.remove("lm_head.weight")
+            self._check_tied_head()
         elif self._own_names.get("lm_head.weight") == "embed_tokens.weight":
             logger.warning(
                 "the checkpoint has no output head: it embeds, but what it writes is void"
@@ -154,6 +157,19 @@ class Checkpoint:
         ]
         if complaints:
             raise InvalidRequestError("; ".join(complaints))
+
+    def _check_tied_head(self) -> None:
+        """Complain of a head that is not the embedding it is tied to, as far as some rows tell."""
+        embedding = f"{BODY}embed_tokens.weight"
+        if embedding not in self.names:
+            return
+        head, tied = (self._slice(name)[:TIED_ROWS] for name in ("lm_head.weight", embedding))
+        if not torch.equal(head, tied):
+            raise InvalidRequestError(
+                "the checkpoint's lm_head.weight is not its embedding, to which config.json ties "
+                "it: set tie_word_embeddings to false there, or remove lm_head.weight",
+                "tie_word_embeddings",
+            )
 
     def tensor(self, name: str) -> Tensor:
         return self._stored(name)
