@@ -81,7 +81,15 @@ MESSAGES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>\n{"name": "g", "arguments": {}}}\n</tool_call>', "", [G]),
     ("hermes", '<tool_call>{"name": "g", "arguments": {}</tool_call>', "", [G]),
     ("hermes", '<tool_call>{"name": "g", "arguments": {}}', "", [G]),
-    ("hermes", 'A\n<tool_call>{"name": "g"}</tool_call>\nB', "A\n\nB", [G]),
+    ("hermes", 'A\n<tool_call>{"name": "g"}</tool_call>\nB', "A\nB", [G]),
+    ("hermes", 'A<tool_call>\n{"name": "g"}\n</tool_call> B', "A B", [G]),
+    (
+        "hermes",
+        '<tool_call>{"name": "g", "arguments": {"a": [1, ",]", ], "b": {},\n}}</tool_call>',
+        "",
+        [("g", '{"a": [1, ",]"], "b": {}}')],
+    ),
+    ("hermes", 'A <tool_call>\n{"name": "g"}\n</tool_call>B', "AB", [G]),
     ("hermes", '<tool_call>\n<tool_call>{"name": "g"}</tool_call>', "<tool_call>", [G]),
     ("hermes", '<tool_call>[{"name": "g"}, {"name": "g"}]</tool_call>', "", [G, G]),
     # What other languages write is JSON in the end.

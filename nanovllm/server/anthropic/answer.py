@@ -1,18 +1,16 @@
 """The answer to a conversation, whole or as events."""
 
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import from_json
 
-from nanovllm.server.anthropic.events import SIGNATURE, BlockEvents
+from nanovllm.server.anthropic.events import BlockEvents
 from nanovllm.server.anthropic.requests import MessagesRequest
-from nanovllm.server.anthropic.responses import Content, MessageResponse, Usage
+from nanovllm.server.anthropic.responses import MessageResponse, Usage
 from nanovllm.server.anthropic.translate import chat_request
 from nanovllm.server.chat.checks import form_asked_for_by
-from nanovllm.server.chat.run import ChatChoice, Conversation, MadeCall
+from nanovllm.server.chat.run import ChatChoice, Conversation
 from nanovllm.server.error_shapes import anthropic_error
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.state import ServerState
@@ -70,13 +68,17 @@ class MessageAnswer:
 
     async def _whole(self) -> MessageResponse:
         conversation = await self._start()
+        (choice,) = conversation.choices
+        blocks = BlockEvents(choice, self._shows_thoughts)
         try:
-            await conversation.finish()
+            async for news in conversation.news():
+                for item in news:
+                    for _ in blocks.of_news(item):
+                        pass
         finally:
             await conversation.aclose()
-        (choice,) = conversation.choices
         message = self._message(conversation)
-        message["content"] = self._content(choice)
+        message["content"] = blocks.content
         message["stop_reason"] = self._stop_reason(conversation)
         message["stop_sequence"] = stop_sequence(choice)
         return message
@@ -121,27 +123,13 @@ class MessageAnswer:
             "usage": usage(conversation),
         }
 
-    def _content(self, choice: ChatChoice) -> list[Content]:
-        content: list[Content] = []
-        if choice.reasoning:
-            thoughts = choice.reasoning if self._shows_thoughts else ""
-            content.append({"type": "thinking", "thinking": thoughts, "signature": SIGNATURE})
-        if choice.content:
-            content.append({"type": "text", "text": choice.content})
-        for call in choice.tool_calls:
-            content.append(
-                {"type": "tool_use", "id": call.id, "name": call.name, "input": input_of(call)}
-            )
-        return content
-
     def _stop_reason(self, conversation: Conversation) -> str:
         (choice,) = conversation.choices
         if stop_sequence(choice) is not None:
             return "stop_sequence"
-        if choice.finish_reason == "tool_calls":
-            return "tool_use"
-        if choice.finish_reason == "stop":
-            return "end_turn"
+        if choice.finish_reason in ("stop", "tool_calls"):
+            calls = [call.whole_arguments() for call in choice.tool_calls]
+            return "tool_use" if calls and None not in calls else "end_turn"
         # Also of one that was aborted: it is not whole.
         clipped = conversation.usage.num_completion < self._request.max_tokens
         is_full = choice.finish_reason == "length" and clipped
@@ -151,15 +139,6 @@ class MessageAnswer:
 def stop_sequence(choice: ChatChoice) -> str | None:
     """The stop string that ended an answer, if one did."""
     return choice.stop_reason if isinstance(choice.stop_reason, str) else None
-
-
-def input_of(call: MadeCall) -> dict[str, Any]:
-    """The arguments of a call; of one that was cut short, those that are there."""
-    try:
-        arguments = from_json(call.arguments, allow_partial=True)
-    except ValueError:
-        return {}
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def usage(conversation: Conversation) -> Usage:

@@ -1,7 +1,9 @@
 """A conversation that is being answered: thoughts, text and calls as they come."""
 
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pydantic_core import from_json
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
@@ -45,6 +47,14 @@ class MadeCall:
     def arguments(self) -> str:
         """JSON text; of a call that was cut short, what there is of it."""
         return "".join(self.parts)
+
+    def whole_arguments(self) -> dict[str, Any] | None:
+        """The arguments; None of a call that was cut short, or that the model got wrong."""
+        try:
+            arguments = from_json(self.arguments)
+        except ValueError:
+            return None
+        return arguments if isinstance(arguments, dict) else None
 
 
 class ChatNews(NamedTuple):
@@ -114,7 +124,10 @@ class ChatChoice:
     def finish_reason(self) -> str | None:
         """One of "stop", "length", "tool_calls" and "abort"; None while it goes on."""
         reason = self._cursor.finish_reason
-        return "tool_calls" if reason == "stop" and self.tool_calls else reason
+        if reason != "stop" or not self.tool_calls:
+            return reason
+        cut = isinstance(self.stop_reason, str) and self.tool_calls[-1].whole_arguments() is None
+        return "stop" if cut else "tool_calls"
 
     @property
     def stop_reason(self) -> int | str | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic_core import from_json
 
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.server.chat.checks import form_asked_for_by
@@ -164,7 +163,7 @@ class OllamaAnswer(ABC):
         calls: list[ToolCall] = []
         for index in range(self._num_called, end):
             call = choice.tool_calls[index]
-            if (arguments := _object(call.arguments)) is not None:
+            if (arguments := call.whole_arguments()) is not None:
                 function: CalledFunction = {
                     "index": index,
                     "name": call.name,
@@ -243,12 +242,3 @@ class GenerateAnswer(OllamaAnswer):
         output = generation.outputs[0]
         cursor = Cursor(output, output.outputs[0], 0, by_token=params.num_logprobs is not None)
         return Conversation(generation, [ChatChoice(cursor, PlainParser())])
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """The object that a JSON text is; None if it is none."""
-    try:
-        value = from_json(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None

@@ -61,7 +61,7 @@ class ResponseAnswer:
         # A client may name its request, not the response: whoever knows that name may read it.
         response_id = new_id("resp")
         self._request_id = request_id(http.headers, request.request_id or response_id)
-        self._chat = chat_request(request, state, self._request_id, self._items, len(history))
+        self._chat = chat_request(request, state, self._request_id, self._items)
         self._names = TokenNames(state.llm.tokenizer)
         self._output = Output()
         self._num_events = 0

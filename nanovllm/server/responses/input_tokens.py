@@ -18,6 +18,6 @@ async def count_input_tokens(body: ResponseRequest, state: State) -> InputTokens
     """Count the tokens of the prompt that a request would have."""
     state.check_model(body.model or None)
     history = history_of(state, body.previous_response_id)
-    chat = chat_request(body, state, "", [*history, *input_items(body)], len(history))
+    chat = chat_request(body, state, "", [*history, *input_items(body)])
     token_ids = await state.llm.encode(await render(state, chat), chat.add_special_tokens)
     return {"object": "response.input_tokens", "input_tokens": len(token_ids)}

@@ -17,29 +17,22 @@ from nanovllm.text.conversations import arguments_of, call_of
 Message = dict[str, Any]
 
 
-def messages_of(
-    items: Sequence[Item], instructions: str | None = None, num_stored: int = 0
-) -> list[Message]:
+def messages_of(items: Sequence[Item], instructions: str | None = None) -> list[Message]:
     """Return the messages that items are.
 
-    What the assistant thought, said and called in one go is one message. A stored call that was cut
-    off, or whose arguments the model got wrong, is left out, and so is what the client made of it:
-    nobody could mend it.
+    What the assistant thought, said and called in one go is one message. A call that was cut off,
+    or whose arguments the model got wrong, is left out, and so is what the client made of it: no
+    template could write it, and nobody could mend it.
 
     Args:
         items: The conversation, in order.
         instructions: What the system says before it.
-        num_stored: How many of the items come from a stored response, and not from the request.
-
-    Raises:
-        InvalidRequestError: The arguments of a call in the request are no JSON object; `param` says
-            where.
     """
     messages: list[Message] = []
     left_out: set[str] = set()
     if instructions is not None:
         messages.append({"role": "system", "content": instructions})
-    for index, item in enumerate(items, -num_stored):
+    for item in items:
         if isinstance(item, FunctionCallOutputItem):
             if item.call_id in left_out:
                 continue
@@ -48,10 +41,11 @@ def messages_of(
         elif isinstance(item, MessageItem) and item.role != "assistant":
             messages.append({"role": item.role, "content": text_of(item.content)})
         elif isinstance(item, FunctionCallItem):
-            if index < 0 and not _is_whole(item):
+            arguments = _whole_arguments(item)
+            if arguments is None:
                 left_out.add(item.call_id)
             else:
-                _add_call(messages, item, f"input.{index}.arguments")
+                _add_call(messages, call_of(item.call_id, item.name, arguments))
         elif isinstance(item, MessageItem):
             _add_content(messages, text_of(item.content))
         else:
@@ -59,12 +53,13 @@ def messages_of(
     return messages
 
 
-def _is_whole(item: FunctionCallItem) -> bool:
+def _whole_arguments(item: FunctionCallItem) -> dict[str, Any] | None:
+    if item.status not in (None, "completed"):  # clients may leave it out
+        return None
     try:
-        arguments_of(item.arguments, "")
+        return arguments_of(item.arguments, "")
     except InvalidRequestError:
-        return False
-    return item.status in (None, "completed")  # clients may leave it out
+        return None
 
 
 def _add_reasoning(messages: list[Message], item: ReasoningItem) -> None:
@@ -81,8 +76,7 @@ def _add_content(messages: list[Message], text: str) -> None:
         messages.append({"role": "assistant", "content": text})
 
 
-def _add_call(messages: list[Message], item: FunctionCallItem, path: str) -> None:
+def _add_call(messages: list[Message], call: dict[str, Any]) -> None:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
-    calls = messages[-1].setdefault("tool_calls", [])
-    calls.append(call_of(item.call_id, item.name, arguments_of(item.arguments, path)))
+    messages[-1].setdefault("tool_calls", []).append(call)

@@ -160,24 +160,23 @@ class OpenCall(OpenItem):
 
     Args:
         index: Which of the response's items it is.
-        call_id: What the client answers it by.
-        name: The function.
+        call: The call, to which is added what is written.
     """
 
     prefix = "fc"
 
-    def __init__(self, index: int, call_id: str, name: str) -> None:
+    def __init__(self, index: int, call: MadeCall) -> None:
         super().__init__(index)
-        self._call_id = call_id
-        self._name = name
+        self._call = call
 
     def item(self, status: ItemStatus) -> OutputCall:
+        is_broken = status == "completed" and self._call.whole_arguments() is None
         return {
             "id": self.id,
             "type": "function_call",
-            "status": status,
-            "call_id": self._call_id,
-            "name": self._name,
+            "status": "incomplete" if is_broken else status,
+            "call_id": self._call.id,
+            "name": self._call.name,
             "arguments": "".join(self._texts),
         }
 
@@ -192,7 +191,9 @@ class OpenCall(OpenItem):
     def closing(self, status: ItemStatus) -> Iterator[Event]:
         item = self.item(status)
         yield self._event(
-            "response.function_call_arguments.done", name=self._name, arguments=item["arguments"]
+            "response.function_call_arguments.done",
+            name=self._call.name,
+            arguments=item["arguments"],
         )
         yield self._done(item)
 
@@ -249,7 +250,7 @@ class Output:
         self._held.drop()
         if delta.name is not None:
             yield from self._end("completed")
-            yield from self._begin(OpenCall(len(self.items), calls[delta.index].id, delta.name))
+            yield from self._begin(OpenCall(len(self.items), calls[delta.index]))
         if isinstance(self._open, OpenCall) and delta.arguments:
             yield self._open.add(delta.arguments)
 

@@ -38,7 +38,9 @@ class HeldScores:
             return []
         ends = list(accumulate(len(score["bytes"]) for score in self._scores))
         written = b"".join(bytes(score["bytes"]) for score in self._scores)
-        start = max(written.find(wanted), 0)
+        start = written.find(wanted)
+        if start < 0:
+            return []
         end = start + len(wanted)
         first, last = bisect_right(ends, start), bisect_left(ends, end)
         taken, self._scores = self._scores[first : last + 1], self._scores[last + 1 :]

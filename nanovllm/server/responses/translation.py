@@ -30,7 +30,6 @@ def chat_request(
     state: ServerState,
     request_id: str,
     items: Sequence[Item],
-    num_stored: int = 0,
 ) -> ChatRequest:
     """Return the conversation that a request asks to answer.
 
@@ -39,7 +38,6 @@ def chat_request(
         state: The server, for its limits and the defaults of its model.
         request_id: What the client knows the request by.
         items: The whole conversation.
-        num_stored: How many of them come from a stored response.
 
     Raises:
         InvalidRequestError: The request contradicts itself, or asks for more than this server
@@ -54,7 +52,7 @@ def chat_request(
         raise InvalidRequestError(
             f"a conversation may have {MAX_ITEMS} content parts, this one has {parts}", "input"
         )
-    messages = messages_of(items, request.instructions, num_stored)
+    messages = messages_of(items, request.instructions)
     if not messages:
         raise InvalidRequestError("input: must not be empty", "input")
     choice, tools = _tools(request)

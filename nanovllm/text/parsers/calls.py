@@ -75,7 +75,9 @@ class CallParser(ABC):
                 writer.content("\n")
                 reader.pos -= 1
                 yield from self._try_all(reader, writer, 0)
-            elif mark in self.ignored and not writer.num_calls:
+            elif mark in self.ignored and writer.num_calls:
+                writer.drop_blanks()
+            elif mark in self.ignored:
                 writer.content(mark)
 
     def _try_all(self, reader: Reader, writer: Writer, num_read: int) -> Steps[None]:

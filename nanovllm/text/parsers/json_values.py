@@ -29,6 +29,7 @@ NO_JSON = re.compile(r'[\x00-\x1f]|\\[^"\\/bfnrtu]')
 MORE_NO_JSON = re.compile(f"(?:{NO_JSON.pattern})+")
 MAX_MENDED = 64
 """Characters that are put right at a time, and more than the longest word has."""
+BLANKS = " \t\r\n"
 
 
 def read_value(reader: Reader, write: Write) -> Steps[None]:
@@ -36,7 +37,7 @@ def read_value(reader: Reader, write: Write) -> Steps[None]:
 
     Only what it takes to know its end is looked at: brackets, strings, and characters that JSON
     has nowhere else than in strings. Words, escapes and line breaks that are Python's and not
-    JSON's are put right.
+    JSON's are put right, and a comma behind the last of several values is left out.
 
     Raises:
         NotACallError: This is no JSON, is nested too deeply, or ends too early.
@@ -120,9 +121,12 @@ def _scan(reader: Reader, write: Write, depth: int, in_string: bool) -> tuple[in
         elif character and character in "{[":
             depth += 1
         elif character and character in "}]":
+            write(reader.take(_before_comma(text, reader.pos, pos)))
+            reader.take(pos)
             depth -= 1
         else:
-            write(reader.take(pos))
+            ends_open = not character and not in_string  # a comma there may be the last
+            write(reader.take(_before_comma(text, reader.pos, pos) if ends_open else pos))
             wrong, right = _mend(text[pos : min(pos + MAX_MENDED, limit)], in_string)
             if not wrong:
                 return depth, in_string, False
@@ -137,6 +141,13 @@ def _scan(reader: Reader, write: Write, depth: int, in_string: bool) -> tuple[in
         if depth == 0 and not in_string:
             write(reader.take(pos))
             return depth, in_string, True
+
+
+def _before_comma(text: str, start: int, end: int) -> int:
+    """Where a comma is that some text ends with, but for blanks; its end if it does not."""
+    start = max(start, end - MAX_MENDED)
+    rest = text[start:end].rstrip(BLANKS)
+    return start + len(rest) - 1 if rest.endswith(",") else end
 
 
 def _mend(text: str, in_string: bool) -> tuple[str, str]:

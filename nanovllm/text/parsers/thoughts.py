@@ -48,5 +48,5 @@ def read_thoughts(
             return
     reader.release()
     yield from reader.until(Markers([marks.end]), writer.reasoning)
-    writer.end_reasoning()
+    writer.drop_blanks()
     yield from reader.run(NEWLINES)

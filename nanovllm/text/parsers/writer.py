@@ -11,8 +11,9 @@ MAX_BLANK = 1024
 class Writer:
     """Collects what a message consists of.
 
-    Blanks around calls and around the text of a message with calls are left out, as are newlines
-    around thoughts; all of it may come in any pieces.
+    Blanks around calls and around the text of a message with calls are left out, but for those
+    between a call and text that follows other text; so are newlines around thoughts. All of it may
+    come in any pieces.
 
     Attributes:
         num_calls: Calls that have begun.
@@ -41,8 +42,8 @@ class Writer:
             if self._has_reasoning:
                 self._add(ReasoningDelta(""), surplus)
 
-    def end_reasoning(self) -> None:
-        """Forget the newlines that thoughts end with."""
+    def drop_blanks(self) -> None:
+        """Forget the blanks that have been held back: markup follows."""
         self._blank = ""
 
     def content(self, text: str) -> None:
@@ -67,6 +68,7 @@ class Writer:
 
     def call(self, name: str) -> None:
         """Begin a call."""
+        self.drop_blanks()
         self._add(ToolCallDelta(self.num_calls, name, ""), "")
         self.num_calls += 1
 

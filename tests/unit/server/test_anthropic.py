@@ -264,6 +264,26 @@ class TestAgents:
             for block in answer["content"]:
                 assert block["type"] == "text" or isinstance(block["input"], dict)
 
+    @pytest.mark.parametrize(
+        "reply", [f"Wait.\n{CALL}\nMore.\n{CALL}\nDone.", f"{CALL}\nDone.", f"A{CALL}B{CALL}"]
+    )
+    def test_text_behind_calls(self, reply: str) -> None:
+        client = agent(reply)
+        body = {"max_tokens": 999, "tools": [TOOL]}
+        contents = ask(client, **body)["content"], gathered(streamed(client, **body))
+        for content in contents:
+            for block in content:
+                block.pop("id", None)
+        assert contents[0] == contents[1]
+        assert contents[0][-1]["type"] == ("tool_use" if reply.endswith(CALL) else "text")
+
+    @pytest.mark.parametrize("arguments", ['{"city": "Rome", *}', '{"city": "Rome"', '{"a": [1}'])
+    def test_a_call_that_is_not_whole_is_not_to_be_run(self, arguments: str) -> None:
+        client = agent(f'<tool_call>\n{{"name": "weather", "arguments": {arguments}')
+        answer = ask(client, max_tokens=999, tools=[TOOL])
+        assert answer["content"][0]["type"] == "tool_use"
+        assert answer["stop_reason"] == "end_turn"
+
     def test_what_was_said_goes_back(self) -> None:
         client = agent(SAID)
         answer = ask(client, max_tokens=999, tools=[TOOL])

@@ -264,7 +264,21 @@ class TestCalls:
             assert first["status"] == "incomplete"
             post(client, RESPONSES, input="And?", previous_response_id=first["id"])
 
-    @pytest.mark.parametrize("arguments", ['{"city": 1,}', '{"city": 01}', '{"city": "\\ud800"}'])
+    def test_log_probabilities_of_text_behind_a_call(
+        self, client: TestClient, llm: FakeLLM
+    ) -> None:
+        said = 'Wait.\n<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\nDone.'
+        llm.reply_ids = llm.frontend.encode(said)
+        include = ["message.output_text.logprobs"]
+        response = post(client, RESPONSES, input="?", tools=[TOOL], include=include)
+        for index, text in ((0, "Wait."), (2, "\nDone.")):
+            part = response["output"][index]["content"][0]
+            assert part["text"] == text
+            written = bytes(byte for entry in part["logprobs"] for byte in entry["bytes"])
+            assert text.strip() in written.decode()
+            assert len(written) <= len(text) + 1  # the last token may end with a blank
+
+    @pytest.mark.parametrize("arguments", ['{"city" 1}', '{"city": 01}', '{"city": "\\ud800"}'])
     def test_a_call_that_the_model_got_wrong_is_forgotten(
         self, client: TestClient, llm: FakeLLM, arguments: str
     ) -> None:
@@ -275,18 +289,18 @@ class TestCalls:
         llm.reply_ids = llm.frontend.encode(said)
         first = post(client, RESPONSES, input="?", tools=[TOOL | {"strict": False}])
         message, call = first["output"]
-        assert call["arguments"] == arguments
+        assert (call["arguments"], call["status"]) == (arguments, "incomplete")
         result = {"type": "function_call_output", "call_id": call["call_id"], "output": "Wrong."}
         asked = {"role": "user", "content": "Again?"}
         post(client, RESPONSES, input=[result, asked], previous_response_id=first["id"])
-        prompt = json.loads(llm.submitted[-1][0].prompt or "")
-        assert prompt == [
+        expected = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": message["content"][0]["text"]},
             asked,
         ]
-        error = refused(client, RESPONSES, input=[call, result, asked])
-        assert error["param"] == "input.0.arguments"
+        assert json.loads(llm.submitted[-1][0].prompt or "") == expected
+        post(client, RESPONSES, input=[expected[0], message, call, result, asked])
+        assert json.loads(llm.submitted[-1][0].prompt or "") == expected
 
     def test_strictness(self, client: TestClient) -> None:
         """Who asks for it gets it or a 400, who says nothing gets what there is of it."""

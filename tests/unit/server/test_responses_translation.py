@@ -265,6 +265,18 @@ def test_tools(
     assert asked[0].tools == asked[1].tools
 
 
+@pytest.mark.parametrize("arguments", ["[1]", "{", '{"a": NaN}', '{"a": "\\ud800"}', "[" * 100_000])
+@pytest.mark.parametrize("status", [None, "completed", "incomplete"])
+def test_calls_that_are_not_whole_are_left_out(
+    client: TestClient, asked: list[ChatRequest], arguments: str, status: str | None
+) -> None:
+    """Clients send back what models wrote, whatever it is."""
+    broken = call("f", arguments, "c") | {"status": status}
+    result = {"type": "function_call_output", "call_id": "c", "output": "What?"}
+    post(client, RESPONSES, input=[*HI, broken, result, *HI])
+    assert asked[0].messages == [*HI, *HI]
+
+
 def test_the_form_of_the_answer(client: TestClient, asked: list[ChatRequest]) -> None:
     forms = [
         {"type": "text"},
@@ -299,11 +311,6 @@ def test_log_probabilities_by_name(client: TestClient, asked: list[ChatRequest])
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
             "input.0.content.0",
         ),
-        ({"input": [call("f", "[1]", "c")]}, "input.0.arguments"),
-        ({"input": [*HI, call("f", "{", "c")]}, "input.1.arguments"),
-        ({"input": [call("f", '{"a": NaN}', "c")]}, "input.0.arguments"),
-        ({"input": [call("f", '{"a": "\\ud800"}', "c")]}, "input.0.arguments"),
-        ({"input": [call("f", "[" * 100_000, "c")]}, "input.0.arguments"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input.0.call_id"),
         ({"tools": [{"type": "web_search"}]}, "tools.0"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name"),

@@ -32,6 +32,15 @@ def says(reply: str, template: str = "qwen3", **options: Any) -> tuple[TestClien
     return TestClient(build(llm, **options)), llm
 
 
+def test_a_stop_string_within_a_call() -> None:
+    """It cuts the call short, and the model has not ended the message itself."""
+    client, _ = says(CALL)
+    for stop, reason in (("Par", "stop"), ("</tool", "tool_calls")):
+        (choice,) = post(client, CHAT, **TOOLS, stop=[stop])["choices"]
+        assert choice["finish_reason"] == reason
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
 def message_of(chunks: list[Any], index: int = 0) -> dict[str, Any]:
     """What the chunks of a choice add up to, as OpenAI's client adds them."""
     message: dict[str, Any] = {}
