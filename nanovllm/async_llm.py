@@ -100,7 +100,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
         return self._started.frontend.model_config
 
     def default_sampling_params(self) -> SamplingParams:
-        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
+        """The defaults of vLLM, overridden by the checkpoint's `generation_config.json`."""
         return self._started.frontend.default_sampling_params()
 
     async def generate(

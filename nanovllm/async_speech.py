@@ -91,7 +91,9 @@ class AsyncSpeech(AdaptedEngine[SpeechOutput]):
     ) -> None:
         super()._init(engine, pool, observer)
         self.voices = VoiceStore(self.encode)
-        self._recordings = EncodedRecordings(self._encode, num_at_once=2 * pool.num_engines)
+        self._recordings = EncodedRecordings(
+            self._encode, num_at_once=2 * len(pool.device_groups(1))
+        )
         self.single_lora = SingleAdapter(self)
         self._frontend: SpeechFrontend | None = None
         self._info: SpeechInfo | None = None

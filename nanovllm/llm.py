@@ -304,7 +304,7 @@ class LLM:
         return self._adapters.ids
 
     def default_sampling_params(self) -> SamplingParams:
-        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`."""
+        """The defaults of vLLM, overridden by the checkpoint's `generation_config.json`."""
         return self._frontend.default_sampling_params()
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:

@@ -35,8 +35,6 @@ def progress_bar(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     before = stats()
-    seconds = before.prefill_time + before.decode_time
-    prompt, output = before.num_prompt_tokens, before.num_output_tokens
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,11 +47,14 @@ def progress_bar(
 
         def advance_to(done: int) -> None:
             now = stats()
-            elapsed = max(now.prefill_time + now.decode_time - seconds, 1e-9)
-            rates = (
-                f"{(now.num_prompt_tokens - prompt) / elapsed:.0f} prompt and "
-                f"{(now.num_output_tokens - output) / elapsed:.0f} output tokens/s"
+            prompt = now.num_prompt_tokens - before.num_prompt_tokens
+            output = now.num_output_tokens - before.num_output_tokens
+            prefill, decode = (
+                now.prefill_time - before.prefill_time,
+                now.decode_time - before.decode_time,
             )
+            elapsed = max(prefill + decode, 1e-9)
+            rates = f"{prompt / elapsed:.0f} prompt and {output / elapsed:.0f} output tokens/s"
             bar.update(task, completed=done, rates=rates)
 
         yield advance_to

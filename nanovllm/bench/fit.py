@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,26 +10,32 @@ from nanovllm.config import EngineConfig
 from nanovllm.kernels.attention_select import default_block_size
 from nanovllm.kernels.cpu.kernels import CpuKernels
 from nanovllm.kernels.select import select_kernels
+from nanovllm.models.checkpoint import weight_files
 from nanovllm.models.hub import resolve_model
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_config import ModelConfig, read_json, stored_quantization
 from nanovllm.models.quantization import weight_bits
 from nanovllm.models.registry import CLASSES
+from nanovllm.models.sharding import Sharding
 from nanovllm.models.voxcpm import vae
 from nanovllm.models.voxcpm.config import VoxCPMConfig, is_speech
 from nanovllm.models.voxcpm.model import VoxCPM
 from nanovllm.models.weights import expected_tensors
 from nanovllm.runners.memory import (
+    ModelShape,
     attention_config,
     fit_kv_cache,
     kv_cache_bytes,
-    select_device,
     select_dtype,
 )
+from nanovllm.worker.loading import check_parallel, rank_device
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """A model's demands on memory, and what this machine has for its KV cache.
+
+    Of a model that several devices share (`tensor_parallel_size`), all but the number of parameters
+    is what one of them has.
 
     Args:
         model: Directory of the checkpoint.
@@ -70,21 +77,33 @@ def work_out_fit(config: EngineConfig) -> Fit:
         NotEnoughMemoryError: The KV cache has no room for a single block.
     """
     directory = resolve_model(config)
-    device = select_device(config.device)
+    size = config.tensor_parallel_size
+    if size > 1:
+        check_parallel(config, directory)
+    device = rank_device(config, 0)
     default = default_block_size(config.attention_backend, device)
     config = config.resolved_for(device.type, default)
     model = (VoxCPMConfig if is_speech(directory) else ModelConfig).from_directory(directory)
     dtype = select_dtype(config, model, device)
-    num_parameters, num_vae_parameters = count_parameters(model)
     kernels = select_kernels(config, device, dtype)
-    bits = weight_bits(config) if isinstance(kernels, CpuKernels) else None
-    weight_bytes = int(num_parameters * (bits or 8 * dtype.itemsize) / 8)
+    num_parameters, num_vae_parameters = count_parameters(model)
+    bits = 8.0 * dtype.itemsize
+    if isinstance(kernels, CpuKernels):  # others compute with weights that are not quantized
+        bits = weight_bits(config) or _stored_bits(config, directory, num_parameters) or bits
+    shape: ModelShape = model
+    num_local_parameters = num_parameters
+    if size > 1 and isinstance(model, ModelConfig):
+        sharding = Sharding(model, 0, size)
+        shape = sharding.local
+        num_local_parameters, _ = count_parameters(model, sharding)
+    weight_bytes = int(num_local_parameters * bits / 8)
     weight_bytes += num_vae_parameters * torch.float32.itemsize
-    cache_bytes = kv_cache_bytes(config, model, device, weight_bytes)
-    backend = kernels.attention(attention_config(config, model, dtype))
-    block_bytes = backend.cache_spec(1).num_bytes * model.num_layers
+    still_to_load = weight_bytes * (size if device.type == "cpu" else 1)
+    cache_bytes = kv_cache_bytes(config, shape, device, still_to_load)
+    backend = kernels.attention(attention_config(config, shape, dtype))
+    block_bytes = backend.cache_spec(1).num_bytes * shape.num_layers
     block_size = config.block_size or 1
-    num_blocks, max_model_len = fit_kv_cache(config, model, block_bytes, cache_bytes)
+    num_blocks, max_model_len = fit_kv_cache(config, shape, block_bytes, cache_bytes)
     return Fit(
         model=str(directory),
         architecture=model.architecture,
@@ -101,15 +120,30 @@ def work_out_fit(config: EngineConfig) -> Fit:
     )
 
 
-def count_parameters(model: ModelConfig | VoxCPMConfig) -> tuple[int, int]:
-    """Parameters of a model's networks, and of its autoencoder if it is one of speech."""
+def _stored_bits(config: EngineConfig, directory: Path, num_parameters: int) -> float | None:
+    """Bits a parameter of a checkpoint that is quantized, by its files; None if it is not."""
+    if config.dummy_weights or not stored_quantization(read_json(directory / "config.json")):
+        return None
+    num_bytes = sum(path.stat().st_size for path in weight_files(directory))
+    return 8 * num_bytes / num_parameters
+
+
+def count_parameters(
+    model: ModelConfig | VoxCPMConfig, sharding: Sharding | None = None
+) -> tuple[int, int]:
+    """Parameters of a model's networks, and of its autoencoder if it is one of speech.
+
+    Args:
+        model: The model.
+        sharding: The part of a text model to count; None is all of it.
+    """
     vae_shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         if isinstance(model, VoxCPMConfig):
             shapes = expected_tensors(VoxCPM(model))
             vae_shapes = vae.expected_tensors(model.vae)
         else:
-            shapes = expected_tensors(CLASSES[model.architecture](model))
+            shapes = expected_tensors(CLASSES[model.architecture](model, sharding))
     num_parameters, num_vae_parameters = (
         sum(math.prod(shape) for shape in of.values()) for of in (shapes, vae_shapes)
     )

@@ -6,7 +6,7 @@ Workload and order of random draws are those of nano-vllm's `bench.py`, so that 
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.bench.machine import Machine, inspect_machine
@@ -162,14 +162,14 @@ def run_offline(
             "max_model_len",
         )
     llm.generate(WARM_UP_PROMPT, _params(16), use_tqdm=False)
-    first = last = replace(llm.engine.stats())
+    first = last = llm.engine.stats()
     prefill_tokens = 0
     start = time.perf_counter()
     for prompt, output_len in zip(workload.prompts, workload.output_lens, strict=True):
         llm.add_request(prompt, _params(output_len))
     while llm.has_unfinished():
         llm.step()
-        now = replace(llm.engine.stats())
+        now = llm.engine.stats()
         if now.prefill_time > last.prefill_time:
             prefill_tokens += now.num_computed_tokens - last.num_computed_tokens
         last = now

@@ -91,16 +91,6 @@ class PoolConfig(Options):
             raise InvalidRequestError(
                 f"devices must be different device numbers, got {devices}", "devices"
             )
-        if devices is not None and self.replicas not in (1, len(devices)):
-            raise InvalidRequestError(
-                f"devices={devices} say how many engines there are: leave "
-                f"replicas={self.replicas} out",
-                "replicas",
-            )
-
-    @property
-    def num_engines(self) -> int:
-        return len(self.devices) if self.devices is not None else self.replicas
 
     def device_groups(self, size: int) -> list[list[int] | None]:
         """The CUDA devices of each engine, None for what `device` says.
@@ -109,7 +99,8 @@ class PoolConfig(Options):
             size: Devices of an engine.
 
         Raises:
-            InvalidRequestError: There are not as many as some engines need.
+            InvalidRequestError: There are not as many as some engines need, or they make another
+                number of engines than `replicas`.
         """
         if self.devices is None:
             return [None] * self.replicas
@@ -120,4 +111,10 @@ class PoolConfig(Options):
                 "devices",
             )
         starts = range(0, len(self.devices), size)
+        if self.replicas not in (1, len(starts)):
+            raise InvalidRequestError(
+                f"devices={self.devices} say how many engines there are, {len(starts)}: leave "
+                f"replicas={self.replicas} out",
+                "replicas",
+            )
         return [self.devices[start : start + size] for start in starts]

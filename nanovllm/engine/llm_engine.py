@@ -5,7 +5,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from nanovllm.batch import Batch, EngineOutput, Key, Runner
@@ -250,19 +250,20 @@ class LLMEngine:
         return outputs
 
     def stats(self) -> EngineStats:
-        """A live view of the engine's counters."""
-        stats, scheduler = self._stats, self.scheduler
-        blocks = scheduler.block_manager
-        stats.num_running = len(scheduler.running)
-        stats.num_waiting = len(scheduler.waiting)
-        stats.num_paused = scheduler.num_paused
-        stats.num_used_blocks = blocks.num_blocks - blocks.num_free
-        stats.num_cached_blocks = blocks.num_cached
-        stats.num_prompt_tokens = scheduler.num_prompt_keys
-        stats.num_cached_tokens = scheduler.num_cached_keys
-        stats.num_forced_tokens = scheduler.num_forced_keys
-        stats.num_preemptions = scheduler.num_preemptions
-        return stats
+        """The engine's counters as of now."""
+        scheduler, blocks = self.scheduler, self.scheduler.block_manager
+        return replace(
+            self._stats,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_paused=scheduler.num_paused,
+            num_used_blocks=blocks.num_blocks - blocks.num_free,
+            num_cached_blocks=blocks.num_cached,
+            num_prompt_tokens=scheduler.num_prompt_keys,
+            num_cached_tokens=scheduler.num_cached_keys,
+            num_forced_tokens=scheduler.num_forced_keys,
+            num_preemptions=scheduler.num_preemptions,
+        )
 
     def _launch(self, batch: Batch) -> None:
         launch_time = time.monotonic()

@@ -434,7 +434,6 @@ class Scheduler:
             self._leave(seq)
         else:
             del self.waiting[bisect_left(self.waiting, seq.precedence, key=precedence)]
-        seq.finished = True
         self._num_paused -= seq.paused
         del self._sequences[seq.seq_id]
         return EngineOutput(

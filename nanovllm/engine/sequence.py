@@ -1,11 +1,13 @@
 """A sequence: keys at positions, and how far they are computed."""
 
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import Any
 
 from nanovllm.batch import Key
 from nanovllm.sampling_params import SamplingParams
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """One completion of one request, from `add` to its outcome.
 
@@ -30,77 +32,39 @@ class Sequence:
         payload: Opaque to the engine, handed to the runner when a slot starts.
     """
 
-    __slots__ = (
-        "adapter_id",
-        "block_hashes",
-        "block_table",
-        "capacity",
-        "finished",
-        "keys",
-        "max_keys",
-        "num_cached",
-        "num_computed",
-        "num_positions",
-        "num_prompt_keys",
-        "num_published",
-        "paused",
-        "payload",
-        "precedence",
-        "reads_cache",
-        "root_hash",
-        "sample_index",
-        "sampling_params",
-        "scheduled_time",
-        "schedules_ahead",
-        "seed",
-        "seq_id",
-        "slot",
-        "start_step",
-    )
+    seq_id: int
+    keys: list[Key]
+    sampling_params: SamplingParams
+    max_keys: int
+    _: KW_ONLY
+    seed: int = 0
+    sample_index: int = 0
+    priority: InitVar[int] = 0
+    adapter_id: int | None = None
+    root_hash: bytes = b""
+    reads_cache: bool = True
+    schedules_ahead: bool = True
+    payload: Any = None
 
-    def __init__(
-        self,
-        seq_id: int,
-        keys: list[Key],
-        sampling_params: SamplingParams,
-        max_keys: int,
-        *,
-        seed: int = 0,
-        sample_index: int = 0,
-        priority: int = 0,
-        adapter_id: int | None = None,
-        root_hash: bytes = b"",
-        reads_cache: bool = True,
-        schedules_ahead: bool = True,
-        payload: Any = None,
-    ) -> None:
-        self.seq_id = seq_id
-        self.keys = list(keys)
-        self.num_prompt_keys = len(keys)
-        self.sampling_params = sampling_params
-        self.max_keys = max_keys
-        self.seed = seed
-        self.sample_index = sample_index
-        self.precedence = (priority, seq_id)
-        self.adapter_id = adapter_id
-        self.root_hash = root_hash
-        self.reads_cache = reads_cache
-        self.schedules_ahead = schedules_ahead
-        self.payload = payload
+    precedence: tuple[int, int] = field(init=False)
+    num_prompt_keys: int = field(init=False)
+    num_positions: int = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    num_cached: int = field(init=False, default=0)
+    paused: bool = field(init=False, default=False)
+    scheduled_time: float | None = field(init=False, default=None)
+    slot: int = field(init=False, default=-1)
+    start_step: int = field(init=False, default=-1)
 
-        self.num_computed = 0
-        self.num_positions = len(keys)
-        self.num_cached = 0
-        self.finished = False
-        self.paused = False
-        self.scheduled_time: float | None = None
-        self.slot = -1
-        self.start_step = -1
+    block_table: list[int] = field(init=False, default_factory=list)
+    capacity: int = field(init=False, default=0)
+    block_hashes: list[bytes] = field(init=False, default_factory=list)
+    num_published: int = field(init=False, default=0)
 
-        self.block_table: list[int] = []
-        self.capacity = 0
-        self.block_hashes: list[bytes] = []
-        self.num_published = 0
+    def __post_init__(self, priority: int) -> None:
+        self.keys = list(self.keys)
+        self.num_prompt_keys = self.num_positions = len(self.keys)
+        self.precedence = (priority, self.seq_id)
 
     @property
     def running(self) -> bool:

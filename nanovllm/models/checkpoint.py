@@ -146,7 +146,10 @@ class Checkpoint:
         if "lm_head.weight" in found - expected:  # tied, and stored all the same
             found.remove("lm_head.weight")
             self._check_tied_head()
-        elif self._own_names.get("lm_head.weight") == "embed_tokens.weight":
+        if (
+            "lm_head.weight" in expected
+            and self._own_names.get("lm_head.weight") == "embed_tokens.weight"
+        ):
             logger.warning(
                 "the checkpoint has no output head: it embeds, but what it writes is void"
             )

@@ -88,7 +88,7 @@ class TextFrontend:
         )
 
     def default_sampling_params(self) -> SamplingParams:
-        """VLLM's defaults, overridden by the checkpoint's `generation_config.json`.
+        """The defaults of vLLM, overridden by the checkpoint's `generation_config.json`.
 
         Raises:
             InvalidRequestError: That file has values outside their range.

@@ -150,7 +150,7 @@ def _load_parallel_runner(
 ) -> tuple[ParallelRunner, EngineConfig]:
     """Have other processes load their parts of a model while this one loads its own."""
     size = config.tensor_parallel_size
-    _check_parallel(config, directory)
+    check_parallel(config, directory)
     device = rank_device(config, 0)
     if device.type == "cpu":
         config = replace(
@@ -175,7 +175,7 @@ def _load_parallel_runner(
     return ParallelRunner(cast(TextRunner, runner), ranks), config
 
 
-def _check_parallel(config: EngineConfig, directory: Path) -> None:
+def check_parallel(config: EngineConfig, directory: Path) -> None:
     """See that a model can be shared out, before processes are started.
 
     Raises:

@@ -205,6 +205,9 @@ def test_what_cannot_be_shared_out_starts_no_process(
 def test_engines_have_devices_of_their_own() -> None:
     assert PoolConfig(devices=[3, 1, 2, 0]).device_groups(2) == [[3, 1], [2, 0]]
     assert PoolConfig(replicas=2).device_groups(4) == [None, None]
+    assert PoolConfig(devices=[0, 1, 2, 3], replicas=2).device_groups(2) == [[0, 1], [2, 3]]
+    with pytest.raises(ValueError, match=r"there are, 2: leave replicas=4 out"):
+        PoolConfig(devices=[0, 1, 2, 3], replicas=4).device_groups(2)
     for options, message in (
         ({"devices": [0, 1, 2]}, "must be a multiple of tensor_parallel_size=2"),
         ({"replicas": 2}, "2 engines of tensor_parallel_size=2 need to know their CUDA devices"),

@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -424,6 +425,29 @@ def test_what_fits_is_what_the_engine_takes(checkpoint: Callable[[str], Path]) -
         blocks = llm.engine.scheduler.block_manager
         assert fit.num_kv_tokens == blocks.num_blocks * blocks.block_size
         assert fit.max_model_len == llm.engine.max_model_len
+
+
+def test_what_fits_of_a_model_that_devices_share(checkpoint: Callable[[str], Path]) -> None:
+    from nanovllm.bench.fit import work_out_fit
+
+    config = EngineConfig(model=str(checkpoint("llama")), device="cpu", dtype="float32")
+    whole, part = work_out_fit(config), work_out_fit(replace(config, tensor_parallel_size=2))
+    assert part.num_parameters == whole.num_parameters
+    assert part.kv_bytes_per_token == whole.kv_bytes_per_token // 2
+    assert whole.weight_bytes // 2 <= part.weight_bytes < 0.6 * whole.weight_bytes
+
+
+def test_what_fits_of_a_quantized_checkpoint(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from nanovllm.bench.fit import work_out_fit
+
+    directory = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    settings = json.loads((directory / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (directory / "config.json").write_text(json.dumps(settings))
+    (directory / "model.safetensors").write_bytes(bytes(54_321))
+    assert work_out_fit(EngineConfig(model=str(directory), device="cpu")).weight_bytes == 54_321
 
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])

@@ -280,7 +280,7 @@ def test_the_options_of_a_speech_model_beside_another() -> None:
     plain = SpeechConfig(speech_model="some/speaker").engine(base)
     assert (plain.device, plain.max_num_seqs, plain.quantization) == ("cpu", None, None)
     pool = speech.pool(PoolConfig(replicas=3, step_timeout=9, warm_prefixes="a"))
-    assert (pool.devices, pool.num_engines, pool.step_timeout) == ([0, 1], 2, 9)
+    assert (pool.devices, pool.replicas, pool.step_timeout) == ([0, 1], 1, 9)
     assert pool.warm_prefixes is None
 
 
@@ -296,7 +296,6 @@ def test_all_options_of_pool_and_server_have_a_value_above() -> None:
         (PoolConfig, {"replicas": 0}, "replicas must be at least 1, got 0"),
         (PoolConfig, {"queue_coalesce_ms": 51}, r"queue_coalesce_ms must be in \[0, 50\]"),
         (PoolConfig, {"devices": [0, 0]}, "devices must be different device numbers"),
-        (PoolConfig, {"devices": [0, 1], "replicas": 3}, "leave replicas=3 out"),
         (ServerConfig, {"port": 70000}, r"port must be in \[0, 65535\], got 70000"),
         (ServerConfig, {"max_prompts": 0}, r"max_prompts must be in \[1, 16384\], got 0"),
         (ServerConfig, {"max_prompts": 16385}, r"max_prompts must be in \[1, 16384\], got 16385"),

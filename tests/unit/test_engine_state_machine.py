@@ -324,9 +324,10 @@ class EngineMachine(RuleBasedStateMachine):
             self._take(output)
         for seq, (num_computed, num_positions) in zip(heads, head_computed, strict=True):
             if num_computed < num_positions:
-                assert seq.finished or seq.num_computed > num_computed, "the first goes on"
+                ended = not scheduler.is_open(seq.seq_id)
+                assert ended or seq.num_computed > num_computed, "the first goes on"
         for seq, num_computed in decoding:
-            stalled = not seq.finished and seq.num_computed <= num_computed
+            stalled = scheduler.is_open(seq.seq_id) and seq.num_computed <= num_computed
             assert not stalled or scheduler.num_preemptions > num_preemptions, "a stream stalls"
         for seq, num_computed in at_rest:
             assert seq.num_computed in (num_computed, 0), "paused, and has a row"

@@ -163,7 +163,7 @@ def test_a_tied_head_and_old_buffers_may_stand_in_the_file(
         ),
     )
     load(directory)
-    edit_tensors(directory, lambda tensors: tensors["lm_head.weight"].neg_())
+    edit_tensors(directory, lambda tensors: tensors.update({"lm_head.weight": torch.ones(3, 2)}))
     with pytest.raises(ValueError, match="set tie_word_embeddings to false there, or remove lm_"):
         load(directory)
 

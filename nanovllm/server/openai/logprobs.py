@@ -145,7 +145,7 @@ def joined(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 async def prompt_logprobs(
     positions: Sequence[TokenLogprobs | None] | None,
 ) -> PromptLogprobs | None:
-    """VLLM's shape for prompts."""
+    """Log probabilities of a prompt, in vLLM's shape."""
     if positions is None:
         return None
     told: PromptLogprobs = []
