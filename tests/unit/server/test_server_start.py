@@ -97,7 +97,7 @@ class TestCommandLine:
     def test_nothing_given(self, served: Served) -> None:
         server, engine, pool, _ = served()
         assert (server, engine) == (ServerConfig(), EngineConfig())
-        assert pool.num_engines == 1
+        assert (pool.devices, pool.replicas) == (None, 1)
         assert server.host == "127.0.0.1"
 
     def test_the_model_by_flag_and_the_familys_names(self, served: Served) -> None:
