@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from itertools import permutations
-from math import floor, inf, lcm, log10
+from math import floor, inf, isfinite, lcm, log10
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
@@ -21,6 +21,8 @@ has the automaton that checks it, and a million of them take five seconds and 30
 MAX_BOUND = 10**18
 """Largest number that may be a bound; some beyond it, around -2^63, end the process that compiles
 them, and others are not kept."""
+MAX_SHIFT = 308
+"""Digits behind the point of a listed number; 1e308 is the largest power of ten of floats."""
 
 JSON_STYLE = {
     # One way to write a value: what is certain costs no step, and no model ends in blanks.
@@ -30,6 +32,7 @@ JSON_STYLE = {
     "lenient": False,
 }
 
+VALUES = ("const", "enum")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 COMBINING = {"allOf", "anyOf", "oneOf", "not", "if", "$ref", "dependentSchemas"}
@@ -82,8 +85,8 @@ def check_schema(schema: object) -> None:
     """See that a schema is small enough to be compiled.
 
     Raises:
-        InvalidRequestError: It is too deep or too large, or its patterns, bounds or `multipleOf`
-            are too much.
+        InvalidRequestError: It is too deep or too large, its patterns, bounds or `multipleOf` are
+            too much, or a number that it lists would become another.
     """
     multiple = 1
     num_values = 0
@@ -104,6 +107,7 @@ def check_schema(schema: object) -> None:
         level = [child for node in level for child in _values(node)]
         if not level:
             check_conjunctions(schema)
+            _check_listed(schema)
             return
     raise InvalidRequestError(f"the schema has more than {MAX_SCHEMA_DEPTH} levels")
 
@@ -237,6 +241,37 @@ def _check_bounds(node: Mapping[str, object]) -> None:
         bound = node.get(name)
         if isinstance(bound, int | float) and abs(bound) > MAX_BOUND:
             raise InvalidRequestError(f"{name} must be from -1e18 to 1e18: leave it out")
+
+
+def _check_listed(schema: object) -> None:
+    """See that the numbers of `const` and `enum` are kept, wherever a reference may find them."""
+    stack: list[tuple[object, str]] = [(schema, "")]
+    while stack:
+        node, keyword = stack.pop()
+        if keyword and isinstance(node, int | float) and not _is_kept(node):
+            raise InvalidRequestError(
+                f"{keyword}: {node!r:.40} has too many digits to be kept exactly; make it a "
+                f"string, or leave {keyword} out"
+            )
+        if isinstance(node, Mapping):
+            stack += [
+                (child, keyword or (name if name in VALUES else "")) for name, child in node.items()
+            ]
+        else:
+            stack += [(child, keyword) for child in _values(node)]
+
+
+def _is_kept(number: float) -> bool:
+    """Whether llguidance, which reads numbers as floats, writes this one and no other.
+
+    It takes the digits for a whole number and then shifts the point, which may round twice.
+    """
+    if isinstance(number, int):
+        return abs(number) < 2**63 and int(float(number)) == number
+    if not isfinite(number) or number.is_integer():
+        return True
+    shift = -int(Decimal(repr(number)).as_tuple().exponent)
+    return shift <= MAX_SHIFT and float(_digits(number)) / 10.0**shift == abs(number)
 
 
 def _values(node: object) -> Collection[object]:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -219,7 +220,8 @@ ATTACKS: dict[str, tuple[dict[str, Any], str]] = {
     "not JSON": ({"json": "{'a': 1}"}, "not well-formed"),
     "NaN": ({"json": {"const": float("nan")}}, "not well-formed"),
     "NaN text": ({"json": '{"const": NaN}'}, "not well-formed"),
-    "huge number": ({"json": {"const": 10**400}}, "number out of range"),
+    "huge number": ({"json": {"const": 10**400}}, "const: 1000"),
+    "huge number in a grammar": ({"grammar": 'start: %json {"const": 1e400}'}, "out of range"),
     "lone surrogate": ({"json": {"const": "\ud800"}}, "cannot be enforced"),
     "not serialisable": ({"json": {"const": {1, 2}}}, "not well-formed"),
     "deep": ({"json": nested(200)}, "more than 120 levels"),
@@ -448,6 +450,32 @@ def test_bounds_beyond_what_is_kept(name: str, bound: float) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer", name: bound}}}
     with pytest.raises(InvalidRequestError, match=f"{name} must be from -1e18 to 1e18"):
         lark(StructuredOutputsParams(json=schema))
+
+
+@pytest.mark.parametrize("number", [2**53 + 1, -(2**63), 2**63, 260994205084.86926, 5e-324])
+@pytest.mark.parametrize("wrap", [lambda n: n, lambda n: ["a", {"b": n}]])
+def test_listed_numbers_that_would_become_others(
+    number: float, wrap: Callable[[float], Any]
+) -> None:
+    """An id of 18 digits became the next float, and -2^63 ended the process."""
+    for node in ({"const": wrap(number)}, {"enum": [1, wrap(number)]}):
+        (keyword,) = node
+        for form in (
+            {"json": {"type": "object", "properties": {"a": node}}},
+            {"json": {"$ref": "#/x/a", "x": {"a": node}}},
+            {"grammar": f"start: %json {json.dumps(node)}"},
+        ):
+            with pytest.raises(InvalidRequestError, match=f"{keyword}: {number} has too many"):
+                lark(StructuredOutputsParams(**form))
+
+
+@pytest.mark.parametrize(
+    "number", [2**53, -(2**62) - 2**10, 2**63 - 1024, 10**18, 1e22, 0.1, 19.99, -1e-7, 0.1 + 0.2]
+)
+def test_listed_numbers_that_are_kept(frontend: TextFrontend, number: float) -> None:
+    params = StructuredOutputsParams(json={"enum": [number]})
+    matcher = frontend.grammars.compile(frontend.grammars.check(params, CONTEXT)).deep_copy()
+    assert json.loads(frontend.decode(matcher.compute_ff_tokens(), False)) == number
 
 
 def test_rules_have_a_number() -> None:
