@@ -21,6 +21,8 @@ has the automaton that checks it, and a million of them take five seconds and 30
 MAX_BOUND = 10**18
 """Largest number that may be a bound; some beyond it, around -2^63, end the process that compiles
 them, and others are not kept."""
+NEAR = 1e-4
+"""Distance of bounds up to which a number is found between them where schemas are combined."""
 MAX_SHIFT = 308
 """Digits behind the point of a listed number; 1e308 is the largest power of ten of floats."""
 
@@ -142,7 +144,9 @@ def _inclusive(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The schema with a bound beside each whole number that is itself no answer.
 
     llguidance takes 0 where numbers are above 0 and at most 0.5, so there they are at least 0.001.
+    Where schemas are combined, one's bound may be as near to another's.
     """
+    widest = NEAR if any(map(_combines_bounds, subschemas(schema))) else inf
     copy: Mapping[str, Any] = json.loads(json.dumps(schema))
     for node in subschemas(copy):
         above, below = (
@@ -150,12 +154,12 @@ def _inclusive(schema: Mapping[str, Any]) -> Mapping[str, Any]:
             _number(node, "exclusiveMaximum", inf),
         )
         least, most = _number(node, "minimum", -inf), _number(node, "maximum", inf)
-        gap = min(below, most) - max(above, least)
+        gap = min(min(below, most) - max(above, least), widest)
         if not 0 < gap < 1:
             continue
-        if above >= least and above == int(above):
+        if above >= least and float(above).is_integer():
             node["minimum"] = above + _step(gap)
-        if below <= most and below == int(below):
+        if below <= most and float(below).is_integer():
             node["maximum"] = below - _step(gap)
     return copy
 
@@ -176,6 +180,13 @@ def _combines(node: Mapping[str, Any]) -> bool:
     all_of = node.get("allOf")
     several = isinstance(all_of, list) and len(all_of) > 1
     return several or len(combining) > 1 or bool(combining and ASSERTIONS & node.keys())
+
+
+def _combines_bounds(node: Mapping[str, Any]) -> bool:
+    """Whether a number may have to keep to bounds of several schemas."""
+    own = (*BOUNDS, "properties")
+    combining = COMBINING | {"patternProperties"}
+    return _combines(node) or bool(combining & node.keys() and node.keys() & set(own))
 
 
 def _may_overlap(node: Mapping[str, Any], document: object) -> bool:

@@ -522,3 +522,47 @@ def test_whole_numbers_that_are_excluded(
     rule = json_rule({"type": "number"} | bounds)
     schema = json.loads(rule.removeprefix("%json "))
     assert (schema.get("minimum"), schema.get("maximum")) == (minimum, maximum)
+
+
+ABOVE_3 = {"type": "number", "exclusiveMinimum": 3}
+BELOW_3 = {"type": "number", "exclusiveMaximum": 3}
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        ({"allOf": [ABOVE_3 | {"maximum": 10}, {"maximum": 3.5}]}, "3.25", "3"),
+        ({"allOf": [BELOW_3, {"minimum": 2.5, "maximum": 3}]}, "2.75", "3"),
+        ({"$defs": {"p": ABOVE_3}, "$ref": "#/$defs/p", "maximum": 3.5}, "3.25", "3"),
+        ({"anyOf": [ABOVE_3, {"type": "null"}], "maximum": 3.5}, "3.25", "3"),
+        (
+            {"allOf": [{"items": ABOVE_3}, {"items": {"maximum": 3.5}}], "type": "array"},
+            "[3.25]",
+            "[3]",
+        ),
+        (
+            {
+                "type": "object",
+                "properties": {"a": ABOVE_3},
+                "patternProperties": {"^a": {"type": "number", "maximum": 3.5}},
+            },
+            '{"a": 3.25}',
+            '{"a": 3}',
+        ),
+    ],
+)
+def test_whole_numbers_that_are_excluded_where_schemas_are_combined(
+    compiler: GrammarCompiler,
+    frontend: TextFrontend,
+    schema: dict[str, Any],
+    right: str,
+    wrong: str,
+) -> None:
+    grammar = compiler.check(StructuredOutputsParams(json=schema), CONTEXT)
+    assert accepts(compiler, frontend, grammar, right)
+    assert not accepts(compiler, frontend, grammar, wrong)
+
+
+def test_bounds_stay_as_they_are_where_none_is_combined() -> None:
+    schema = {"type": "object", "properties": {"a": {"anyOf": [ABOVE_3, {"type": "null"}]}}}
+    assert json.dumps(ABOVE_3) in json_rule(schema)
