@@ -1,12 +1,13 @@
 """Calls of tools as a grammar, in the forms that models write them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.text.grammars import quoted
+from nanovllm.text.json_schemas import ABOUT_PROPERTIES, COMBINING
 from nanovllm.text.parameter_grammars import (
     NAME,
     TAG_TEXT,
@@ -146,7 +147,14 @@ def _parameters(function: Function, all_strict: bool) -> dict[str, Any]:
         raise InvalidRequestError(
             f"{name}: 'parameters' must be a schema of type 'object', got {schema!r:.80}", "tools"
         )
-    return {**_bare(schema), "type": "object"}
+    bound = {**_bare(schema), "type": "object"}
+    return {**bound, **NO_PARAMETERS} if _takes_nothing(bound) else bound
+
+
+def _takes_nothing(schema: Mapping[str, Any]) -> bool:
+    """Whether it lists no properties and says nothing of others: so tools say they have none."""
+    says_more = schema.keys() & (ABOUT_PROPERTIES | COMBINING)
+    return schema.get("properties") == {} and not schema.get("required") and not says_more
 
 
 def _bare(schema: Any) -> Any:

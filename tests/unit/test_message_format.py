@@ -492,6 +492,28 @@ def test_functions_that_are_not_strict_take_any_arguments() -> None:
         assert walk.matcher.is_accepting(), name
 
 
+@pytest.mark.parametrize(
+    ("parameters", "takes_any"),
+    [
+        (None, False),
+        ({"type": "object", "properties": {}}, False),
+        ({"type": "object", "properties": {}, "required": [], "title": "Nothing"}, False),
+        ({"type": "object"}, True),
+        ({"type": "object", "properties": {}, "additionalProperties": True}, True),
+        ({"type": "object", "properties": {}, "required": ["x"]}, True),
+    ],
+)
+def test_a_tool_that_lists_no_parameters_takes_none(
+    parameters: dict[str, Any] | None, takes_any: bool
+) -> None:
+    tools = wrap([{"name": "f", "parameters": parameters}])
+    params = detect(TEMPLATES["qwen2.5"]).constrain(None, tools, "required", parallel=False)
+    assert params is not None
+    walk = Walk(lark(params), (), 0)
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert (walk.take(call) and walk.matcher.is_accepting()) == takes_any
+
+
 TEXTS: list[tuple[dict[str, Any], str, bool]] = [
     ({"type": "string"}, "a\n<b>\n", True),
     ({"type": "string"}, "a</function>", False),
