@@ -21,8 +21,8 @@ class MessageParser:
         calls: Reads calls; None to take them for text.
         dropped: Strings that are no part of a message.
         parallel: Whether there may be more than one call; if not, the others are left out.
-        only_calls: Whether there is nothing but calls, so that what is held back at the end has
-            begun as one.
+        only_calls: Whether there is nothing but calls and thoughts, so that all text has begun as
+            a call; it is left out.
     """
 
     def __init__(
@@ -53,16 +53,15 @@ class MessageParser:
         self._reader.end()
         next(self._steps, None)
         self._writer.finish()
-        deltas = self._drain()
-        if self._only_calls:
-            return [delta for delta in deltas if not isinstance(delta, ContentDelta)]
-        return deltas
+        return self._drain()
 
     def _drain(self) -> list[Delta]:
-        deltas = self._writer.drain()
-        if self._parallel:
-            return deltas
-        return [each for each in deltas if not (isinstance(each, ToolCallDelta) and each.index)]
+        return [delta for delta in self._writer.drain() if self._is_wanted(delta)]
+
+    def _is_wanted(self, delta: Delta) -> bool:
+        if isinstance(delta, ContentDelta):
+            return not self._only_calls
+        return self._parallel or not (isinstance(delta, ToolCallDelta) and delta.index)
 
     def _read(
         self,

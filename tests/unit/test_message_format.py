@@ -457,6 +457,33 @@ def test_a_call_that_must_be_made_and_is_cut_short_is_no_text() -> None:
         assert total(parser.push(call) + parser.finish()) == Parts("", content, [("f", "{}")])
 
 
+def test_what_breaks_off_a_call_that_must_be_made_is_no_text() -> None:
+    text = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"a": 1 & 2}}'
+    for only_calls, content in ((False, "& 2}}"), (True, "")):
+        parser = detect(TEMPLATES["qwen3-tools"]).parser(
+            "", tools=True, reasoning=True, only_calls=only_calls
+        )
+        assert total(parser.push(text)) == Parts("hm", content, [("f", '{"a": 1 ')])
+        assert not parser.finish()
+
+
+@pytest.mark.parametrize("name", ["2fa", "-x", ".5", "True", "null", "None", "user-id", "été"])
+def test_any_name_of_an_argument_is_read_back(name: str) -> None:
+    parameters = {"properties": {"a": {"enum": [1]}, name: {"enum": [2]}}, "required": ["a", name]}
+    message_format = detect(TEMPLATES["llama-pythonic"])
+    params = message_format.constrain(
+        None, wrap([{"name": "f", "parameters": parameters}]), "required", parallel=False
+    )
+    assert params is not None
+    call = f"[f(a=1, {name}=2)]"
+    walk = Walk(lark(params), (), 0)
+    assert walk.take(call)
+    assert walk.matcher.is_accepting()
+    for text in (call, f"[f({name}=2)]", f"[f(a=1, {name} = 2)]"):
+        ((_, arguments),) = parse(message_format, text).calls
+        assert json.loads(arguments)[name] == 2
+
+
 def test_text_is_free_until_a_strict_call_begins() -> None:
     message_format = detect(TEMPLATES["qwen2.5"])
     loose = {"name": "any", "parameters": {"properties": {"x": {"type": "integer"}}}}

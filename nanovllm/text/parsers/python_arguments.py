@@ -47,7 +47,7 @@ TOKEN = re.compile(
     (?P<comma>,)
     |(?P<string>{_SHORT})
     |(?P<long_string>{_LONG})
-    |(?P<word>[-+.\d][-+.\w]{{0,{MAX_WORD - 1}}}|True|False|None)(?=[ \t\r\n,:\])}}])
+    |(?P<word>[-+.\d][-+.\w]{{0,{MAX_WORD - 1}}}|True|False|None)(?=[ \t\r\n]*[,:\])}}])
     |(?P<keyword>[A-Za-z_]\w*)=(?=[^=])
     |(?P<mark>[][(){{}}:])
     )""",
@@ -139,7 +139,7 @@ class PythonArguments:
         word = yield from reader.run(WORD)
         blank = yield from reader.run(BLANK)
         following = yield from reader.peek()
-        if following == "=" and word[:1] not in "-+.0123456789":
+        if following == "=":
             reader.take(reader.pos + 1)
             following = yield from reader.peek()
             self._write(self._keyword(word if following != "=" else ""))
@@ -210,13 +210,9 @@ class PythonArguments:
         return ", " if wants == "next" else ""
 
     def _keyword(self, name: str) -> str:
+        # Any name will do, if Python has it or not: a function's parameters may be called `2fa`.
         wants = self._wants
-        if (
-            not name
-            or name in CONSTANTS
-            or wants not in ("first", "next")
-            or self._open[-1] != "call"
-        ):
+        if not name or wants not in ("first", "next") or self._open[-1] != "call":
             raise NotACallError
         self._wants = "value"
         return f'{", " if wants == "next" else ""}"{name}": '
