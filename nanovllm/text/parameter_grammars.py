@@ -187,6 +187,12 @@ def _tag_value(function: str, schema: Schema, root: Schema, name: str) -> tuple[
     if texts is not None:
         if not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
             raise InvalidRequestError(f"{function}: 'enum' of text must list texts", "tools")
+        for text in texts:
+            if any(end in text for end in VALUE_ENDS):
+                raise InvalidRequestError(
+                    f"{function}: this model cannot write {text!r:.80}, in which a value would end",
+                    "tools",
+                )
         return f"({' | '.join(map(quoted, texts))}) {TAG_END}", []
     if shortest == 0 and longest == "":
         return "tag_text", []

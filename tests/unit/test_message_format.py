@@ -590,6 +590,8 @@ def test_many_texts_of_some_length_are_no_conjunction() -> None:
         ({"type": "string", "pattern": "a"}, "'pattern'"),
         ({"type": "string", "maxLength": "2}/"}, "'maxLength'"),
         ({"type": "string", "minLength": -1}, "'minLength'"),
+        ({"const": "a</parameter>"}, "cannot write 'a</parameter>'"),
+        ({"enum": ["a", 1, "<parameter=b>"]}, "cannot write '<parameter=b>'"),
     ],
 )
 def test_forms_of_text_in_tags_that_are_refused(schema: dict[str, Any], match: str) -> None:

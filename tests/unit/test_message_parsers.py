@@ -387,6 +387,10 @@ def test_python_strings(characters: list[str], quote: str) -> None:
     assert json.loads(parts.calls[0][1])["a"] == whole
 
 
+def text_or(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [{"type": "string"}, schema]}
+
+
 @pytest.mark.parametrize(
     ("schema", "text", "value"),
     [
@@ -411,6 +415,26 @@ def test_python_strings(characters: list[str], quote: str) -> None:
         ({}, "three", "three"),
         ({}, "", ""),
         (None, "3", "3"),
+        ({"enum": ["1", 2]}, "1", "1"),
+        ({"enum": ["true", 1]}, "true", "true"),
+        (text_or({"type": "integer", "maximum": 3}), "5", "5"),
+        (text_or({"type": "integer", "maximum": 3}), "3", 3),
+        (text_or({"type": "number", "exclusiveMinimum": 3}), "3", "3"),
+        ({"type": ["string", "integer"]}, "5.5", "5.5"),
+        ({"type": ["string", "integer"]}, "5.0", 5),
+        ({"type": ["string", "number"]}, "5.5", 5.5),
+        (text_or({"type": "array", "items": {"type": "integer"}}), '["x"]', '["x"]'),
+        (text_or({"type": "array", "items": {"type": "integer"}}), "[1, 2]", [1, 2]),
+        (text_or({"type": "array", "maxItems": 1}), "[1, 2]", "[1, 2]"),
+        (text_or({"prefixItems": [{}, {"$ref": "#/$defs/Level"}]}), '["x", "3"]', ["x", "3"]),
+        (text_or({"type": "array", "prefixItems": [{"enum": [1]}]}), "[2]", "[2]"),
+        (text_or({"type": "object", "required": ["k"]}), '{"x": 1}', '{"x": 1}'),
+        (text_or({"type": "object", "required": ["k"]}), '{"k": 1}', {"k": 1}),
+        (text_or({"type": "object", "additionalProperties": False}), '{"k": 1}', '{"k": 1}'),
+        (text_or({"type": "object", "properties": {"k": {"const": 1}}}), '{"k": 2}', '{"k": 2}'),
+        # What is no schema says nothing.
+        (text_or({"type": "object", "required": [[]], "properties": 3}), '{"k": 1}', '{"k": 1}'),
+        (text_or({"type": "integer", "minimum": "x", "maximum": True}), "5", 5),
     ],
 )
 def test_values_in_tags(schema: Any, text: str, value: object) -> None:
@@ -432,6 +456,18 @@ def test_types_that_multiply(leaf: dict[str, Any]) -> None:
     call = "<function=f><parameter=a>3</parameter></function>"
     parts = parse(lambda: parser("qwen3_coder", functions=functions), call)
     assert json.loads(parts.calls[0][1]) == {"a": 3}
+
+
+def test_alternatives_within_alternatives_are_not_all_looked_at() -> None:
+    anything = text_or({"type": "array", "items": {"$ref": "#/$defs/Any"}})
+    anything["anyOf"] += anything["anyOf"][1:] * 60
+    parameters = {"$defs": {"Any": anything}, "properties": {"a": anything}}
+    functions = [{"name": "f", "parameters": parameters}]
+    call = f"<function=f><parameter=a>{'[' * 100}5{']' * 100}</parameter></function>"
+    started = time.process_time()
+    parts = parse(lambda: parser("qwen3_coder", functions=functions), call)
+    assert time.process_time() - started < 1
+    assert isinstance(json.loads(parts.calls[0][1])["a"], list)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from nanovllm.text.parsers.calls import NAME, CallParser, Function, begin
+from nanovllm.text.parsers.fitting import Fitting
 from nanovllm.text.parsers.json_values import ENCODER, mended
-from nanovllm.text.parsers.parameter_types import STRING, alternatives, type_of, types_of
+from nanovllm.text.parsers.parameter_types import STRING, Schema, alternatives, type_of, types_of
 from nanovllm.text.parsers.reader import Markers, NotACallError, Reader, Steps, Write
 from nanovllm.text.parsers.writer import Writer
 
@@ -17,11 +19,29 @@ VALUE_ENDS = (END, PARAMETER, FUNCTION_END, CALL_END)
 """What a value ends at; some models leave out its own end."""
 
 
+class Parameter(NamedTuple):
+    """What a parameter may be.
+
+    Args:
+        types: The types that it may have; all of them if there are none.
+        schema: Its schema.
+        root: What references in the schema refer to.
+    """
+
+    types: frozenset[str]
+    schema: Any
+    root: Schema
+
+
+TEXT = Parameter(frozenset((STRING,)), {"type": STRING}, {})
+
+
 class Qwen3CoderParser(CallParser):
     """`<tool_call><function=f><parameter=a>1</parameter></function></tool_call>`.
 
     Values are text in a line of its own or several. What they mean is told by the function's
-    parameters: text where these allow nothing else or do not have it, JSON otherwise.
+    parameters: text where these allow nothing else or do not have it, JSON otherwise. Where they
+    allow text among other things, it is JSON only if it fits one of these.
     """
 
     marks = (CALL, FUNCTION)
@@ -30,7 +50,7 @@ class Qwen3CoderParser(CallParser):
     def __init__(self, dropped: Iterable[str] = (), functions: Sequence[Function] = ()) -> None:
         super().__init__(dropped, functions)
         self._functions = {function["name"]: function for function in functions}
-        self._types: dict[tuple[str, str], frozenset[str]] = {}
+        self._parameters: dict[tuple[str, str], Parameter] = {}
         self._ends = Markers([*VALUE_ENDS, *self._dropped])
 
     def read_calls(self, reader: Reader, writer: Writer) -> Steps[None]:
@@ -47,7 +67,7 @@ class Qwen3CoderParser(CallParser):
         while key := (yield from self._read_key(reader)):
             writer.arguments(f"{separator}{ENCODER.encode(key)}: ")
             separator = ", "
-            yield from self._read_value(reader, writer.arguments, self._types_of(name, key))
+            yield from self._read_value(reader, writer.arguments, self._parameter(name, key))
         writer.arguments("}")
 
     def _read_key(self, reader: Reader) -> Steps[str]:
@@ -61,9 +81,9 @@ class Qwen3CoderParser(CallParser):
         reader.release()
         return key
 
-    def _read_value(self, reader: Reader, write: Write, types: frozenset[str]) -> Steps[None]:
+    def _read_value(self, reader: Reader, write: Write, parameter: Parameter) -> Steps[None]:
         pieces: list[str] = []
-        is_text = types == {STRING}
+        is_text = parameter.types == {STRING}
         if is_text:
             write('"')
         value = TextValue(write if is_text else pieces.append, is_text)
@@ -73,19 +93,19 @@ class Qwen3CoderParser(CallParser):
         if found not in VALUE_ENDS:
             write("".join(pieces))
             raise NotACallError
-        write('"' if is_text else _as_json("".join(pieces), types))
+        write('"' if is_text else _as_json("".join(pieces), parameter))
 
-    def _types_of(self, name: str, key: str) -> frozenset[str]:
-        """The types that a parameter may have; all of them if there are none."""
-        found = self._types.get((name, key))
+    def _parameter(self, name: str, key: str) -> Parameter:
+        found = self._parameters.get((name, key))
         if found is None:
             schema = self._functions.get(name, {}).get("parameters")
             properties = schema.get("properties") if isinstance(schema, dict) else None
-            found = frozenset((STRING,))
+            found = TEXT
             if isinstance(properties, dict) and key in properties:
                 each = [types_of(one) for one in alternatives(properties[key], schema or {})]
-                found = frozenset().union(*each) if all(each) else frozenset()
-            self._types[name, key] = found
+                types = frozenset().union(*each) if all(each) else frozenset()
+                found = Parameter(types, properties[key], schema or {})
+            self._parameters[name, key] = found
         return found
 
 
@@ -116,14 +136,14 @@ class TextValue:
         self._write(ENCODER.encode(body)[1:-1] if self._escaped else body)
 
 
-def _as_json(text: str, types: frozenset[str]) -> str:
-    """Return what a value means: JSON, or text where it is none or of a type it may not have."""
+def _as_json(text: str, parameter: Parameter) -> str:
+    """Return what a value means: JSON, or text where it is none or not what it may be."""
     try:
         written = mended(text.strip())
-        found = type_of(json.loads(written))
+        value = json.loads(written)
+        is_text = STRING in parameter.types and (
+            type_of(value) == STRING or not Fitting(parameter.root).fits(value, parameter.schema)
+        )
     except (NotACallError, ValueError, RecursionError):
-        return ENCODER.encode(text)
-    fits = found in types or (found == "number" and "integer" in types)
-    if STRING in types and (found == STRING or not fits):
-        return ENCODER.encode(text)
-    return written
+        is_text = True
+    return ENCODER.encode(text) if is_text else written
