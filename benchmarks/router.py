@@ -68,7 +68,7 @@ def measure(policy: str, prompt_len: int, num_targets: int, num_requests: int) -
     targets = [StubTarget(index) for index in range(num_targets)]
     half = prompt_len // 2
     prefixes = [[draws.randrange(150_000) for _ in range(half)] for _ in range(NUM_PREFIXES)]
-    root = root_hash("benchmark")
+    root = root_hash("benchmark", None, None)
     running: list[tuple[StubTarget, int]] = []
     seconds, num_cached = [], 0
     for request in range(-num_requests // 2, num_requests):

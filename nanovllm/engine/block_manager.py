@@ -12,7 +12,7 @@ from nanovllm.errors import OutOfBlocksError
 DIGEST_SIZE = 16
 
 
-def root_hash(model_id: str, adapter_id: int | None = None, cache_salt: str | None = None) -> bytes:
+def root_hash(model_id: str, adapter_id: int | None, cache_salt: str | None) -> bytes:
     """Hash what sequences must have in common besides their keys, to share a cached prefix."""
     content = repr((model_id, adapter_id, cache_salt)).encode()
     return blake2b(content, digest_size=DIGEST_SIZE).digest()

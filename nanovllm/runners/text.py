@@ -109,7 +109,7 @@ class TextRunner(ModelRunner[CausalLM]):
         model: The network.
         kernels: What it runs on.
         config: Options, resolved for the device.
-        grammars: Compiles the forms of outputs; without one there are none.
+        grammars: Compiles the forms of outputs.
         capture: See `ModelRunner`.
         parallel: See `ModelRunner`.
     """
@@ -119,7 +119,7 @@ class TextRunner(ModelRunner[CausalLM]):
         model: CausalLM,
         kernels: Kernels,
         config: EngineConfig,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCompiler,
         capture: Capture | None = None,
         parallel: TensorParallel | None = None,
     ) -> None:
@@ -165,8 +165,6 @@ class TextRunner(ModelRunner[CausalLM]):
         """Set up the grammar of a sequence; returns ids that only it may still generate."""
         if request.grammar is None:
             return ()
-        if self.grammars is None:
-            raise RuntimeError("this runner was built without grammars")
         from nanovllm.runners.grammar import start_grammar
 
         self._slots[start.slot].grammar = start_grammar(

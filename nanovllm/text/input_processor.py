@@ -40,7 +40,7 @@ class InputProcessor:
         vocab_size: Rows of the model's embedding.
         eos_token_ids: Ids that end a text.
         max_model_len: Longest prompt plus output.
-        grammars: Checks the forms of outputs; without one there are none.
+        grammars: Checks the forms of outputs.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class InputProcessor:
         vocab_size: int,
         eos_token_ids: tuple[int, ...],
         max_model_len: int,
-        grammars: GrammarCompiler | None = None,
+        grammars: GrammarCompiler,
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -193,8 +193,6 @@ class InputProcessor:
         if params.structured_outputs is None:
             return None
         self._require_tokenizer("structured_outputs")
-        if self._grammars is None:
-            raise InvalidRequestError("there are no structured outputs here", "structured_outputs")
         return self._grammars.check(params.structured_outputs, self._max_model_len)
 
     def _require_tokenizer(self, what: str) -> Tokenizer:

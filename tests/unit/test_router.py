@@ -22,7 +22,7 @@ from nanovllm.cluster.router import (
 from nanovllm.engine.block_manager import hash_block, root_hash
 
 BLOCK_SIZE = 16
-ROOT = root_hash("model")
+ROOT = root_hash("model", None, None)
 
 
 @dataclass
@@ -159,7 +159,7 @@ def test_cache_aware_weighs_the_queue_against_the_prefix() -> None:
 def test_cache_aware_does_not_mix_salts_or_adapters() -> None:
     router, (target,) = make_router("cache_aware"), stubs(1)
     token_ids = prompt(0, 65)
-    roots = [root_hash("model"), root_hash("model", 1), root_hash("model", None, "salt")]
+    roots = [ROOT, root_hash("model", 1, None), root_hash("model", None, "salt")]
     for root in roots:
         assert router.sent(target, token_ids, root) == 0
         assert router.sent(target, token_ids, root) == 64
