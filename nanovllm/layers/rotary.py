@@ -45,7 +45,7 @@ class RotaryEmbedding:
         config = self._config
         dim, factor = config.head_dim, float(config.scaling["factor"])
         seq_len = (positions + 1).clamp(min=config.max_position).float()
-        stretch = factor * seq_len / config.max_position - (factor - 1)
+        stretch = 1.0 + factor * (seq_len - config.max_position) / config.max_position
         theta = config.theta * stretch ** (dim / (dim - 2))
         exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
         inv_freq: Tensor = 1.0 / theta[:, None] ** exponent

@@ -3,27 +3,37 @@
 Each error names its field; a field that is missing and has no default is a `KeyError`.
 """
 
-import math
+import sys
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
 
 
-def positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    """A field that is an integer above 0."""
+def positive(
+    raw: dict[str, Any], name: str, default: int | None = None, at_most: int | None = None
+) -> int:
+    """A field that is an integer above 0, and no more than is supported."""
     value = raw[name] if default is None else raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise _wrong(name, "a positive integer", value)
+    if at_most is not None and value > at_most:
+        raise not_supported(name, value, f"up to {at_most}")
     return value
 
 
 def positive_number(raw: dict[str, Any], name: str, default: float | None = None) -> float:
     """A field that is a finite number above 0."""
     value = raw[name] if default is None else raw.get(name, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
+    if not _is_finite(value) or value <= 0:
         raise _wrong(name, "a positive number", value)
     return float(value)
+
+
+def finite_number(raw: dict[str, Any], name: str) -> float:
+    """A field that is a number, neither NaN nor infinite."""
+    if not _is_finite(raw[name]):
+        raise _wrong(name, "a finite number", raw[name])
+    return float(raw[name])
 
 
 def json_object(raw: dict[str, Any], name: str) -> dict[str, Any]:
@@ -59,6 +69,18 @@ def boolean(raw: dict[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _wrong(name, "true or false", value)
     return bool(value)
+
+
+def not_supported(name: str, value: float, supported: str) -> InvalidRequestError:
+    """The error of a number that is of the right type, and too large or too small."""
+    return InvalidRequestError(f"{name}={value} is not supported; supported: {supported}", name)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _wrong(name: str, expected: str, value: object) -> InvalidRequestError:

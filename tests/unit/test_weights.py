@@ -1,6 +1,7 @@
 """Checkpoints that are read, and those that are refused with a reason."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.torch_kernels import TorchKernels
 from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rotary import RotaryEmbedding, inverse_frequencies
 from nanovllm.models.architectures import ARCHITECTURES
 from nanovllm.models.checkpoint import Checkpoint, WeightSource, weight_files
 from nanovllm.models.model_config import ModelConfig
@@ -431,6 +433,69 @@ def test_windows_by_the_types_of_layers(architecture: str, windows: tuple[int | 
     raw = BARE | {"architectures": [f"{architecture}ForCausalLM"], "sliding_window": 4}
     raw |= {"layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
     assert ModelConfig.from_dict(raw).windows == windows
+
+
+YARN = {"rope_type": "yarn", "factor": 2}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (YARN | {"beta_fast": "x"}, "beta_fast must be a positive number, not 'x'"),
+        (YARN | {"beta_fast": -1}, "beta_fast must be a positive number, not -1"),
+        (YARN | {"beta_fast": 1e308}, r"beta_fast=1e\+308 is not supported; supported: 1e-09 to"),
+        (YARN | {"beta_slow": [1]}, "beta_slow must be a positive number"),
+        (YARN | {"beta_slow": 5e-324}, "beta_slow=5e-324 is not supported"),
+        (YARN | {"mscale": "x", "mscale_all_dim": 1}, "mscale must be a positive number"),
+        (YARN | {"mscale": 1, "mscale_all_dim": -1}, "mscale_all_dim must be a positive number"),
+        (YARN | {"attention_factor": "x"}, "attention_factor must be a finite number, not 'x'"),
+        (YARN | {"attention_factor": []}, "attention_factor must be a finite number"),
+        (YARN | {"attention_factor": math.nan}, "attention_factor must be a finite number"),
+        (YARN | {"attention_factor": -1e308}, "attention_factor=-1e.308 is not supported"),
+        (YARN | {"truncate": "false"}, "truncate must be true or false, not 'false'"),
+        (YARN | {"rope_theta": 1.0}, "rope_theta=1.0 is not supported; supported: above 1"),
+        (YARN | {"factor": 1e308}, r"factor=1e\+308 is not supported"),
+        (YARN | {"factor": 10**400}, "factor must be a positive number"),
+        (YARN | {"original_max_position_embeddings": 1e300}, "original_.*=1e.300 is not supported"),
+        (YARN | {"factor": 1e8}, "a context of 6400000000 positions .*supported: 1 to 1000000000"),
+        ({"rope_type": "linear", "factor": 1e308}, r"factor=1e\+308 is not supported"),
+        ({"rope_type": "linear", "factor": 1e-8}, "a context of 0 positions"),
+        ({"rope_type": "dynamic", "factor": 1e20}, r"factor=1e\+20 is not supported"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1e308}
+            | {"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+            r"low_freq_factor=1e\+308 is not supported",
+        ),
+    ],
+)
+def test_rope_scaling_that_cannot_be(scaling: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        ModelConfig.from_dict(BARE | {"rope_scaling": scaling})
+
+
+def test_positions_are_bounded() -> None:
+    with pytest.raises(InvalidRequestError, match=r"max_position_embeddings=.* up to 1000000000"):
+        ModelConfig.from_dict(BARE | {"max_position_embeddings": 10**400})
+
+
+@pytest.mark.parametrize("value", [0, None])
+def test_what_yarn_does_not_say_is_the_default(value: int | None) -> None:
+    raw = BARE | {"rope_scaling": YARN}
+    fields = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    silent = BARE | {"rope_scaling": YARN | dict.fromkeys(fields, value)}
+    frequencies, magnitude = inverse_frequencies(ModelConfig.from_dict(raw).rope)
+    ours, our_magnitude = inverse_frequencies(ModelConfig.from_dict(silent).rope)
+    assert torch.equal(ours, frequencies)
+    assert our_magnitude == magnitude
+
+
+def test_dynamic_rope_is_finite_at_any_factor() -> None:
+    """Within the original context it is no other than without scaling, not about the same."""
+    scaling = {"rope_type": "dynamic", "factor": 1e7}
+    configs = (ModelConfig.from_dict(raw) for raw in (BARE | {"rope_scaling": scaling}, BARE))
+    cos, plain = (RotaryEmbedding(config.rope)(torch.arange(200))[0] for config in configs)
+    assert cos.isfinite().all()
+    assert torch.equal(cos[:64], plain[:64])
 
 
 @pytest.mark.parametrize("theta", [{}, {"rope_theta": 7e5}])
