@@ -59,8 +59,7 @@ class MixtureConfig:
         layers: The layers that have such a mixture; the others have an MLP.
 
     Raises:
-        InvalidRequestError: There are too many experts, or a token would go through more than
-            there are.
+        InvalidRequestError: A token would go through more experts than there are.
     """
 
     num_experts: int
@@ -70,11 +69,6 @@ class MixtureConfig:
     layers: frozenset[int]
 
     def __post_init__(self) -> None:
-        if self.num_experts > MAX_EXPERTS:
-            raise InvalidRequestError(
-                f"num_experts={self.num_experts} is not supported; supported: up to {MAX_EXPERTS}",
-                "num_experts",
-            )
         if self.top_k > self.num_experts:
             raise InvalidRequestError(
                 f"num_experts_per_tok={self.top_k} is more than num_experts={self.num_experts}",
@@ -235,12 +229,7 @@ class ModelConfig:
         raw = dict(architecture.defaults) | given
         dtype, activation = _dtype(raw), _activation(raw, architecture.activation)
         hidden_size = positive(raw, "hidden_size")
-        num_layers = positive(raw, "num_hidden_layers")
-        if num_layers > MAX_LAYERS:
-            raise InvalidRequestError(
-                f"num_hidden_layers={num_layers} is not supported; supported: up to {MAX_LAYERS}",
-                "num_hidden_layers",
-            )
+        num_layers = positive(raw, "num_hidden_layers", at_most=MAX_LAYERS)
         num_heads = positive(raw, "num_attention_heads")
         head_dim = positive(raw, "head_dim", hidden_size // num_heads)
         rope, window_rope = architecture.ropes(raw, head_dim)
@@ -420,7 +409,7 @@ def _mixture(raw: dict[str, Any], num_layers: int) -> MixtureConfig | None:
     if not layers or raw.get("num_experts") == 0:
         return None
     return MixtureConfig(
-        num_experts=positive(raw, "num_experts"),
+        num_experts=positive(raw, "num_experts", at_most=MAX_EXPERTS),
         top_k=positive(raw, "num_experts_per_tok"),
         expert_size=positive(raw, "moe_intermediate_size"),
         norm_topk_prob=boolean(raw, "norm_topk_prob"),

@@ -201,6 +201,13 @@ class TestConfig:
             ({"feat_dim": 8}, "feat_dim=8 is not the latent_dim=16"),
             ({"lm_config": {"num_key_value_heads": 3}}, "not a multiple"),
             ({"lm_config": {"hidden_size": "big"}}, "hidden_size must be a positive integer"),
+            (
+                {"lm_config": {"num_hidden_layers": 10**15}},
+                "num_hidden_layers=1000000000000000 is not supported; supported: up to 4096",
+            ),
+            ({"residual_lm_num_layers": 4097}, "residual_lm_num_layers=4097 is not supported"),
+            ({"encoder_config": {"num_layers": 10**15}}, "num_layers=10* is not supported"),
+            ({"dit_config": {"num_layers": 10**15}}, "num_layers=10* is not supported"),
             ({"lm_config": {"rope_scaling": {"type": "yarn"}}}, "'yarn' is not supported"),
             ({"encoder_config": {"kv_channels": 32}}, "8 factors for heads of 32"),
             ({"audio_vae_config": {"use_noise_block": True}}, "use_noise_block"),

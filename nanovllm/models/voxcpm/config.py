@@ -8,7 +8,7 @@ from typing import Any
 from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.layers.rope_config import RopeConfig
 from nanovllm.models.config_fields import json_list, json_object, positive, positive_number
-from nanovllm.models.model_config import ModelConfig, read_json
+from nanovllm.models.model_config import MAX_LAYERS, ModelConfig, read_json
 
 ARCHITECTURES = ("voxcpm", "voxcpm2")
 
@@ -254,7 +254,7 @@ class VoxCPMConfig:
             )
         lm = json_object({"lm_config": raw["lm_config"]}, "lm_config")
         residual = lm | {
-            "num_hidden_layers": raw["residual_lm_num_layers"],
+            "num_hidden_layers": _num_layers(raw, "residual_lm_num_layers"),
             "vocab_size": 0,
             "no_rope": raw.get("residual_lm_no_rope", False) if is_v2 else lm.get("no_rope", False),
         }
@@ -301,7 +301,7 @@ def _local(lm: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": raw["hidden_dim"],
         "intermediate_size": raw["ffn_dim"],
         "num_attention_heads": raw["num_heads"],
-        "num_hidden_layers": raw["num_layers"],
+        "num_hidden_layers": _num_layers(raw, "num_layers"),
         "kv_channels": raw.get("kv_channels"),
         "vocab_size": 0,
     }
@@ -309,7 +309,7 @@ def _local(lm: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 def _transformer(raw: dict[str, Any], dtype: str) -> ModelConfig:
     """Read MiniCPM4's fields, by which all four transformers are described."""
-    hidden_size, num_layers = positive(raw, "hidden_size"), positive(raw, "num_hidden_layers")
+    hidden_size, num_layers = positive(raw, "hidden_size"), _num_layers(raw, "num_hidden_layers")
     num_heads = positive(raw, "num_attention_heads")
     width = raw.get("kv_channels")
     head_dim = hidden_size // num_heads if width is None else positive(raw, "kv_channels")
@@ -363,6 +363,10 @@ def _rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
     magnitude = math.sqrt(1 + math.log(max_position / original) / math.log(original))
     fixed = {"rope_type": "factors", "factors": tuple(factors), "magnitude": magnitude}
     return RopeConfig(head_dim, theta, max_position, fixed)
+
+
+def _num_layers(raw: dict[str, Any], name: str) -> int:
+    return positive(raw, name, at_most=MAX_LAYERS)
 
 
 def _rates(raw: dict[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
