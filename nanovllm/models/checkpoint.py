@@ -206,7 +206,8 @@ def weight_files(directory: Path) -> list[Path]:
     if index.is_file():
         return indexed_files(index)
     single = directory / "model.safetensors"
-    files = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    others = sorted(file for file in directory.glob("*.safetensors") if file.is_file())
+    files = [single] if single.is_file() else others
     if files:
         return files
     for suffix in (".gguf", ".bin", ".pt", ".pth", ".onnx", ".msgpack", ".h5"):

@@ -103,6 +103,7 @@ class TestLoading:
         with pytest.raises(FileNotFoundError, match=r"no audiovae.pth or audiovae.safetensors in"):
             Speaker(directory)
         (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors").mkdir()  # no file either
         with pytest.raises(
             ValueError, match=r"Missing parameters: \['base_lm.embed_tokens.weight', "
         ):

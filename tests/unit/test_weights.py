@@ -182,6 +182,9 @@ def test_other_formats_are_refused_by_name(tmp_path: Path, name: str) -> None:
 def test_no_weights_at_all_points_to_dummy_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="dummy_weights"):
         weight_files(tmp_path)
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match="dummy_weights"):
+        weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(

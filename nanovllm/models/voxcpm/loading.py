@@ -89,7 +89,7 @@ def _source(
 def _safetensors_files(directory: Path) -> list[Path]:
     """The model's own; the autoencoder and adapters may lie beside them."""
     others = (f"{VAE_STEM}.safetensors", "lora_weights.safetensors")
-    names = {path.name for path in directory.glob("*.safetensors*")}
+    names = {path.name for path in directory.glob("*.safetensors*") if path.is_file()}
     if names & {"model.safetensors", "model.safetensors.index.json"}:
         return weight_files(directory)
     return [directory / name for name in sorted(names) if name not in others]
