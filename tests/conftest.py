@@ -73,6 +73,15 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3Moe", {"head_dim": 32, **EXPERTS, "mlp_only_layers": [1]}),
     "qwen3-moe-step": ("Qwen3Moe", {**EXPERTS, "norm_topk_prob": False, "decoder_sparse_step": 2}),
+    "qwen3-moe-window": (  # which all layers have, whatever `layer_types` says
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            "use_sliding_window": True,
+            "sliding_window": 24,
+            "layer_types": ["full_attention"] * 3,
+        },
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2-window": (
         "Qwen2",

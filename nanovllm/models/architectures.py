@@ -38,7 +38,8 @@ class Architecture:
         has_windows: Whether attention has windows: if `use_sliding_window` is true and
             `sliding_window` is not null ("asked"), if only the latter holds ("not null"), or
             whatever they say.
-        windowed: Which layers have one, if there is no `layer_types`, given the fields and the
+        reads_layer_types: Whether `layer_types` says which layers have one.
+        windowed: Which layers have one, if no `layer_types` says so, given the fields and the
             number of layers.
         has_mixtures: Whether some layers may have a mixture of experts.
         ropes: Rotary parameters of all layers, or of those without a window and those with one,
@@ -52,6 +53,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     biases: tuple[str, ...] = ()
     has_windows: Literal["asked", "not null", "always", "never"] = "asked"
+    reads_layer_types: bool = True
     windowed: Callable[[Raw, int], list[bool]] = _upper_layers
     has_mixtures: bool = False
     ropes: Callable[[Raw, int], tuple[RopeConfig, RopeConfig | None]] = one_rope
@@ -92,7 +94,10 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": Architecture(),
     "Qwen3ForCausalLM": Architecture(defaults={"head_dim": 128}, biases=("attention_bias",)),
     "Qwen3MoeForCausalLM": Architecture(
-        biases=("attention_bias",), windowed=_all_layers, has_mixtures=True
+        biases=("attention_bias",),
+        reads_layer_types=False,
+        windowed=_all_layers,
+        has_mixtures=True,
     ),
 }
 """What we read; `registry.py` has the classes."""

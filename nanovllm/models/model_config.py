@@ -374,7 +374,8 @@ def _windows(
     if not _has_windows(architecture, raw):
         return (None,) * num_layers
     window = min(positive(raw, "sliding_window", 4096), MAX_WINDOW)
-    windowed = _by_layer_types(raw) or architecture.windowed(raw, num_layers)
+    listed = _by_layer_types(raw) if architecture.reads_layer_types else []
+    windowed = listed or architecture.windowed(raw, num_layers)
     if len(windowed) != num_layers:
         raise InvalidRequestError(
             f"layer_types has {len(windowed)} entries, and num_hidden_layers={num_layers}: there "

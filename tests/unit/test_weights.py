@@ -417,7 +417,9 @@ def test_a_token_goes_through_no_more_experts_than_there_are() -> None:
 def test_experts_have_one_window() -> None:
     raw = MIXED | {"sliding_window": 4, "max_window_layers": 3}
     assert ModelConfig.from_dict(raw).windows == (None,) * 6
-    assert ModelConfig.from_dict(raw | {"use_sliding_window": True}).windows == (4,) * 6
+    raw |= {"use_sliding_window": True}
+    assert ModelConfig.from_dict(raw).windows == (4,) * 6
+    assert ModelConfig.from_dict(raw | {"layer_types": ["full_attention"] * 6}).windows == (4,) * 6
 
 
 @pytest.mark.parametrize(("first", "windows"), [(0, (4, 4)), (1, (None, 4)), (2, (None, None))])
