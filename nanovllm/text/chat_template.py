@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanovllm.config import RESERVED_TEMPLATE_NAMES
 from nanovllm.errors import InvalidRequestError
+from nanovllm.text.tokenizer_files import read_settings, read_text
 
 MAX_COMPILED_TEMPLATES = 64
 CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -33,22 +34,25 @@ def read_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str,
 
     Args:
         directory: The checkpoint.
-        config: Its `tokenizer_config.json`.
+        config: Its `tokenizer_config.json`, as `read_settings` returns it.
 
     Returns:
         Templates by name, of which "default" and "tool_use" have a meaning; empty if it has none.
+
+    Raises:
+        UnsupportedModelError: A file is not UTF-8, or `chat_template.json` is of another shape.
     """
     files = {
-        path.stem: path.read_text(encoding="utf-8")
+        path.stem: read_text(path)
         for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
     }
     if (single := directory / "chat_template.jinja").is_file():
-        files["default"] = single.read_text(encoding="utf-8")
+        files["default"] = read_text(single)
     if "default" in files:
         return files
     declared = config.get("chat_template")
-    if declared is None and (legacy := directory / "chat_template.json").is_file():
-        declared = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template")
+    if declared is None:
+        declared = read_settings(directory / "chat_template.json").get("chat_template")
     if isinstance(declared, str):
         return {"default": declared} | files
     return {entry["name"]: entry["template"] for entry in declared or []} | files
@@ -59,6 +63,7 @@ def load_chat_template(text_or_path: str) -> str:
 
     Raises:
         FileNotFoundError: It is neither.
+        UnsupportedModelError: The file is not UTF-8.
     """
     if any(character in text_or_path for character in "{}\n"):
         return text_or_path
@@ -68,7 +73,7 @@ def load_chat_template(text_or_path: str) -> str:
             f"chat_template {text_or_path!r} is neither a file nor Jinja text (that would contain "
             "'{{' or '{%')"
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path)
 
 
 def select_chat_template(templates: Mapping[str, str], with_tools: bool) -> str:

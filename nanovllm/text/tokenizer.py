@@ -1,6 +1,5 @@
 """Text to token ids and back, all at once or as the ids arrive."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from nanovllm.text.chat_template import (
     render_chat_template,
     select_chat_template,
 )
+from nanovllm.text.tokenizer_files import read_settings
 
 REPLACEMENT = "\ufffd"
 """What a decoder makes of bytes that are no UTF-8, so also of half a character."""
@@ -66,7 +66,7 @@ class Tokenizer:
             ImportError: It takes transformers to read this tokenizer, which is not installed.
             UnsupportedModelError: The files are there but cannot be read.
         """
-        config = _read_json(path / "tokenizer_config.json")
+        config = read_settings(path / "tokenizer_config.json")
         file = path / "tokenizer.json"
         if file.is_file():
             try:
@@ -74,7 +74,7 @@ class Tokenizer:
             except Exception as e:  # the library raises nothing more specific
                 raise UnsupportedModelError(f"{file} is not a tokenizer: {e}") from e
             special_tokens = _add_tokens(backend, path, config)
-            backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+            backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         else:
             backend, special_tokens = _convert_with_transformers(path)
         backend.no_truncation()
@@ -349,16 +349,6 @@ class Detokenizer:
         return self._tokenizer.decode(token_ids, self._skip_special_tokens)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UnsupportedModelError(f"{path} is not JSON: {e}") from e
-    return content
-
-
 def _add_tokens(
     backend: tokenizers.Tokenizer, path: Path, config: Mapping[str, Any]
 ) -> dict[str, str]:
@@ -367,12 +357,13 @@ def _add_tokens(
     `add_bos_token` and `add_eos_token` are deliberately not read: beside a `tokenizer.json` its
     post-processor decides, in transformers as here.
     """
-    if "added_tokens_decoder" in config:
-        listed = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+    added = config.get("added_tokens_decoder")
+    if added is not None:
+        listed = sorted(added.items(), key=lambda item: int(item[0]))
         backend.add_tokens([AddedToken(**fields) for _, fields in listed])
         declared = dict(config)
     else:
-        declared = dict(config) | _read_json(path / "special_tokens_map.json")
+        declared = dict(config) | read_settings(path / "special_tokens_map.json")
     extra = declared.get("extra_special_tokens") or declared.get("additional_special_tokens") or []
     if isinstance(extra, Mapping):
         declared, extra = declared | dict(extra), []

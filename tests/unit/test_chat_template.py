@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from nanovllm.errors import InvalidRequestError
+from nanovllm.errors import InvalidRequestError, UnsupportedModelError
 from nanovllm.text import chat_template as module
 from nanovllm.text.chat_template import (
     MAX_COMPILED_TEMPLATES,
@@ -248,3 +248,6 @@ def test_a_template_is_text_or_a_path(tmp_path: Path) -> None:
     assert load_chat_template("{{ x }}") == "{{ x }}"
     with pytest.raises(FileNotFoundError, match="neither a file nor Jinja"):
         load_chat_template(str(tmp_path / "missing.jinja"))
+    (tmp_path / "mine.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(UnsupportedModelError, match=r"mine.jinja is not UTF-8"):
+        load_chat_template(str(tmp_path / "mine.jinja"))

@@ -158,6 +158,56 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", b"[1]", r"must hold a JSON object, not \[1\]"),
+        ("tokenizer_config.json", b"[" * 100_000, "is not JSON"),
+        ("tokenizer_config.json", b'{"x": "\xff"}', "is not UTF-8"),
+        ("special_tokens_map.json", b"[1]", "must hold a JSON object"),
+        ("chat_template.json", b"{", "is not JSON"),
+        ("chat_template.json", b"[]", "must hold a JSON object"),
+        ("chat_template.json", b'{"chat_template": 5}', "chat_template must be a text, or a list"),
+        ("chat_template.jinja", b"\xff\xfe", "is not UTF-8"),
+        ("additional_chat_templates/rag.jinja", b"\xff\xfe", "is not UTF-8"),
+    ],
+)
+def test_files_of_another_shape_are_named(
+    tmp_path: Path, file: str, content: bytes, message: str
+) -> None:
+    path = save(tmp_path, byte_level())
+    (path / file).parent.mkdir(exist_ok=True)
+    (path / file).write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=f"{file}.* {message}"):
+        Tokenizer.from_directory(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("added_tokens_decoder", [1]),
+        ("added_tokens_decoder", {"x": {"content": "a"}}),
+        ("added_tokens_decoder", {"1": "a"}),
+        ("added_tokens_decoder", {"1": {"content": 5}}),
+        ("added_tokens_decoder", {"1": {"content": "a", "lstrip": None}}),
+        ("chat_template", 5),
+        ("chat_template", ["x"]),
+        ("chat_template", [{"x": 1}]),
+        ("chat_template", [{"name": "default", "template": None}]),
+    ],
+)
+def test_settings_of_another_shape_are_named(tmp_path: Path, name: str, value: Any) -> None:
+    path = save(tmp_path, byte_level(), **{name: value})
+    with pytest.raises(UnsupportedModelError, match=rf"tokenizer_config.json: {name} must be"):
+        Tokenizer.from_directory(path)
+
+
+def test_settings_that_are_null_are_left_out(tmp_path: Path) -> None:
+    names = ("added_tokens_decoder", "chat_template", "extra_special_tokens")
+    path = save(tmp_path, byte_level(), **dict.fromkeys(names), split_special_tokens=None)
+    assert Tokenizer.from_directory(path).encode("<s>") == byte_level().encode("<s>")
+
+
 def test_converts_older_files_with_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
