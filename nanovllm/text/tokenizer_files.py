@@ -73,8 +73,19 @@ def _is_named_template(value: Any) -> bool:
     )
 
 
+def _is_collection(value: Any) -> bool:
+    return isinstance(value, list | dict)
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "added_tokens_decoder": (_are_tokens_by_id, "an object of tokens by their ids"),
+    "additional_special_tokens": (_is_collection, "a list or an object"),
     "chat_template": (_is_template, "a text, or a list of objects with name and template"),
+    "extra_special_tokens": (_is_collection, "a list or an object"),
+    "split_special_tokens": (_is_boolean, "true or false"),
 }
 """What a setting fits that is not null, and that in words."""

@@ -194,6 +194,10 @@ def test_files_of_another_shape_are_named(
         ("chat_template", ["x"]),
         ("chat_template", [{"x": 1}]),
         ("chat_template", [{"name": "default", "template": None}]),
+        ("extra_special_tokens", "abc"),
+        ("additional_special_tokens", "abc"),
+        ("split_special_tokens", "false"),
+        ("split_special_tokens", 1),
     ],
 )
 def test_settings_of_another_shape_are_named(tmp_path: Path, name: str, value: Any) -> None:
