@@ -31,7 +31,10 @@ a single text does not."""
 class Tokenizer:
     """A checkpoint's tokenizer, its special tokens by name and its chat templates.
 
-    It encodes and decodes as `transformers.AutoTokenizer` does, without importing transformers.
+    It encodes and decodes as its `tokenizer.json` says, which is what `transformers.AutoTokenizer`
+    does, without importing transformers. Only for some classes, such as `LlamaTokenizer` and
+    `GemmaTokenizer`, transformers 5 builds another pipeline than that of the file, and encodes text
+    behind a special token in another way; here, as in transformers 4, the file counts.
 
     Args:
         backend: What does the work.

@@ -125,6 +125,17 @@ def test_equals_transformers(build: Any, config: dict[str, Any], tmp_path: Path)
     assert ours.special_tokens == theirs.special_tokens_map
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer"])
+def test_the_file_counts_and_not_the_class(name: str, tmp_path: Path) -> None:
+    """Of these classes transformers 5 makes a pipeline of its own."""
+    path = save(tmp_path, sentencepiece(), tokenizer_class=name, bos_token="<s>", eos_token="</s>")
+    ours = Tokenizer.from_directory(path)
+    file = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    for text in [*TEXTS, "<s>the fox", "<s> the fox</s>the dog"]:
+        for special in (True, False):
+            assert ours.encode(text, special) == file.encode(text, add_special_tokens=special).ids
+
+
 def test_reads_added_tokens_and_the_older_map(tmp_path: Path) -> None:
     path = save(tmp_path, byte_level(), bos_token="<s>")
     (path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
