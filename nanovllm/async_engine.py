@@ -73,7 +73,7 @@ class AsyncEngine(ABC, Generic[OutputT]):
 
     Args:
         model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
-        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
+        **options: Fields of `EngineConfig` and `PoolConfig`, by their names or aliases.
 
     Raises:
         InvalidRequestError: An option cannot be used; the message says why.

@@ -50,7 +50,7 @@ class AsyncLLM(AdaptedEngine[RequestOutput]):
 
     Args:
         model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
-        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
+        **options: Fields of `EngineConfig` and `PoolConfig`, by their names or aliases.
     """
 
     def _init(

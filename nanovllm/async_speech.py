@@ -73,7 +73,7 @@ class AsyncSpeech(AdaptedEngine[SpeechOutput]):
 
     Args:
         model: Directory of a checkpoint or id of a hub repository.
-        **options: Fields of `EngineConfig` and `PoolConfig`, in our names or the family's.
+        **options: Fields of `EngineConfig` and `PoolConfig`, by their names or aliases.
 
     Attributes:
         voices: Recordings that requests may name.

@@ -135,7 +135,7 @@ class TokenScores(NamedTuple):
 
 
 class TextPayload(NamedTuple):
-    """What a text request asked for besides tokens; what is of the prompt comes with its first one.
+    """What a text request asked for besides tokens; prompt fields come with the first token only.
 
     `prompt_scores` has an entry for each prompt token, None for the first. `embedding` is the
     hidden state of the last one, after the final norm: float32 `[hidden_size]`.

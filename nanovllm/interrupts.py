@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Hold:
-    """What hears of Ctrl-C while interrupts are held back.
+    """The signal handler while interrupts are held back: it defers Ctrl-C.
 
     Args:
         handler: What heard of it before, and does again behind the end.

@@ -56,7 +56,7 @@ class LLM:
 
     Args:
         model: Directory of a checkpoint or id of a hub repository; None is the bundled demo model.
-        **options: Fields of `EngineConfig`, in our names or the family's.
+        **options: Fields of `EngineConfig`, by their names or aliases.
 
     Raises:
         InvalidRequestError: An option or the checkpoint cannot be used; the message says why.

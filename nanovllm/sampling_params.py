@@ -10,7 +10,7 @@ from nanovllm.validation import conform
 GREEDY_EPSILON = 1e-5
 MAX_LOGPROBS = 20
 MAX_LOGPROB_IDS = 1024
-"""Of tokens that a request names."""
+"""Most token ids that `logprob_token_ids` may have."""
 MAX_SEED = 2**64
 
 

@@ -135,7 +135,7 @@ def _environment(*classes: type[Options]) -> Dict:
 
 
 def _read_options(path: Path) -> Dict:
-    """Read a YAML file whose keys are options in our names or the family's."""
+    """Read a YAML file whose keys are options by their names or aliases."""
     try:
         options = Yaml(path, must_exist=True).config
     except CycloptsError as e:

@@ -60,7 +60,7 @@ Cost = tuple[int, int]
 
 
 class Router(ABC):
-    """Picks a worker for each request; those that a policy rates alike are taken in turn."""
+    """Picks a worker for each request; ties are broken round-robin."""
 
     def __init__(self) -> None:
         self._last = -1

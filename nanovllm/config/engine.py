@@ -82,7 +82,8 @@ class EngineConfig(Options):
             and "compressed-tensors" say that the checkpoint must be quantized so.
         deterministic: Whether a row's result may not depend on the rows beside it, bit by bit;
             needs our CPU or our Triton kernels.
-        disable_cascade_attn: Whether rows that share KV blocks read them each for itself.
+        disable_cascade_attn: Whether each row reads the KV blocks it shares with others by itself,
+            instead of one read for all of them (cascade attention).
         cpu_threads: Threads that compute on a CPU; None is one a core this process may use.
         cpu_isa: Instruction set of the CPU kernels: "amx", "avx512", "avx2", "portable", or
             "torch" for torch's operators; "auto" takes the best there is.

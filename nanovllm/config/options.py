@@ -69,7 +69,7 @@ class Options:
 
     @classmethod
     def from_options(cls: type[Config], **options: Any) -> Config:
-        """Build from keyword options in our names or the family's.
+        """Build from keyword options by their names or aliases.
 
         Raises:
             InvalidRequestError: An option is unknown (the message has the nearest name), given
@@ -134,7 +134,7 @@ class Options:
 
 
 def split_options(options: Mapping[str, Any], *classes: type[Any]) -> list[Any]:
-    """Build one config of each class from keyword options, in our names or the family's.
+    """Build one config of each class from keyword options, by their names or aliases.
 
     Raises:
         InvalidRequestError: No class has an option of this name (the message has the nearest), or

@@ -34,8 +34,9 @@ class PoolConfig(Options):
             back from then on.
         unread_timeout: Seconds without a read after which a request that is held back is ended.
         adaptive_max_new_tokens: Whether `max_tokens` shrinks while many requests are in flight.
-        adaptive_max_inflight_threshold: From how many; None is the number of engines.
-        adaptive_max_new_tokens_factor: To which share, at least 0.1.
+        adaptive_max_inflight_threshold: Requests in flight from which `max_tokens` shrinks; None is
+            the number of engines.
+        adaptive_max_new_tokens_factor: Share of `max_tokens` that is left then, at least 0.1.
         metric_window: Requests over which the pool's averages go.
         warm_prefixes: Texts whose KV blocks are computed at start; in the environment and on the
             command line one string, separated by `||`.

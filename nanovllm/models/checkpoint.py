@@ -39,7 +39,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def language_model_name(name: str) -> str | None:
-    """What a parameter of a model that sees images is called by itself; None: it does not write."""
+    """A parameter's name in the language model by itself; None if it is of the vision part."""
     for prefix, own in LANGUAGE_MODEL.items():
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)

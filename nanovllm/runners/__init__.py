@@ -1,1 +1,1 @@
-"""The rooms that touch a device: memory, transfers, slots."""
+"""The layer that touches a device: memory, transfers, slots."""

@@ -85,7 +85,7 @@ class SpeechTail:
         self.last_patches = torch.zeros(shape, device=device)
 
     def start(self, slot: int, trailing: Tensor) -> None:
-        """Set up what depends on the audio that a sequence ends with so far, if it does.
+        """Set up what depends on the audio at the end of the prompt, if there is any.
 
         Args:
             slot: The sequence's.

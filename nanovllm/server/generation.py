@@ -38,7 +38,7 @@ class Generation:
     Args:
         request_id: What the client knows it by.
         streams: One for each prompt, in order.
-        hidden: Whether nobody asked for the completions, only for what is said of the prompts.
+        hidden: Whether to leave the completions out: only the prompts were asked for.
 
     Attributes:
         names: All that `/abort` finds it by.

@@ -227,7 +227,7 @@ ENGINE_FIGURES: tuple[tuple[type[Family], str, str, Callable[[WorkerStats], floa
     (
         GaugeMetricFamily,
         "nanovllm_num_requests_paused",
-        "Of those that run or wait, sequences that get no steps as nobody reads what they said.",
+        "Sequences that are paused because their client does not read.",
         lambda worker: worker.engine.num_paused,
     ),
     (

@@ -23,8 +23,8 @@ OURS = {"Transformer", "Pooling", "Normalize"}
 """The modules that do what we do."""
 
 
-def other_embedding(directory: Path) -> str | None:
-    """What a checkpoint's embeddings are made by besides what we do; None is nothing.
+def unsupported_pooling(directory: Path) -> str | None:
+    """What a checkpoint makes embeddings by that we do not implement; None is nothing.
 
     Raises:
         InvalidRequestError: A file that says it cannot be read.

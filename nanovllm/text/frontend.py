@@ -12,7 +12,7 @@ from nanovllm.models.model_config import ModelConfig, read_generation_config
 from nanovllm.models.voxcpm.config import is_speech
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.text.conversations import as_templates_read
-from nanovllm.text.embeddings import other_embedding
+from nanovllm.text.embeddings import unsupported_pooling
 from nanovllm.text.grammar_compiler import GrammarCompiler, Vocabulary
 from nanovllm.text.input_processor import InputProcessor
 from nanovllm.text.output_processor import OutputProcessor
@@ -116,9 +116,9 @@ class TextFrontend:
             InvalidRequestError: It does not have as many, or the model's embeddings are not the
                 last token's hidden states.
         """
-        if self._other_embedding is not None:
+        if self._unsupported_pooling is not None:
             raise InvalidRequestError(
-                f"this model's embeddings are made by {self._other_embedding}, which is not "
+                f"this model's embeddings are made by {self._unsupported_pooling}, which is not "
                 "supported: here they are the last token's hidden states",
                 "model",
             )
@@ -138,8 +138,8 @@ class TextFrontend:
         )
 
     @cached_property
-    def _other_embedding(self) -> str | None:
-        return other_embedding(self._directory)
+    def _unsupported_pooling(self) -> str | None:
+        return unsupported_pooling(self._directory)
 
     def render(
         self,
