@@ -21,15 +21,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
+import zmq
+import zmq.asyncio
 
 from nanovllm.cluster.stats import PoolStats
 from nanovllm.errors import InvalidRequestError, UnavailableError
-
-if TYPE_CHECKING:
-    import zmq.asyncio
 
 logger = logging.getLogger(__name__)
 
@@ -88,16 +87,11 @@ class ControlServer:
         self._free = asyncio.Semaphore(MAX_PENDING)
 
     async def start(self) -> None:
-        """Open the socket; without pyzmq only say that there is none.
+        """Open the socket.
 
         Raises:
             InvalidRequestError: The endpoint is in use or cannot be listened on.
         """
-        try:
-            import zmq.asyncio
-        except ImportError:
-            logger.warning("there is no control socket: pyzmq is not installed")
-            return
         socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_SIZE)
         socket.setsockopt(zmq.RCVHWM, MAX_PENDING)
@@ -128,7 +122,7 @@ class ControlServer:
             self._socket.close()
             self._socket = None
 
-    async def _serve(self, socket: "zmq.asyncio.Socket") -> None:
+    async def _serve(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             await self._free.acquire()
             *envelope, request = await socket.recv_multipart()
@@ -138,7 +132,7 @@ class ControlServer:
             task.add_done_callback(lambda _: self._free.release())
 
     async def _answer(
-        self, socket: "zmq.asyncio.Socket", envelope: list[bytes], request: bytes
+        self, socket: zmq.asyncio.Socket, envelope: list[bytes], request: bytes
     ) -> None:
         reply = await self._reply(request)
         await socket.send_multipart([*envelope, json.dumps(reply).encode()])
@@ -202,15 +196,20 @@ def send_control_request(
         timeout: Seconds to wait for the answer.
 
     Raises:
-        TimeoutError: There was none, or no server listens there.
+        InvalidRequestError: The endpoint is none.
+        TimeoutError: There was no answer, or no server listens there.
     """
-    import zmq
-
     with zmq.Context() as context, context.socket(zmq.REQ) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, "[" in endpoint)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # writable only once connected
-        socket.connect(endpoint)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as e:
+            raise InvalidRequestError(
+                f"{endpoint!r} is no endpoint: use tcp://127.0.0.1:5557, or ipc:// and a path",
+                "endpoint",
+            ) from e
         if not socket.poll(int(min(timeout, CONNECT_TIMEOUT) * 1000), zmq.POLLOUT):
             raise TimeoutError(
                 f"nobody listens on {endpoint}: start the server with --zmq-control, or give the "

@@ -375,21 +375,16 @@ def test_an_endpoint_in_use_is_an_error(tmp_path: Path) -> None:
     talk(scenario)
 
 
-def test_without_pyzmq_there_is_a_warning_and_no_socket(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "zmq.asyncio", None)
-
-    async def run() -> None:
-        async with serving(FakeLLM(), "tcp://127.0.0.1:5557"):
-            assert "pyzmq is not installed" in caplog.text
-
-    asyncio.run(run())
-
-
 def test_nobody_there_is_told_soon(unused_tcp_port: int) -> None:
     with pytest.raises(TimeoutError, match="nobody listens on"):
         send_control_request(f"tcp://127.0.0.1:{unused_tcp_port}", {"cmd": "metrics"}, 0.3)
+
+
+@pytest.mark.parametrize("endpoint", ["bogus", "", "ipc://", "tcp://127.0.0.1", "udp://a:1"])
+def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
+    with pytest.raises(InvalidRequestError, match="is no endpoint: use tcp://") as error:
+        send_control_request(endpoint, {"cmd": "metrics"})
+    assert error.value.param == "endpoint"
 
 
 @pytest.fixture
