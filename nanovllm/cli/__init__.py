@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import yaml
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
-from cyclopts.config import Dict, Yaml
+from cyclopts.config import Dict
 
 from nanovllm import __version__
 from nanovllm.cli.bench import offline, quality
@@ -40,6 +41,8 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 FILE_KEY = re.compile(r"\[([\w-]+)\]")
 """How cyclopts writes an option of the file."""
+YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
+"""What a broken file raises: PyYAML lets some errors of Python's pass, as for `!!bool 7`."""
 
 app = App(
     name="nanovllm",
@@ -136,10 +139,13 @@ def _environment(*classes: type[Options]) -> Dict:
 
 def _read_options(path: Path) -> Dict:
     """Read a YAML file whose keys are options by their names or aliases."""
-    try:
-        options = Yaml(path, must_exist=True).config
-    except CycloptsError as e:
-        raise InvalidRequestError(f"{path} is not valid YAML: {e}") from e
+    with open(os.path.expanduser(path), "rb") as file:
+        try:
+            options = yaml.safe_load(file)
+        except YAML_ERRORS as e:
+            raise InvalidRequestError(f"{path} is not valid YAML: {e}") from e
+    if options is None:  # nothing but comments
+        options = {}
     if not isinstance(options, dict):
         raise InvalidRequestError(f"{path} must hold options as 'name: value', one a line")
     named = {_option_name(str(name)): value for name, value in options.items()}

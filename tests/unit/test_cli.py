@@ -306,6 +306,16 @@ class TestOptions:
         [
             ("modl: x\n", 'Unknown option: "modl" from {path}. Did you mean --model?'),
             ("[1, 2\n", "{path} is not valid YAML: "),
+            (
+                "model: m\na: b: c\n",
+                "{path} is not valid YAML: mapping values are not allowed here "
+                'in "{path}", line 2, column 5',
+            ),
+            ("!!python/object/apply:os.getpid []", "{path} is not valid YAML: could not determine"),
+            ("model: !!bool 7\n", "{path} is not valid YAML: '7'"),
+            ("day: 2026-99-99\n", "{path} is not valid YAML: month must be in 1..12"),
+            ("a: \udcff\n", "{path} is not valid YAML: unacceptable character #x00ff"),
+            ("[" * 5000, "{path} is not valid YAML: maximum recursion depth"),
             ("just text\n", "{path} must hold options as 'name: value', one a line"),
             ("max_num_seqs: 0\n", "max_num_seqs must be at least 1, got 0"),
         ],
@@ -314,9 +324,20 @@ class TestOptions:
         self, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "o.yaml"
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
         shown = fails(capsys, "generate", "Hello", "--config", str(path))
         assert shown.startswith(message.format(path=path))
+
+    def test_a_file_may_be_empty_but_no_directory(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "o.yaml"
+        path.write_text("# nothing yet\n")
+        main(["generate", "Hello", "--config", str(path)])
+        assert FakeLLM.made.config == EngineConfig()
+        capsys.readouterr()
+        shown = fails(capsys, "generate", "Hello", "--config", str(tmp_path))
+        assert shown == f"{tmp_path}: Is a directory"
 
     def test_mistakes_in_the_environment(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
