@@ -17,6 +17,7 @@ import uvicorn
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.app import create_app
+from nanovllm.server.listening import open_sockets
 from nanovllm.server.logs import configure_logging
 from nanovllm.server.protocol import BoundedProtocol
 from nanovllm.server.state import ServerState
@@ -44,7 +45,7 @@ def serve(
         speech: Which speech model beside it, and which voices.
 
     Raises:
-        InvalidRequestError: The certificate or the socket cannot be used.
+        InvalidRequestError: The certificate, or where to listen, cannot be used.
     """
     configure_logging(server)
     _check_files(server)
@@ -72,8 +73,9 @@ def serve(
         timeout_keep_alive=server.keep_alive_timeout,  # type: ignore[arg-type]  # a delay
         h11_max_incomplete_event_size=server.max_header_size,
     )
+    sockets = open_sockets(server)
     with contextlib.suppress(KeyboardInterrupt):
-        DrainingServer(config, state).run()
+        DrainingServer(config, state).run(sockets)
     return 0 if state.startup_error is None else STARTUP_FAILED
 
 
@@ -98,7 +100,7 @@ class DrainingServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
+        if self.started and not self.should_exit:
             url = self._url()
             logger.info("listening on %s; the playground is at /, the API's docs at /docs", url)
 
@@ -156,13 +158,6 @@ def _check_files(server: ServerConfig) -> None:
                 f"certificate and its key: {e}",
                 "ssl_certfile",
             ) from e
-    if server.uds is not None and not Path(server.uds).is_socket():  # one that is left is replaced
-        try:
-            with socket.socket(socket.AF_UNIX) as trial:
-                trial.bind(server.uds)
-            Path(server.uds).unlink()
-        except OSError as e:
-            raise InvalidRequestError(f"uds: {server.uds}: {e.strerror or e}", "uds") from e
 
 
 def _no_password() -> str:

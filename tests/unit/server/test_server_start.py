@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import resource
+import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +19,10 @@ from starlette.testclient import TestClient
 
 from nanovllm.cli import main
 from nanovllm.config import EngineConfig, PoolConfig, ServerConfig, SpeechConfig
+from nanovllm.errors import InvalidRequestError
 from nanovllm.server.adapters import LoRAModule, lora_modules
 from nanovllm.server.app import create_app
+from nanovllm.server.listening import open_sockets
 from nanovllm.server.loading import load_models
 from nanovllm.server.logs import JSONFormatter, configure_logging
 from nanovllm.server.serve import MAX_FILES, _raise_file_limit, serve
@@ -334,7 +338,8 @@ class TestServe:
     @pytest.fixture(autouse=True)
     def _not_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("nanovllm.server.serve.configure_logging", lambda config: None)
-        monkeypatch.setattr("nanovllm.server.serve.DrainingServer.run", lambda self: None)
+        monkeypatch.setattr("nanovllm.server.serve.DrainingServer.run", lambda self, sockets: None)
+        monkeypatch.setattr("nanovllm.server.serve.open_sockets", lambda server: [])
 
     @pytest.mark.parametrize(
         ("options", "warned"),
@@ -354,6 +359,59 @@ class TestServe:
     ) -> None:
         assert serve(ServerConfig(**options), EngineConfig(), PoolConfig()) == 0
         assert ("--api-key" in caplog.text) == warned
+
+
+class TestListening:
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", ""])
+    def test_a_port_that_is_taken(self, host: str) -> None:
+        (first, *others) = open_sockets(ServerConfig(host=host, port=0))
+        port = first.getsockname()[1]
+        with pytest.raises(InvalidRequestError) as error:
+            open_sockets(ServerConfig(host=host, port=port))
+        assert str(error.value) == f"port {port} is in use: choose another with --port"
+        for sock in (first, *others):
+            sock.close()
+        for sock in open_sockets(ServerConfig(host=host, port=port)):
+            sock.close()
+
+    @pytest.mark.parametrize(
+        ("host", "says"),
+        [
+            ("999.1.1.1", "host '999.1.1.1' is unknown: "),
+            ("a" * 70, "is unknown: "),
+            ("192.0.2.1", "host '192.0.2.1' cannot be listened on: "),
+        ],
+    )
+    def test_a_host_that_is_not_here(self, host: str, says: str) -> None:
+        with pytest.raises(InvalidRequestError, match=says) as error:
+            open_sockets(ServerConfig(host=host, port=0))
+        assert error.value.param == "host"
+
+    def test_an_address_that_the_machine_lacks_is_left_out(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", (host, 0))
+            for host in ("192.0.2.1", "127.0.0.1", "127.0.0.1")
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **options: found)
+        (sock,) = open_sockets(ServerConfig(host="localhost"))
+        assert sock.getsockname()[0] == "127.0.0.1"
+        sock.close()
+
+    def test_a_socket_is_replaced_only_if_nobody_listens_there(self, tmp_path: Path) -> None:
+        server = ServerConfig(uds=str(tmp_path / "u.sock"))
+        (first,) = open_sockets(server)
+        assert stat.S_IMODE(os.stat(tmp_path / "u.sock").st_mode) == 0o666
+        os.chmod(tmp_path / "u.sock", 0o600)
+        with pytest.raises(InvalidRequestError, match="another server listens there"):
+            open_sockets(server)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(server.uds or "")
+        first.close()
+        (second,) = open_sockets(server)
+        assert stat.S_IMODE(os.stat(tmp_path / "u.sock").st_mode) == 0o600
+        second.close()
 
 
 def test_the_server_needs_no_torch() -> None:
