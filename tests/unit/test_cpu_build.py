@@ -121,6 +121,51 @@ def test_a_directory_of_somebody_else_is_not_used(
     shutil.rmtree(library.parent)
 
 
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Directories below which no byte is free."""
+    roots: list[Path] = []
+    real = shutil.disk_usage
+
+    def disk_usage(path: Path) -> object:
+        usage = real(path)
+        return usage._replace(free=0) if set(roots) & {path, *path.parents} else usage
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    return roots
+
+
+def test_where_the_disk_is_full_the_temporary_directory_serves(
+    home: Path, full: list[Path], compilations: list[Path]
+) -> None:
+    (home / "tmp").mkdir()
+    full.append(home / ".cache")
+    library = compile_kernels(PORTABLE)
+    assert home / "tmp" in library.parents
+    assert compile_kernels(PORTABLE) == library
+    assert len(compilations) == 1
+
+
+def test_what_was_compiled_is_found_on_a_full_disk(
+    home: Path, full: list[Path], compilations: list[Path]
+) -> None:
+    library = compile_kernels(PORTABLE)
+    full.append(home)
+    assert compile_kernels(PORTABLE) == library
+    assert len(compilations) == 1
+
+
+def test_without_room_nothing_is_compiled(
+    home: Path, full: list[Path], compilations: list[Path]
+) -> None:
+    (home / "tmp").mkdir()
+    full.append(home)
+    with pytest.raises(NoCompilerError, match=r"no place for the compiled kernels: .*64 MiB are"):
+        compile_kernels(PORTABLE)
+    assert not compilations
+    assert [path.name for path in (home / "tmp").iterdir()] == [f"nanovllm-{os.getuid()}"]
+
+
 def test_a_second_call_compiles_nothing(home: Path, compilations: list[Path]) -> None:
     first = compile_kernels(PORTABLE)
     assert compile_kernels(PORTABLE) == first

@@ -1,6 +1,7 @@
 """Compiles the kernels for this processor at first use, and keeps the result."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-pthread")
 COMPILERS = ("g++", "clang++", "c++")
+ROOM = 64 << 20
+"""Bytes that must be free where the kernels are compiled: a full disk looks like a bad compiler."""
 
 
 class NoCompilerError(RuntimeError):
@@ -120,15 +123,18 @@ def _compiled_by(compiler: str, isa: InstructionSet, extra_flags: Sequence[str])
     digest = hashlib.sha256("\0".join([version, *flags]).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    directory = private_cache("kernels")
     name = f"{isa.name}-{digest.hexdigest()[:16]}"
-    library = _kept(directory, name)
-    if library is None:
-        with _locked(directory):
-            library = _kept(directory, name)
-            if library is None:
-                logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
-                library = _compile(compiler, flags, sources, directory, name)
+    try:
+        if library := _kept(private_cache("kernels"), name):
+            return library
+        directory = private_cache("kernels", ROOM)
+    except OSError as e:
+        raise NoCompilerError(f"there is no place for the compiled kernels: {e}") from e
+    with _locked(directory):
+        library = _kept(directory, name)
+        if library is None:
+            logger.info("compiling the CPU kernels for %s (once, some seconds)", isa.name)
+            library = _compile(compiler, flags, sources, directory, name)
     return library
 
 
@@ -189,10 +195,17 @@ def _compile(
         return linked.replace(directory / f"{name}-{_content_digest(linked)}.so")
 
 
-def private_cache(name: str) -> Path:
+def private_cache(name: str, room: int = 0) -> Path:
     """A directory for what we compute once, that only this user may write.
 
     Without a usable home directory it lasts as long as the machine's temporary files.
+
+    Args:
+        name: What is kept there.
+        room: Bytes that must be free.
+
+    Raises:
+        OSError: There is no such directory.
     """
     # The "~" stays where there is no home, as for a user that the system does not know.
     for root in (Path(os.path.expanduser("~/.cache")), Path(tempfile.gettempdir())):
@@ -204,11 +217,17 @@ def private_cache(name: str) -> Path:
             status = directory.parent.stat()
             if status.st_uid == os.getuid():
                 directory.parent.chmod(0o700)
-                if os.access(directory, os.W_OK):
+                if os.access(directory, os.W_OK) and _has_room(directory, room):
                     return directory
         except OSError:
             continue
+    if not _has_room(Path(tempfile.gettempdir()), room):
+        raise OSError(errno.ENOSPC, f"less than {room >> 20} MiB are free", tempfile.gettempdir())
     return Path(tempfile.mkdtemp(prefix=f"nanovllm-{name}-"))
+
+
+def _has_room(directory: Path, room: int) -> bool:
+    return shutil.disk_usage(directory).free >= room
 
 
 def _machine_flags(isa: InstructionSet) -> list[str]:
