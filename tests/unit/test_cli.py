@@ -577,3 +577,45 @@ def test_closed_pipe_is_no_traceback() -> None:
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()
     assert process.wait(timeout=60) == 1
+
+
+CTRL_C_AT_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "cyclopts":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from nanovllm.__main__ import main
+main()
+"""
+
+
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback() -> None:
+    run = subprocess.run([sys.executable, "-c", CTRL_C_AT_IMPORT], capture_output=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, b"")
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "<&- >&- 2>&-"])
+def test_standard_files_that_are_closed(closing: str, tmp_path: Path) -> None:
+    """Their numbers are taken by nothing else, here and in processes that are started."""
+    code = (
+        "import os, sys; from pathlib import Path;"
+        "from nanovllm.__main__ import open_standard_files; open_standard_files();"
+        "sys.stdin.read(); sys.stdout.write('x'); sys.stderr.write('x');"
+        "Path(sys.argv[1]).write_text(str([os.get_inheritable(number) for number in range(3)]))"
+    )
+    command = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", code]
+    run = subprocess.run(
+        [*command, str(tmp_path / "out")], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+    )
+    assert run.returncode == 0
+    assert (tmp_path / "out").read_text() == "[True, True, True]"
+
+
+def test_a_prompt_from_a_closed_input_is_empty() -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "nanovllm", "generate"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert "nanovllm: error: the prompt is empty" in run.stderr
+    assert "Traceback" not in run.stderr
