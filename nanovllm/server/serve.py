@@ -5,10 +5,13 @@ import contextlib
 import ipaddress
 import logging
 import math
+import signal
 import socket
 import ssl
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -92,6 +95,20 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Heed a terminal that is closed as well, unless `nohup` says not to."""
+        with super().capture_signals():
+            heeds = (
+                threading.current_thread() is threading.main_thread()
+                and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+            )
+            if heeds:
+                signal.signal(signal.SIGHUP, self.handle_exit)
+            yield
+            if heeds:
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         # Unlike uvicorn's, this does not note the signal down to die of it in the end.

@@ -1,5 +1,6 @@
 """The engine process: takes requests from its link, steps, and reports."""
 
+import contextlib
 import gc
 import logging
 import math
@@ -248,7 +249,7 @@ class EngineLoop:
 
 def main(address: str) -> None:
     """Run an engine until the client says so, or is gone."""
-    threading.Thread(target=_exit_with_client, daemon=True).start()
+    threading.Thread(target=_exit_with_client, args=(address,), daemon=True).start()
     # A supervisor may signal the whole group; it is the client that decides when we end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -331,7 +332,12 @@ def visible_device(index: int) -> str:
     return devices[index]
 
 
-def _exit_with_client() -> None:
+def _exit_with_client(address: str) -> None:
     """End at once when the client's end of our standard input closes, whatever is going on."""
     os.read(sys.stdin.fileno(), 1)
+    socket = Path(address.removeprefix("ipc://"))  # the client may have been killed and left it
+    with contextlib.suppress(OSError):
+        socket.unlink()
+    with contextlib.suppress(OSError):  # other engines have theirs there, too
+        socket.parent.rmdir()
     os._exit(1)

@@ -34,11 +34,12 @@ def stream_in_background(server: Server, max_tokens: int) -> tuple[threading.Thr
 
 
 class TestEnding:
-    def test_it_drains_and_leaves_nothing_behind(self) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_it_drains_and_leaves_nothing_behind(self, number: int) -> None:
         with Server(shutdown_timeout=60) as server:
             engines = psutil.Process(server.process.pid).children(recursive=True)
             reader, answer = stream_in_background(server, 500)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.send_signal(number)
             time.sleep(0.1)
             assert server.get("/health")[0] == 200
             assert server.get("/ready")[0] == 503
@@ -83,14 +84,15 @@ class TestEnding:
         assert "Cancel 3 running task(s)" in server.log
         assert "Traceback" not in server.log
 
-    def test_its_engines_do_not_outlive_it(self) -> None:
-        with Server() as server:
+    def test_its_engines_do_not_outlive_it(self, tmp_path: Path) -> None:
+        with Server(env={"TMPDIR": str(tmp_path)}) as server:
             engines = psutil.Process(server.process.pid).children(recursive=True)
             assert engines
             server.process.kill()
             server.process.wait()
             _, alive = psutil.wait_procs(engines, timeout=10)
             assert not alive
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestStarting:
