@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
@@ -16,7 +16,7 @@ from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.chat.plan import format_of
 from nanovllm.server.chat.prompt import checked_kwargs, render
 from nanovllm.server.chat.request import ChatRequest
-from nanovllm.server.fields import Int64, RequestId, WireModel
+from nanovllm.server.fields import CacheSalt, LenientModel, ModelName, Priority, RequestId
 from nanovllm.server.generation import RequestInParts
 from nanovllm.server.state import ServerState
 from nanovllm.text.decisions import Decision, Labels, Question
@@ -25,20 +25,15 @@ MAX_QUESTIONS = 400
 """Of one request, as at OpenAI."""
 
 
-class DecisionOptions(WireModel):
+class DecisionOptions(LenientModel):
     """What any request for decisions may say besides."""
 
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    model: ModelName = None
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="What the template reads besides; `enable_thinking` is false."
     )
-    priority: Int64 | None = Field(0, description="Lower runs first.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="Share cached prefixes only with requests of the same salt."
-    )
+    priority: Priority = 0
+    cache_salt: CacheSalt = None
     request_id: RequestId | None = None
 
 

@@ -1,7 +1,7 @@
 """Types of request fields: bounds that the OpenAPI document shows, refusals in plain words."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -106,6 +106,12 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class LenientModel(WireModel):
+    """The same, but unknown fields are kept for a line in the log: see `note_ignored`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 WHOLE = WholeNumbers()
 FAIL_FAST = FirstErrorOnly()
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63), WHOLE]
@@ -135,6 +141,15 @@ LogitBias = Annotated[
     FAIL_FAST,
 ]
 """By token id, which JSON makes text."""
+ModelName = Annotated[
+    str | None, Field(description="A served name; left out, it is the only model.")
+]
+Priority = Annotated[Int64 | None, Field(description="Lower runs first.")]
+CacheSalt = Annotated[
+    Annotated[str, Field(min_length=1, max_length=1024)] | None,
+    Field(description="Share cached prefixes only with requests of the same salt."),
+]
+TruncateTo = Annotated[TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")]
 RequestId = Annotated[str, Field(pattern="^[!-~]{1,256}$")]
 """It comes back in a header."""
 Off = Annotated[bool, AfterValidator(_refuse_true), WithJsonSchema({"const": False})] | None

@@ -3,13 +3,15 @@
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from nanovllm.server.fields import (
     FAIL_FAST,
     MAX_LIST_LENGTH,
     WHOLE,
+    LenientModel,
+    ModelName,
     RequestId,
     Share,
     StopString,
@@ -188,13 +190,10 @@ class OutputConfig(WireModel):
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), FAIL_FAST]
 
 
-class CountTokensRequest(WireModel):
+class CountTokensRequest(LenientModel):
     """A conversation to count the tokens of."""
 
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    model: ModelName = None
     messages: Messages
     system: Texts | None = None
     tools: Tools | None = None

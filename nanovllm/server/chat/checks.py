@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
-from pydantic import BaseModel
-
 from nanovllm.config import ServerConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import StructuredOutputsParams
+from nanovllm.server.fields import LenientModel
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ FORMS = frozenset({"structured_outputs", *(f.name for f in fields(StructuredOutp
 """What errors of an answer's form name."""
 
 
-def note_ignored(*requests: BaseModel) -> None:
+def note_ignored(*requests: LenientModel) -> None:
     """Log which fields have no effect, and let go of what they say: it may be much."""
     for request in requests:
         if request.model_extra:

@@ -2,15 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from nanovllm.server.fields import (
     WHOLE,
     BadWords,
+    CacheSalt,
     Int64,
+    LenientModel,
     LogitBias,
+    ModelName,
     NumTokens,
     Penalty,
+    Priority,
     RepetitionPenalty,
     Share,
     Stop,
@@ -30,17 +34,14 @@ class RefusalPart(WireModel):
     text: str = Field(alias="refusal")
 
 
-class SampledRequest(WireModel):
+class SampledRequest(LenientModel):
     """What to sample, and for whom. Fields that OpenAI does not have are vLLM's.
 
     A field that is null counts as left out. Sampling fields that are left out are what the model's
     `generation_config.json` says.
     """
 
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    model: ModelName = None
     stream: bool | None = False
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -56,10 +57,8 @@ class SampledRequest(WireModel):
     include_stop_str_in_output: bool | None = None
     logit_bias: LogitBias | None = None
     bad_words: BadWords | None = None
-    priority: Int64 | None = Field(0, description="Lower runs first.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
-        None, description="Share cached prefixes only with requests of the same salt."
-    )
+    priority: Priority = 0
+    cache_salt: CacheSalt = None
     user: str | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None

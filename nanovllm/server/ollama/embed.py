@@ -5,12 +5,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from nanovllm.config.server import MAX_PROMPTS
 from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.embeddings import Embedded, Wanted, respond, written
-from nanovllm.server.fields import FAIL_FAST, OrSay, Text, TokenCount, WireModel
+from nanovllm.server.fields import FAIL_FAST, LenientModel, OrSay, Text, TokenCount
 from nanovllm.server.ollama.requests import KeepAlive
 from nanovllm.server.ollama.responses import EmbedResponse
 from nanovllm.server.ollama.route import OllamaRoute
@@ -20,11 +20,8 @@ from nanovllm.server.state import State
 router = APIRouter(route_class=OllamaRoute)
 
 
-class EmbedRequest(WireModel):
+class EmbedRequest(LenientModel):
     """Texts to embed."""
-
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, Field(min_length=1)]
     input: Annotated[

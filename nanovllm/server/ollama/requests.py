@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from nanovllm.server.fields import (
@@ -10,6 +10,7 @@ from nanovllm.server.fields import (
     MAX_LIST_LENGTH,
     WHOLE,
     Int64,
+    LenientModel,
     NumLogprobs,
     OrSay,
     Penalty,
@@ -42,10 +43,8 @@ KeepAlive = Annotated[
 ]
 
 
-class Options(WireModel):
+class Options(LenientModel):
     """How to sample. What is for loading a model, or for samplers we have not, has no effect."""
-
-    model_config = ConfigDict(extra="allow")
 
     num_predict: Annotated[int, Field(ge=-2, le=2**31 - 1), WHOLE] | None = Field(
         None,
@@ -66,11 +65,8 @@ class Options(WireModel):
     frequency_penalty: Penalty | None = None
 
 
-class AnswerRequest(WireModel):
+class AnswerRequest(LenientModel):
     """What both kinds of request have in common."""
-
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, Field(min_length=1)]
     stream: bool | None = None

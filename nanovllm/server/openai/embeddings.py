@@ -6,12 +6,21 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from nanovllm.server.chat.checks import note_ignored
 from nanovllm.server.embeddings import Embedded, Wanted, respond, written
-from nanovllm.server.fields import Int64, OrSay, RequestId, TokenCount, WireModel, not_served
+from nanovllm.server.fields import (
+    CacheSalt,
+    LenientModel,
+    ModelName,
+    Priority,
+    RequestId,
+    TokenCount,
+    TruncateTo,
+    not_served,
+)
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.openai.requests import Prompt, as_prompts
 from nanovllm.server.openai.responses import PromptTokensDetails
@@ -20,14 +29,11 @@ from nanovllm.server.state import State
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
 
 
-class EmbeddingRequest(WireModel):
+class EmbeddingRequest(LenientModel):
     """Texts to embed. Fields that OpenAI does not have are vLLM's."""
 
-    # Fields we do not know have no effect; they are kept for a line in the log.
-    model_config = ConfigDict(extra="allow")
-
     input: Prompt
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    model: ModelName = None
     encoding_format: Literal["float", "base64"] | None = Field(
         "float", description="Numbers, or their little-endian float32 in base64."
     )
@@ -35,12 +41,12 @@ class EmbeddingRequest(WireModel):
         None, description="Keep so many numbers; by default all that the model has."
     )
     user: str | None = None
-    truncate_prompt_tokens: Annotated[
-        TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")
-    ] = Field(None, description="Keep so many first tokens of a text; -1 is as many as fit.")
+    truncate_prompt_tokens: TruncateTo = Field(
+        None, description="Keep so many first tokens of a text; -1 is as many as fit."
+    )
     add_special_tokens: bool | None = True
-    priority: Int64 | None = Field(0, description="Lower runs first.")
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+    priority: Priority = 0
+    cache_salt: CacheSalt = Field(
         None, description="Only requests of the same salt share cached prefixes."
     )
     request_id: RequestId | None = None

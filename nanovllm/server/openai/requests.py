@@ -20,6 +20,7 @@ from nanovllm.server.fields import (
     TokenCount,
     TokenId,
     TokenIds,
+    TruncateTo,
     WireModel,
     not_served,
 )
@@ -61,9 +62,9 @@ class GenerationRequest(SampledRequest, StructureFields, ABC):
         None, description="Tokens to tell of in place of the likeliest ones; needs `logprobs`."
     )
     prompt_logprobs: NumLogprobs | None = None
-    truncate_prompt_tokens: Annotated[
-        TokenCount | Literal[-1] | None, OrSay("must be at least 1, or -1")
-    ] = Field(None, description="Keep so many last tokens of the prompt; -1 is as many as fit.")
+    truncate_prompt_tokens: TruncateTo = Field(
+        None, description="Keep so many last tokens of the prompt; -1 is as many as fit."
+    )
     request_id: RequestId | None = Field(
         None, description="Used in the id of the answer and by `/abort`, as `X-Request-Id` is."
     )

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, AliasChoices, Field
 
 from nanovllm.errors import InvalidRequestError
 from nanovllm.server.errors import in_words_of_client
-from nanovllm.server.fields import OrSay, WireModel
+from nanovllm.server.fields import ModelName, OrSay, WireModel
 from nanovllm.server.json_body import JSONRoute
 from nanovllm.server.request_id import HEADER, request_id
 from nanovllm.server.speech.fields import (
@@ -61,7 +61,7 @@ class VoiceId(WireModel):
 class SpeechRequest(SpeechOptions):
     """A text to speak. Fields that OpenAI does not have are VoxCPM's and other servers'."""
 
-    model: str | None = Field(None, description="A served name; left out, it is the only model.")
+    model: ModelName = None
     input: Speakable = Field(
         description="The text; 4096 characters at most unless `split_sentences` is true."
     )
