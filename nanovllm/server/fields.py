@@ -1,12 +1,15 @@
 """Types of request fields: bounds that the OpenAPI document shows, refusals in plain words."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     GetCoreSchemaHandler,
     ValidationError,
@@ -47,6 +50,66 @@ class OrSay:
 def not_served(why: str) -> OrSay:
     """Refuse, by name, all but the values that ask for what we do anyway."""
     return OrSay(f"not supported: {why}")
+
+
+def by_type(default: str, *others: str, or_string: bool = False) -> Discriminator:
+    """Tell the models of a union apart by the `type` of an object.
+
+    Their tags are "type text" and the like: what has a space is no part of the path in an error.
+
+    Args:
+        default: The type that an object is taken for which has none of the others.
+        others: The other types.
+        or_string: Whether there is a member for strings, too; its tag is "a string".
+    """
+
+    def tag_of(value: Any) -> str:
+        if or_string and isinstance(value, str):
+            return "a string"
+        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+        return f"type {kind if kind in others else default}"
+
+    return Discriminator(tag_of)
+
+
+def only_types(kinds: Collection[str], refusal: str) -> BeforeValidator:
+    """Refuse an object of any other `type`, before its fields are looked at.
+
+    Args:
+        kinds: The types that there are.
+        refusal: What to say; `{kind}` in it is the type that the object has.
+    """
+
+    def check(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind not in kinds:
+            raise PydanticCustomError("not_accepted", refusal, {"kind": kind[:80]})
+        return value
+
+    return BeforeValidator(check)
+
+
+def bounded(names: Collection[str], most: int, what: str) -> BeforeValidator:
+    """Bound what the objects of a list consist of, all together, before anything is made of it.
+
+    Args:
+        names: The fields of an object that are lists.
+        most: How many items these lists may have.
+        what: What the items are, for the error.
+    """
+
+    def check(objects: Any) -> Any:
+        if isinstance(objects, list) and len(objects) <= most:
+            lists = (item.get(name) for item in objects if isinstance(item, dict) for name in names)
+            if sum(len(items) for items in lists if isinstance(items, list)) > most:
+                raise PydanticCustomError(
+                    "not_accepted",
+                    "may have {most} {what} all together",
+                    {"most": most, "what": what},
+                )
+        return objects
+
+    return BeforeValidator(check)
 
 
 @dataclass(frozen=True)

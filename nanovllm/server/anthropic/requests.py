@@ -1,9 +1,8 @@
 """What clients send to `/v1/messages` and `/v1/messages/count_tokens`."""
 
-from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import BeforeValidator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from nanovllm.server.fields import (
@@ -18,7 +17,9 @@ from nanovllm.server.fields import (
     Temperature,
     TokenCount,
     WireModel,
+    by_type,
     not_served,
+    only_types,
 )
 
 MAX_PIECES = 1 << 13
@@ -60,18 +61,8 @@ class ToolUseBlock(WireModel):
     input: dict[str, Any]
 
 
-def _check_kind(block: Any, kinds: tuple[str, ...]) -> Any:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if isinstance(kind, str) and kind not in kinds:
-        raise PydanticCustomError(
-            "not_accepted",
-            "'{kind}' is not supported here: this model reads and writes text; send {kinds}",
-            {"kind": kind[:80], "kinds": " or ".join(kinds)},
-        )
-    return block
-
-
-OnlyText = Annotated[TextBlock, BeforeValidator(partial(_check_kind, kinds=("text",)))]
+ONLY_TEXT = "'{kind}' is not supported here: this model reads and writes text; send "
+OnlyText = Annotated[TextBlock, only_types(("text",), f"{ONLY_TEXT}text")]
 Texts = str | Annotated[list[OnlyText], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST]
 
 
@@ -84,29 +75,15 @@ class ToolResultBlock(WireModel):
     is_error: bool | None = Field(None, description="Not shown to the model; `content` is.")
 
 
-BLOCKS: dict[str, str] = {
-    "text": "a text",
-    "thinking": "a thought",
-    "redacted_thinking": "a sealed thought",
-    "tool_use": "a call",
-    "tool_result": "a result",
-}
-"""Kinds of blocks, and their tags: with a space, so that they are in no path of an error."""
-
-
-def _kind_of_block(block: Any) -> str:
-    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-    return BLOCKS.get(kind, "a text") if isinstance(kind, str) else "a text"
-
-
+BLOCKS = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 Block = Annotated[
-    Annotated[TextBlock, Tag("a text")]
-    | Annotated[ThinkingBlock, Tag("a thought")]
-    | Annotated[RedactedThinkingBlock, Tag("a sealed thought")]
-    | Annotated[ToolUseBlock, Tag("a call")]
-    | Annotated[ToolResultBlock, Tag("a result")],
-    Discriminator(_kind_of_block),
-    BeforeValidator(partial(_check_kind, kinds=tuple(BLOCKS))),
+    Annotated[TextBlock, Tag("type text")]
+    | Annotated[ThinkingBlock, Tag("type thinking")]
+    | Annotated[RedactedThinkingBlock, Tag("type redacted_thinking")]
+    | Annotated[ToolUseBlock, Tag("type tool_use")]
+    | Annotated[ToolResultBlock, Tag("type tool_result")],
+    by_type(*BLOCKS),
+    only_types(BLOCKS, ONLY_TEXT + " or ".join(BLOCKS)),
 ]
 
 

@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from nanovllm.server.fields import (
     FAIL_FAST,
@@ -19,6 +18,7 @@ from nanovllm.server.fields import (
     Stop,
     Temperature,
     WireModel,
+    bounded,
     not_served,
 )
 
@@ -126,23 +126,12 @@ class Message(WireModel):
     tool_call_id: str | None = None
 
 
-def _check_calls(messages: Any) -> Any:
-    """Bound the calls of all messages together before anything is made of them."""
-    if isinstance(messages, list):
-        calls = (m.get("tool_calls") for m in messages if isinstance(m, dict))
-        if sum(len(made) for made in calls if isinstance(made, list)) > MAX_MESSAGES:
-            raise PydanticCustomError(
-                "not_accepted", "may have {most} tool calls all together", {"most": MAX_MESSAGES}
-            )
-    return messages
-
-
 class ChatRequest(AnswerRequest):
     """A conversation to answer; without messages, a question whether the model is there."""
 
     messages: Annotated[
         Annotated[list[Message], Field(max_length=MAX_MESSAGES), FAIL_FAST] | None,
-        BeforeValidator(_check_calls),
+        bounded(("tool_calls",), MAX_MESSAGES, "tool calls"),
     ] = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), FAIL_FAST] | None = None
 

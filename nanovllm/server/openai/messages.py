@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from nanovllm.server.chat.wire import MAX_TOOLS, FunctionName, RefusalPart
@@ -11,6 +11,8 @@ from nanovllm.server.fields import (
     MAX_LIST_LENGTH,
     OrSay,
     WireModel,
+    bounded,
+    by_type,
     not_served,
 )
 
@@ -39,19 +41,11 @@ class TextPart(WireModel):
     text: str
 
 
-def _kind_of_part(part: Any) -> str:
-    # Names with a space, so that they are no part of the path in an error's `param`.
-    if isinstance(part, str):
-        return "a string"
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "a refusal" if kind == "refusal" else "a text"
-
-
 Part = Annotated[
     Annotated[str, Tag("a string")]
-    | Annotated[TextPart, Tag("a text")]
-    | Annotated[RefusalPart, Tag("a refusal")],
-    Discriminator(_kind_of_part),
+    | Annotated[TextPart, Tag("type text")]
+    | Annotated[RefusalPart, Tag("type refusal")],
+    by_type("text", "refusal", or_string=True),
 ]
 
 
@@ -86,29 +80,11 @@ class Message(WireModel):
     audio: Annotated[None, ONLY_TEXT] = None
 
 
-def _check_pieces(messages: Any) -> Any:
-    """Bound what the messages consist of, all together, before anything is made of it."""
-    if isinstance(messages, list) and len(messages) <= MAX_MESSAGES:
-        lists = (
-            message.get(name)
-            for message in messages
-            if isinstance(message, dict)
-            for name in ("content", "tool_calls")
-        )
-        if sum(len(pieces) for pieces in lists if isinstance(pieces, list)) > MAX_MESSAGES:
-            raise PydanticCustomError(
-                "not_accepted",
-                "may have {most} content parts and tool calls all together",
-                {"most": MAX_MESSAGES},
-            )
-    return messages
-
-
 Messages = Annotated[
     list[Message],
     Field(min_length=1, max_length=MAX_MESSAGES),
     FAIL_FAST,
-    BeforeValidator(_check_pieces),
+    bounded(("content", "tool_calls"), MAX_MESSAGES, "content parts and tool calls"),
 ]
 
 

@@ -3,28 +3,24 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import BeforeValidator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from nanovllm.server.chat.wire import RefusalPart
-from nanovllm.server.fields import FAIL_FAST, MAX_LIST_LENGTH, WireModel
+from nanovllm.server.fields import (
+    FAIL_FAST,
+    MAX_LIST_LENGTH,
+    WireModel,
+    bounded,
+    by_type,
+    only_types,
+)
+from nanovllm.server.responses.objects import ItemStatus
 
 MAX_ITEMS = 1 << 13
 """Items and parts of them, all together; checked in some 0.05 s."""
 
 TEXT_KINDS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
-Status = Literal["in_progress", "completed", "incomplete"]
-
-
-def _check_part(part: Any) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if isinstance(kind, str) and kind not in (*TEXT_KINDS, "refusal"):
-        raise PydanticCustomError(
-            "not_accepted",
-            "'{kind}' is not supported: this model reads and writes text",
-            {"kind": kind[:80]},
-        )
-    return part
 
 
 class TextPart(WireModel):
@@ -34,16 +30,12 @@ class TextPart(WireModel):
     text: str
 
 
-def _kind_of_part(part: Any) -> str:
-    # Names with a space, so that they are no part of the path in an error's `param`.
-    kind = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
-    return "a refusal" if kind == "refusal" else "a text"
-
-
 Part = Annotated[
-    Annotated[TextPart, Tag("a text")] | Annotated[RefusalPart, Tag("a refusal")],
-    Discriminator(_kind_of_part),
-    BeforeValidator(_check_part),
+    Annotated[TextPart, Tag("type text")] | Annotated[RefusalPart, Tag("type refusal")],
+    by_type("text", "refusal"),
+    only_types(
+        (*TEXT_KINDS, "refusal"), "'{kind}' is not supported: this model reads and writes text"
+    ),
 ]
 Parts = Annotated[list[Part], Field(max_length=MAX_LIST_LENGTH), FAIL_FAST]
 Content = str | Parts
@@ -56,7 +48,7 @@ class MessageItem(WireModel):
     id: str | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
-    status: Status | None = None
+    status: ItemStatus | None = None
 
 
 class FunctionCallItem(WireModel):
@@ -67,7 +59,7 @@ class FunctionCallItem(WireModel):
     call_id: str
     name: str
     arguments: str
-    status: Status | None = None
+    status: ItemStatus | None = None
 
 
 class FunctionCallOutputItem(WireModel):
@@ -77,7 +69,7 @@ class FunctionCallOutputItem(WireModel):
     id: str | None = None
     call_id: str
     output: Content
-    status: Status | None = None
+    status: ItemStatus | None = None
 
 
 class ReasoningItem(WireModel):
@@ -88,38 +80,27 @@ class ReasoningItem(WireModel):
     summary: Parts = Field(default_factory=list)
     content: Parts | None = None
     encrypted_content: str | None = Field(None, description="Not read: there is none of ours.")
-    status: Status | None = None
+    status: ItemStatus | None = None
 
 
 Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
 KINDS = ("message", "function_call", "function_call_output", "reasoning")
 
 
-def _check_item(item: Any) -> Any:
+def _as_item(item: Any) -> Any:
     if not isinstance(item, dict):
         raise PydanticCustomError("not_accepted", "must be an object")
-    kind = item.get("type")
-    if isinstance(kind, str) and kind not in KINDS:
-        raise PydanticCustomError(
-            "not_accepted",
-            "'{kind}' is not supported: an item is one of {known}",
-            {"kind": kind[:80], "known": ", ".join(KINDS)},
-        )
-    return {**item, "type": "message"} if kind is None else item
-
-
-def _kind_of_item(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return f"a {kind}" if isinstance(kind, str) and kind in KINDS else "a message"
+    return {**item, "type": "message"} if item.get("type") is None else item
 
 
 AnyItem = Annotated[
-    Annotated[MessageItem, Tag("a message")]
-    | Annotated[FunctionCallItem, Tag("a function_call")]
-    | Annotated[FunctionCallOutputItem, Tag("a function_call_output")]
-    | Annotated[ReasoningItem, Tag("a reasoning")],
-    Discriminator(_kind_of_item),
-    BeforeValidator(_check_item),
+    Annotated[MessageItem, Tag("type message")]
+    | Annotated[FunctionCallItem, Tag("type function_call")]
+    | Annotated[FunctionCallOutputItem, Tag("type function_call_output")]
+    | Annotated[ReasoningItem, Tag("type reasoning")],
+    by_type(*KINDS),
+    only_types(KINDS, f"'{{kind}}' is not supported: an item is one of {', '.join(KINDS)}"),
+    BeforeValidator(_as_item),
 ]
 
 
@@ -129,24 +110,11 @@ def num_parts(items: Iterable[Item]) -> int:
     return sum(len(parts) for parts in lists if isinstance(parts, list))
 
 
-def _check_pieces(items: Any) -> Any:
-    """Bound what the items consist of, all together, before anything is made of it."""
-    if isinstance(items, list) and len(items) <= MAX_ITEMS:
-        lists = (
-            item.get(name)
-            for item in items
-            if isinstance(item, dict)
-            for name in ("content", "output", "summary")
-        )
-        if sum(len(parts) for parts in lists if isinstance(parts, list)) > MAX_ITEMS:
-            raise PydanticCustomError(
-                "not_accepted", "may have {most} content parts all together", {"most": MAX_ITEMS}
-            )
-    return items
-
-
 Items = Annotated[
-    list[AnyItem], Field(max_length=MAX_ITEMS), FAIL_FAST, BeforeValidator(_check_pieces)
+    list[AnyItem],
+    Field(max_length=MAX_ITEMS),
+    FAIL_FAST,
+    bounded(("content", "output", "summary"), MAX_ITEMS, "content parts"),
 ]
 STORED_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[AnyItem])
 

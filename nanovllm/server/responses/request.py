@@ -2,8 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from nanovllm.server.chat.wire import MAX_TOOLS, FunctionName, SampledRequest
 from nanovllm.server.fields import (
@@ -14,7 +13,9 @@ from nanovllm.server.fields import (
     RequestId,
     TokenCount,
     WireModel,
+    by_type,
     not_served,
+    only_types,
 )
 from nanovllm.server.responses.items import Items
 
@@ -61,15 +62,7 @@ class ReasoningOptions(WireModel):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-def _check_kind(tool: Any) -> Any:
-    kind = tool.get("type") if isinstance(tool, dict) else None
-    if isinstance(kind, str) and kind != "function":
-        raise PydanticCustomError(
-            "not_accepted",
-            "'{kind}' is not supported: the client's functions are the only tools",
-            {"kind": kind[:80]},
-        )
-    return tool
+ONLY_FUNCTIONS = "'{kind}' is not supported: the client's functions are the only tools"
 
 
 class FunctionTool(WireModel):
@@ -97,31 +90,18 @@ class AllowedTools(WireModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[
-        list[Annotated[FunctionChoice, BeforeValidator(_check_kind)]],
+        list[Annotated[FunctionChoice, only_types(("function",), ONLY_FUNCTIONS)]],
         Field(min_length=1, max_length=MAX_TOOLS),
         FAIL_FAST,
     ]
 
 
-def _kind_of_choice(choice: Any) -> str:
-    # Names with a space, so that they are no part of the path in an error's `param`.
-    if isinstance(choice, str):
-        return "a mode"
-    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
-    return "allowed tools" if kind == "allowed_tools" else "a function"
-
-
-def _check_choice(choice: Any) -> Any:
-    kind = choice.get("type") if isinstance(choice, dict) else None
-    return choice if kind == "allowed_tools" else _check_kind(choice)
-
-
 Choice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("a mode")]
-    | Annotated[FunctionChoice, Tag("a function")]
-    | Annotated[AllowedTools, Tag("allowed tools")],
-    Discriminator(_kind_of_choice),
-    BeforeValidator(_check_choice),
+    Annotated[Literal["none", "auto", "required"], Tag("a string")]
+    | Annotated[FunctionChoice, Tag("type function")]
+    | Annotated[AllowedTools, Tag("type allowed_tools")],
+    by_type("function", "allowed_tools", or_string=True),
+    only_types(("function", "allowed_tools"), ONLY_FUNCTIONS),
 ]
 Include = Literal[
     "code_interpreter_call.outputs",
@@ -159,7 +139,7 @@ class ResponseRequest(SampledRequest):
     previous_response_id: str | None = Field(None, description="Go on from a stored response.")
     tools: (
         Annotated[
-            list[Annotated[FunctionTool, BeforeValidator(_check_kind)]],
+            list[Annotated[FunctionTool, only_types(("function",), ONLY_FUNCTIONS)]],
             Field(max_length=MAX_TOOLS),
             FAIL_FAST,
         ]
