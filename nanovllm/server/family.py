@@ -15,7 +15,6 @@ false is `{"generated_text": ...}`. Errors have a `detail` beside the `error` of
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request
@@ -37,6 +36,7 @@ from nanovllm.server.fields import (
 )
 from nanovllm.server.generation import Cursor, Generation
 from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.sampling import sampling_from
 from nanovllm.server.speech.generate import SpeechGenerateRequest, answer_speech
 from nanovllm.server.state import ServerState, State
 from nanovllm.server.streaming import (
@@ -172,13 +172,7 @@ async def _texts(body: GenerateRequest, state: ServerState, name: str) -> AsyncG
 async def _start(body: GenerateRequest, state: ServerState, name: str) -> Generation:
     limit = body.max_tokens or body.max_new_tokens
     default = DEFAULT_MAX_NEW_TOKENS if body.dialect == "lines" else DEFAULT_MAX_TOKENS
-    names = ("ignore_eos", "temperature", "top_p", "stop", "repetition_penalty")
-    given = {name: getattr(body, name) for name in names}
-    params = replace(
-        state.llm.default_sampling_params(),
-        max_tokens=limit or default,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    params = sampling_from(state, body, max_tokens=limit or default)
     return await Generation.start(state, name, [body.prompt], params, may_clip=limit is None)
 
 

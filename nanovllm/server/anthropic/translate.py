@@ -1,7 +1,6 @@
 """From Anthropic's request to the one that all dialects share."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -13,6 +12,7 @@ from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.chat.prompt import as_one, checked_kwargs
 from nanovllm.server.chat.request import ChatRequest, ToolChoice
 from nanovllm.server.errors import APIError
+from nanovllm.server.sampling import sampling_from
 from nanovllm.server.state import ServerState
 from nanovllm.text.conversations import call_of
 
@@ -71,17 +71,15 @@ def chat_request(
 
 
 def _params(request: wire.CountTokensRequest, state: ServerState) -> SamplingParams:
-    defaults = state.llm.default_sampling_params()
     if not isinstance(request, wire.MessagesRequest):
-        return replace(defaults, max_tokens=1)
+        return sampling_from(state, request, max_tokens=1)
     check_stop(request.stop_sequences, state.config, "stop_sequences")
-    given = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k")}
-    return replace(
-        defaults,
+    return sampling_from(
+        state,
+        request,
         max_tokens=request.max_tokens,
         stop=request.stop_sequences or None,
         structured_outputs=_form(request),
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -10,13 +9,12 @@ from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.chat.request import ChatRequest
 from nanovllm.server.ollama import requests as wire
+from nanovllm.server.sampling import sampling_from
 from nanovllm.server.state import ServerState
 from nanovllm.text.conversations import call_of
 
 LATEST = ":latest"
 """The tag that a model's name has in Ollama if it has none."""
-SAME_NAME = ("temperature", "top_k", "min_p", "presence_penalty", "frequency_penalty")
-"""Options that are ours, too."""
 NO_OPTIONS = wire.Options.model_validate({})
 
 
@@ -71,19 +69,17 @@ def sampling_params(request: wire.AnswerRequest, state: ServerState) -> Sampling
     options = request.options or NO_OPTIONS
     note_ignored(request, options)
     check_stop(options.stop, state.config, "options.stop")
-    given = {name: getattr(options, name) for name in SAME_NAME}
-    given["repetition_penalty"] = 1.0 if options.repeat_last_n == 0 else options.repeat_penalty
-    given["seed"] = options.seed if options.seed is None or options.seed >= 0 else None
-    given["top_p"] = options.top_p or None
-    if options.top_p == 0:
-        given["temperature"] = 0.0
-    return replace(
-        state.llm.default_sampling_params(),
+    return sampling_from(
+        state,
+        options,
         max_tokens=max(options.num_predict or 0, 0) or None,
+        temperature=0.0 if options.top_p == 0 else options.temperature,
+        top_p=options.top_p or None,
+        repetition_penalty=1.0 if options.repeat_last_n == 0 else options.repeat_penalty,
+        seed=None if options.seed is None or options.seed < 0 else options.seed,
         stop=options.stop or None,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         structured_outputs=_form(request.format),
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -1,20 +1,15 @@
 """From a request to what is sampled: the limits of the server, the defaults of the model."""
 
-from dataclasses import fields, replace
-
 from nanovllm.config import ServerConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.chat.checks import check_stop, note_ignored
 from nanovllm.server.openai.requests import GenerationRequest
+from nanovllm.server.sampling import sampling_from
 from nanovllm.server.state import ServerState
 
 MAX_COMPLETIONS = 1024
 """Of one request, over all its prompts, unless `max_n` or `max_prompts` is more."""
-SAMPLING_FIELDS = GenerationRequest.model_fields.keys() & {
-    f.name for f in fields(SamplingParams) if f.name != "structured_outputs"
-}
-"""What goes through as it is."""
 
 
 def sampling_params(
@@ -29,16 +24,15 @@ def sampling_params(
     note_ignored(request)
     _check_consistent(request)
     _check_limits(request, num_prompts, state.config)
-    given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
-    scored = given.pop("logprob_token_ids") or None
+    scored = request.logprob_token_ids or None
     structure = request.structure()
-    return replace(
-        state.llm.default_sampling_params(),
+    return sampling_from(
+        state,
+        request,
         max_tokens=None if request.token_limit is None else max(request.token_limit, 1),
         logprobs=None if scored else request.num_logprobs,
         logprob_token_ids=scored,
         structured_outputs=None if structure is None else structure[1],
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 

@@ -1,7 +1,7 @@
 """From a request of `/v1/responses` to the conversation that is answered."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
@@ -19,10 +19,8 @@ from nanovllm.server.responses.request import (
     JSONSchema,
     ResponseRequest,
 )
+from nanovllm.server.sampling import sampling_from
 from nanovllm.server.state import ServerState
-
-SAMPLING_FIELDS = ResponseRequest.model_fields.keys() & {f.name for f in fields(SamplingParams)}
-"""What goes through as it is."""
 
 
 def chat_request(
@@ -95,13 +93,12 @@ def input_items(request: ResponseRequest) -> Sequence[Item]:
 
 def _params(request: ResponseRequest, state: ServerState) -> SamplingParams:
     check_stop(request.stop, state.config)
-    given = {name: getattr(request, name) for name in SAMPLING_FIELDS}
-    return replace(
-        state.llm.default_sampling_params(),
+    return sampling_from(
+        state,
+        request,
         max_tokens=request.max_output_tokens,
         logprobs=request.num_logprobs,
         structured_outputs=_form(request),
-        **{name: value for name, value in given.items() if value is not None},
     )
 
 
