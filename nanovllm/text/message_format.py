@@ -188,41 +188,30 @@ class MessageFormat:
     def constrain(
         self,
         answer: StructuredOutputsParams | None,
-        tools: Sequence[Mapping[str, Any]],
-        mode: Literal["auto", "required", "none", "function"] = "auto",
-        name: str | None = None,
-        parallel: bool = True,
-        prompt: str = "",
-        thinking: bool = True,
+        functions: Sequence[Function],
+        *,
+        forced: bool,
+        parallel: bool,
+        prompt: str,
+        thinking: bool,
     ) -> StructuredOutputsParams | None:
         """Return the form of a whole message: thoughts, then calls or an answer.
 
-        A message without tools and thoughts has the form of the answer. One that may call tools
+        A message without calls and thoughts has the form of the answer. One that may call functions
         of which none is strict, and has an answer of no form, has none.
 
         Args:
             answer: The form of the answer; None for any text.
-            tools: Functions in OpenAI's form; only those with `strict` bind the model of its own
+            functions: What may be called; only those with `strict` bind the model of its own
                 accord, all do where it has to call.
-            mode: As in `ToolChoice`.
-            name: As in `ToolChoice`.
+            forced: Whether it has to call; there are functions then.
             parallel: Whether there may be more than one call.
             prompt: What the message goes on from; it may have begun or ended the thoughts.
             thinking: Whether the model may begin to think.
 
         Raises:
-            InvalidRequestError: A tool cannot be written down as a grammar.
+            InvalidRequestError: A function cannot be written down as a grammar.
         """
-        functions = [tool["function"] for tool in tools if mode != "none"]
-        if mode == "function":
-            functions = [function for function in functions if function["name"] == name]
-            parallel = False
-        forced = mode in ("required", "function")
-        if forced and not functions:
-            asked = f"a call of {name!r}" if mode == "function" else "a call"
-            raise InvalidRequestError(
-                f"tool_choice asks for {asked}, and there is no such tool", "tool_choice"
-            )
         free = answer is None and not forced
         if free and not any(function.get("strict") for function in functions):
             return None
@@ -254,9 +243,8 @@ class MessageFormat:
         """Lark's rules for `thoughts`, "" if there are none."""
         if self.thoughts is None:
             return ""
-        state = self._thinking(prompt)
-        begun = state == "begun" or (self.thoughts.always and state != "ended")
-        may_begin = thinking and state == "unknown"
+        begun = self.begins_with_thoughts(prompt)
+        may_begin = thinking and self._thinking(prompt) == "unknown"
         if not (begun or may_begin):
             return ""
         return thoughts_rules(self.thoughts, self._mark, must_end=begun, may_begin=may_begin)

@@ -277,6 +277,7 @@ TOOLS: list[dict[str, Any]] = [
         },
     },
 ]
+WEATHER = TOOLS[:1]
 SCHEMAS = {tool["name"]: tool.get("parameters", {"maxProperties": 0}) for tool in TOOLS}
 ANSWER = {
     "type": "object",
@@ -286,8 +287,19 @@ ANSWER = {
 }
 
 
-def wrap(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": tool} for tool in tools]
+def constrain(
+    message_format: MessageFormat,
+    functions: Sequence[Mapping[str, Any]],
+    answer: StructuredOutputsParams | None = None,
+    *,
+    forced: bool = False,
+    parallel: bool = True,
+    prompt: str = "",
+    thinking: bool = True,
+) -> StructuredOutputsParams | None:
+    return message_format.constrain(
+        answer, functions, forced=forced, parallel=parallel, prompt=prompt, thinking=thinking
+    )
 
 
 @cache
@@ -369,21 +381,22 @@ def test_every_walk_is_calls_that_are_valid(
     num_walks = num_calls = 0
     added = make_tokenizer(*special).added_tokens
     ids = {token.content: i for i, token in added.items() if token.special}
-    modes: list[tuple[Any, dict[str, Any] | None]] = [
-        ("required", None),
-        ("function", None),
-        ("auto", ANSWER),
-        ("auto", None),
+    modes: list[tuple[list[dict[str, Any]], bool, dict[str, Any] | None]] = [
+        (TOOLS, True, None),
+        (WEATHER, True, None),
+        (TOOLS, False, ANSWER),
+        (TOOLS, False, None),
     ]
     thoughts = "mistral" if style.startswith("mistral") else "qwen3"
     marks = REASONING_PARSERS[thoughts]
     assert marks is not None
     prompts = ["<|im_start|>assistant\n", f"<|im_start|>assistant\n{marks.begin}\n"]
-    for (mode, schema), prompt, parallel in product(modes, prompts, [True, False]):
+    for (functions, forced, schema), prompt, parallel in product(modes, prompts, [True, False]):
         message_format = MessageFormat(STYLES[style], marks, ids)
         answer = None if schema is None else StructuredOutputsParams(json=schema)
-        tools = wrap(TOOLS)
-        params = message_format.constrain(answer, tools, mode, "weather", parallel, prompt)
+        params = constrain(
+            message_format, functions, answer, forced=forced, parallel=parallel, prompt=prompt
+        )
         assert params is not None
         grammar = lark(params, ids)
         for seed, beginning in enumerate(BEGINNINGS * num_rounds):
@@ -399,9 +412,9 @@ def test_every_walk_is_calls_that_are_valid(
             num_calls += len(parts.calls)
             check_calls(parts)
             assert parallel or len(parts.calls) <= 1
-            if mode == "function":
-                assert [name for name, _ in parts.calls] == ["weather"]
-            if mode in ("required", "function") or (schema is not None and parts.calls):
+            if functions is WEATHER:
+                assert {name for name, _ in parts.calls} == {"weather"}
+            if forced or (schema is not None and parts.calls):
                 assert parts.calls
                 assert parts.content == ""
             elif schema is not None:
@@ -412,15 +425,14 @@ def test_every_walk_is_calls_that_are_valid(
 
 def test_what_needs_no_grammar() -> None:
     plain, thinker = detect(TEMPLATES["qwen2.5"]), detect(TEMPLATES["qwen3"])
-    loose = wrap([{"name": "f", "parameters": {"type": "object"}}])
+    loose = [{"name": "f", "parameters": {"type": "object"}}]
     answer = StructuredOutputsParams(json=ANSWER)
-    assert plain.constrain(None, [], "none") is None
-    assert plain.constrain(None, loose, "auto") is None
-    assert plain.constrain(None, wrap(TOOLS), "none") is None
-    assert plain.constrain(answer, loose, "none") is answer
-    assert thinker.constrain(answer, [], "auto", prompt="<think>\n\n</think>\n\n") is answer
-    assert thinker.constrain(answer, [], "auto", thinking=False) is answer
-    assert thinker.constrain(answer, [], "auto", thinking=True) is not answer
+    assert constrain(plain, []) is None
+    assert constrain(plain, loose) is None
+    assert constrain(plain, [], answer) is answer
+    assert constrain(thinker, [], answer, prompt="<think>\n\n</think>\n\n") is answer
+    assert constrain(thinker, [], answer, thinking=False) is answer
+    assert constrain(thinker, [], answer, thinking=True) is not answer
 
 
 def test_thoughts_come_before_an_answer_with_a_form() -> None:
@@ -428,7 +440,7 @@ def test_thoughts_come_before_an_answer_with_a_form() -> None:
     answer = StructuredOutputsParams(choice=["yes", "no"])
 
     def allows(text: str, prompt: str = "", thinking: bool = True) -> bool:
-        params = thinker.constrain(answer, [], "auto", prompt=prompt, thinking=thinking)
+        params = constrain(thinker, [], answer, prompt=prompt, thinking=thinking)
         assert params is not None
         walk = Walk(lark(params), (), 0)
         return walk.take(text) and walk.matcher.is_accepting()
@@ -487,7 +499,7 @@ def test_any_name_of_an_argument_is_read_back(name: str) -> None:
 def test_text_is_free_until_a_strict_call_begins() -> None:
     message_format = detect(TEMPLATES["qwen2.5"])
     loose = {"name": "any", "parameters": {"properties": {"x": {"type": "integer"}}}}
-    params = message_format.constrain(None, wrap([*TOOLS, loose]), "auto")
+    params = constrain(message_format, [*TOOLS, loose])
     assert params is not None
 
     def allows(text: str) -> bool:
@@ -512,7 +524,7 @@ def test_functions_that_are_not_strict_take_any_arguments() -> None:
     for name, call in calls.items():
         call = call.replace("'", '"')
         message_format = detect(None, tool_call_parser=name)
-        params = message_format.constrain(None, wrap([*TOOLS, loose]), "auto")
+        params = constrain(message_format, [*TOOLS, loose])
         assert params is not None
         walk = Walk(lark(params), (), 0)
         assert walk.take(call), name
@@ -564,9 +576,9 @@ TEXTS: list[tuple[dict[str, Any], str, bool]] = [
 @pytest.mark.parametrize(("schema", "text", "fits"), TEXTS)
 def test_values_in_tags_have_their_form(schema: dict[str, Any], text: str, fits: bool) -> None:
     parameters = {"properties": {"a": schema}, "$defs": {"Color": {"enum": ["red"]}}}
-    tools = wrap([{"name": "f", "parameters": parameters}])
+    tools = [{"name": "f", "parameters": parameters}]
     message_format = detect(TEMPLATES["qwen3-coder"])
-    params = message_format.constrain(None, tools, "required", parallel=False)
+    params = constrain(message_format, tools, forced=True, parallel=False)
     assert params is not None
     begin = "<tool_call>\n<function=f>\n"
     end = "\n</function>\n</tool_call>"
@@ -578,8 +590,8 @@ def test_values_in_tags_have_their_form(schema: dict[str, Any], text: str, fits:
 
 def test_many_texts_of_some_length_are_no_conjunction() -> None:
     properties = {f"p{i}": {"type": "string", "maxLength": 100 + i} for i in range(20)}
-    tools = wrap([{"name": "f", "parameters": {"properties": properties}}])
-    params = detect(TEMPLATES["qwen3-coder"]).constrain(None, tools, "required")
+    tools = [{"name": "f", "parameters": {"properties": properties}}]
+    params = constrain(detect(TEMPLATES["qwen3-coder"]), tools, forced=True)
     assert params is not None
     assert not Walk(lark(params), (), 0).matcher.is_error()
 
@@ -595,45 +607,41 @@ def test_many_texts_of_some_length_are_no_conjunction() -> None:
     ],
 )
 def test_forms_of_text_in_tags_that_are_refused(schema: dict[str, Any], match: str) -> None:
-    tools = wrap([{"name": "f", "parameters": {"properties": {"a": schema}}}])
+    tools = [{"name": "f", "parameters": {"properties": {"a": schema}}}]
     with pytest.raises(InvalidRequestError, match=match):
-        detect(TEMPLATES["qwen3-coder"]).constrain(None, tools, "required")
+        constrain(detect(TEMPLATES["qwen3-coder"]), tools, forced=True)
 
 
 def test_required_names_are_names() -> None:
-    tools = wrap([{"name": "f", "parameters": {"required": [["a"]]}}])
+    tools = [{"name": "f", "parameters": {"required": [["a"]]}}]
     with pytest.raises(InvalidRequestError, match="'required'"):
-        detect(None, tool_call_parser="pythonic").constrain(None, tools, "required")
+        constrain(detect(None, tool_call_parser="pythonic"), tools, forced=True)
 
 
 @pytest.mark.parametrize(
-    ("tools", "mode", "name", "match"),
+    ("tools", "match"),
     [
-        ([], "required", None, "no such tool"),
-        (TOOLS, "function", "then", "'then'"),
-        ([{"name": "a b"}], "required", None, "'a b'"),
-        ([{"name": "f", "parameters": {"anyOf": [{}]}}], "required", None, "'anyOf'"),
-        ([{"name": "f", "parameters": {"properties": {"a b": {}}}}], "required", None, "'a b'"),
-        ([{"name": "f", "parameters": {"properties": {"a": 3}}}], "required", None, "f: a schema"),
-        ([{"name": "f", "parameters": {"properties": 3}}], "required", None, "'properties'"),
-        ([{"name": "f", "parameters": {"type": "array"}}], "required", None, "type 'object'"),
-        ([{"name": "f", "parameters": [1]}], "required", None, "type 'object'"),
+        ([{"name": "a b"}], "'a b'"),
+        ([{"name": "f", "parameters": {"anyOf": [{}]}}], "'anyOf'"),
+        ([{"name": "f", "parameters": {"properties": {"a b": {}}}}], "'a b'"),
+        ([{"name": "f", "parameters": {"properties": {"a": 3}}}], "f: a schema"),
+        ([{"name": "f", "parameters": {"properties": 3}}], "'properties'"),
+        ([{"name": "f", "parameters": {"type": "array"}}], "type 'object'"),
+        ([{"name": "f", "parameters": [1]}], "type 'object'"),
     ],
 )
-def test_what_cannot_be_written_is_refused(
-    tools: list[dict[str, Any]], mode: Any, name: str | None, match: str
-) -> None:
+def test_what_cannot_be_written_is_refused(tools: list[dict[str, Any]], match: str) -> None:
     with pytest.raises(InvalidRequestError, match=match) as caught:
-        detect(None, tool_call_parser="pythonic").constrain(None, wrap(tools), mode, name)
-    assert caught.value.param in ("tools", "tool_choice")
+        constrain(detect(None, tool_call_parser="pythonic"), tools, forced=True)
+    assert caught.value.param == "tools"
 
 
 def test_tools_that_are_too_large_are_refused() -> None:
-    tools = wrap([{**TOOLS[0], "name": f"f{i}"} for i in range(2000)])
+    tools = [{**TOOLS[0], "name": f"f{i}"} for i in range(2000)]
     with pytest.raises(InvalidRequestError, match="make them smaller or fewer") as caught:
-        detect(None).constrain(None, tools, "required")
+        constrain(detect(None), tools, forced=True)
     assert caught.value.param == "tools"
-    assert detect(None).constrain(None, wrap([{"name": "f"}] * 200), "auto") is None
+    assert constrain(detect(None), [{"name": "f"}] * 200) is None
 
 
 @pytest.mark.parametrize("parser", ["hermes", "llama3_json", "mistral", "pythonic"])
@@ -647,8 +655,8 @@ def test_an_agent_s_hundred_tools_are_bound(parser: str) -> None:
         "required": ["parameter_0"],
         "additionalProperties": False,
     }
-    tools = wrap([{"name": f"tool_{i}", "parameters": parameters} for i in range(100)])
-    params = detect(None, tool_call_parser=parser).constrain(None, tools, "required")
+    tools = [{"name": f"tool_{i}", "parameters": parameters} for i in range(100)]
+    params = constrain(detect(None, tool_call_parser=parser), tools, forced=True)
     assert params is not None
     grammar = compiler().check(params, 4096)
     assert len(grammar) > MAX_GRAMMAR_SIZE
@@ -656,9 +664,9 @@ def test_an_agent_s_hundred_tools_are_bound(parser: str) -> None:
 
 def test_a_chain_of_too_many_parameters_is_refused() -> None:
     parameters = {"type": "object", "properties": {f"p{i}": {} for i in range(1000)}}
-    tools = wrap([{"name": "f", "parameters": parameters}])
+    tools = [{"name": "f", "parameters": parameters}]
     with pytest.raises(InvalidRequestError, match="more than 400 parameters"):
-        detect(None, tool_call_parser="pythonic").constrain(None, tools, "required")
+        constrain(detect(None, tool_call_parser="pythonic"), tools, forced=True)
 
 
 def test_a_schema_that_is_too_deep_is_refused() -> None:
@@ -666,5 +674,5 @@ def test_a_schema_that_is_too_deep_is_refused() -> None:
     for _ in range(500):
         schema = {"properties": {"a": schema}}
     with pytest.raises(InvalidRequestError, match="f: the schema has more than") as caught:
-        detect(None).constrain(None, wrap([{"name": "f", "parameters": schema}]), "required")
+        constrain(detect(None), [{"name": "f", "parameters": schema}], forced=True)
     assert caught.value.param == "tools"

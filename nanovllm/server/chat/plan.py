@@ -74,7 +74,7 @@ class Plan(NamedTuple):
             tools=bool(self.functions),
             reasoning=self.reasons,
             parallel=self.choice.parallel,
-            only_calls=self.choice.mode in ("required", "function"),
+            only_calls=self.choice.forced,
             functions=self.functions,
         )
 
@@ -91,30 +91,27 @@ async def make_plan(state: ServerState, request: ChatRequest) -> Plan:
         InvalidRequestError: The template does not take the conversation, or the choice of tools is
             none that there is.
     """
-    _check_choice(request)
+    functions = _callable(request)
     prompt = await render(state, request)
     message_format = format_of(state, with_tools=bool(request.tools))
     choice, params = request.tool_choice, request.params
-    tools = request.tools if choice.mode != "none" else []
     # In a thread, as a hundred tools take a tenth of a second.
     structure = await asyncio.to_thread(
         message_format.constrain,
         params.structured_outputs,
-        tools,
-        mode=choice.mode if tools else "none",
-        name=choice.name,
-        parallel=choice.parallel,
+        functions,
+        forced=choice.forced,
+        parallel=choice.parallel and choice.mode != "function",
         prompt=prompt,
         thinking=template_kwargs(state, request).get("enable_thinking") is not False,
     )
-    told_apart = bool(tools) or message_format.thoughts is not None
+    told_apart = bool(functions) or message_format.thoughts is not None
     spelled_out = told_apart and message_format.needs_special_tokens
     params = replace(
         params,
         structured_outputs=structure,
         skip_special_tokens=params.skip_special_tokens and not spelled_out,
     )
-    functions = [tool["function"] for tool in tools]
     return Plan(prompt, params, message_format, functions, choice)
 
 
@@ -145,16 +142,26 @@ def _warn_of_deafness(template: str) -> None:  # noqa: ARG001  # once for each
     )
 
 
-def _check_choice(request: ChatRequest) -> None:
-    """Refuse a choice among tools that are not there."""
+def _callable(request: ChatRequest) -> list[Function]:
+    """The functions that the choice among the tools leaves to be called.
+
+    Raises:
+        InvalidRequestError: It asks for a call of what is not there.
+    """
     choice = request.tool_choice
-    names = [tool["function"]["name"] for tool in request.tools]
-    if choice.mode == "required" and not names:
+    functions = [tool["function"] for tool in request.tools]
+    if choice.mode == "none":
+        return []
+    if choice.mode == "required" and not functions:
         raise InvalidRequestError(
             "tool_choice: a call is required, and there are no tools", "tool_choice"
         )
-    if choice.mode == "function" and choice.name not in names:
+    if choice.mode != "function":
+        return functions
+    named = [function for function in functions if function["name"] == choice.name]
+    if not named:
+        names = ", ".join(function["name"] for function in functions)
         raise InvalidRequestError(
-            f"tool_choice: {choice.name!r} is none of the tools: {', '.join(names) or 'none'}",
-            "tool_choice",
+            f"tool_choice: {choice.name!r} is none of the tools: {names or 'none'}", "tool_choice"
         )
+    return named

@@ -21,6 +21,11 @@ class ToolChoice:
     name: str | None = None
     parallel: bool = True
 
+    @property
+    def forced(self) -> bool:
+        """Whether the model has to call."""
+        return self.mode in ("required", "function")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
