@@ -483,9 +483,8 @@ def test_what_breaks_off_a_call_that_must_be_made_is_no_text() -> None:
 def test_any_name_of_an_argument_is_read_back(name: str) -> None:
     parameters = {"properties": {"a": {"enum": [1]}, name: {"enum": [2]}}, "required": ["a", name]}
     message_format = detect(TEMPLATES["llama-pythonic"])
-    params = message_format.constrain(
-        None, wrap([{"name": "f", "parameters": parameters}]), "required", parallel=False
-    )
+    functions = [{"name": "f", "parameters": parameters}]
+    params = constrain(message_format, functions, forced=True, parallel=False)
     assert params is not None
     call = f"[f(a=1, {name}=2)]"
     walk = Walk(lark(params), (), 0)
@@ -545,8 +544,8 @@ def test_functions_that_are_not_strict_take_any_arguments() -> None:
 def test_a_tool_that_lists_no_parameters_takes_none(
     parameters: dict[str, Any] | None, takes_any: bool
 ) -> None:
-    tools = wrap([{"name": "f", "parameters": parameters}])
-    params = detect(TEMPLATES["qwen2.5"]).constrain(None, tools, "required", parallel=False)
+    functions = [{"name": "f", "parameters": parameters}]
+    params = constrain(detect(TEMPLATES["qwen2.5"]), functions, forced=True, parallel=False)
     assert params is not None
     walk = Walk(lark(params), (), 0)
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
