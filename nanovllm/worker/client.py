@@ -1,8 +1,11 @@
 """The client's end of an engine process: start it, talk to it, notice when it dies or hangs."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -42,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT = 5.0
 """Seconds a process gets to end by itself."""
+GROUP_TIMEOUT = 1.0
+"""Seconds that what it has started gets, once it has ended."""
+GROUP_POLL = 0.02
 
 ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
@@ -246,7 +252,7 @@ class WorkerClient:
         await self.kill()
 
     async def kill(self) -> None:
-        """End the process by force, and the link with it."""
+        """End the process and its tensor-parallel ranks by force, and the link with it."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -259,6 +265,7 @@ class WorkerClient:
                 await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)
             except asyncio.TimeoutError:  # stuck in the kernel, such as in a driver
                 logger.error("engine process %d cannot be killed", self._process.pid)
+        await _end_group(self._process.pid)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -313,3 +320,17 @@ class WorkerClient:
     def _ending(self) -> str:
         code = None if self._process is None else self._process.returncode
         return f"exit status {code}" if code is None or code >= 0 else f"killed by signal {-code}"
+
+
+async def _end_group(leader: int) -> None:
+    """End the ranks of an engine process that has ended.
+
+    They do so by themselves and clear away what they have made, unless they are stopped or stuck.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # none is left
+        os.killpg(leader, signal.SIGCONT)
+        deadline = time.monotonic() + GROUP_TIMEOUT
+        while time.monotonic() < deadline:
+            os.killpg(leader, 0)
+            await asyncio.sleep(GROUP_POLL)
+        os.killpg(leader, signal.SIGKILL)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,14 +103,14 @@ class RankProcesses:
 
     def _start_process(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        # Not by `multiprocessing`, which would run the caller's script again. A session of its own:
-        # Ctrl-C is for us; its end of the pipe tells a process when we are gone.
+        # Not by `multiprocessing`, which would run the caller's script again. Its end of the pipe
+        # tells a process when we are gone.
         process = subprocess.Popen(
             [*COMMAND, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            start_new_session=True,
+            start_new_session=not _ignores_signals(),
         )
         self._processes[ours] = process
         theirs.close()
@@ -257,6 +258,16 @@ class RankProcesses:
                 self._num_ready += 1
                 self._changed.notify_all()
         return True
+
+
+def _ignores_signals() -> bool:
+    """Whether we are an engine process, whose ranks stay in its group, to be ended with it.
+
+    They inherit that it ignores what is sent to the group. In other programs Ctrl-C is for the
+    program alone, and ranks have a session of their own.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    return all(signal.getsignal(number) == signal.SIG_IGN for number in numbers)
 
 
 class _MissingError(Exception):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -240,9 +241,10 @@ def test_no_rank_outlives_its_program(kill: bool) -> None:
     assert ended([int(pid) for pid in run.stdout.split()])
 
 
-def test_a_server_starts_an_engine_anew_whose_rank_died() -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_starts_an_engine_anew_whose_rank_died_or_hangs(number: int) -> None:
     async def run() -> None:
-        options = OPTIONS | {"enable_lora": False}
+        options = OPTIONS | {"enable_lora": False, "step_timeout": 5.0}
         llm = AsyncLLM(tensor_parallel_size=2, **options)
         try:
             await llm.start()
@@ -250,11 +252,13 @@ def test_a_server_starts_an_engine_anew_whose_rank_died() -> None:
             worker = psutil.Process(worker_pid(llm))
             (rank,) = worker.children()
             assert "nanovllm.worker.rank" in rank.cmdline()
-            rank.kill()
+            assert os.getpgid(rank.pid) == worker.pid
+            rank.send_signal(number)
             with pytest.raises(EngineDeadError):
                 await complete(llm)
             await until_ready(llm)
             assert not worker.is_running()
+            assert await asyncio.to_thread(ended, [rank.pid])
             assert await complete(llm) == expected
             pids = [child.pid for child in psutil.Process(worker_pid(llm)).children()]
         finally:
