@@ -14,7 +14,6 @@ false is `{"generated_text": ...}`. Errors have a `detail` beside the `error` of
 """
 
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request
@@ -35,18 +34,11 @@ from nanovllm.server.fields import (
     WireModel,
 )
 from nanovllm.server.generation import Cursor, Generation
-from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.request_id import request_id
 from nanovllm.server.sampling import sampling_from
 from nanovllm.server.speech.generate import SpeechGenerateRequest, answer_speech
 from nanovllm.server.state import ServerState, State
-from nanovllm.server.streaming import (
-    DONE,
-    also_streams,
-    encode,
-    event,
-    stream_unless_gone,
-    unless_gone,
-)
+from nanovllm.server.streaming import DONE, WholeOrStream, also_streams, event, line
 
 EITHER = OrSay("must be left out: send either prompt, to write, or target_text, to speak")
 
@@ -113,76 +105,60 @@ async def generate(body: AnyGenerateRequest, request: Request, state: State) -> 
     """Write on from a prompt, or speak a text, in the dialect that the request is in."""
     if isinstance(body, SpeechGenerateRequest):
         return await answer_speech(body, request, state)
-    dialect, name = body.dialect, request_id(request.headers)
-    if dialect == "whole":
-        return await unless_gone(request, _respond_whole(body, state, name))
-    as_lines = dialect == "lines"
-    return await stream_unless_gone(
-        request,
-        _lines(body, state, name) if as_lines else _events(body, state, name),
-        _error_line if as_lines else _error_event,
-        # A comment is nothing that a reader of JSON lines would understand.
-        keep_alive=None if as_lines else state.config.sse_keep_alive_interval,
-        headers={HEADER: name},
-    )
+    return await TextAnswer(body, request, state).respond()
 
 
-async def _respond_whole(body: GenerateRequest, state: ServerState, name: str) -> Response:
-    generation = await _start(body, state, name)
-    try:
-        await generation.finish()
-    finally:
-        await generation.aclose()
-    text = generation.outputs[0].outputs[0].text
-    content = encode({"generated_text": text})
-    return Response(content, media_type="application/json", headers={HEADER: name})
+class TextAnswer(WholeOrStream):
+    """What a prompt gives, in the dialect that the request is in.
 
+    Args:
+        body: What is asked.
+        http: The connection it came by.
+        state: The server.
+    """
 
-async def _lines(
-    body: GenerateRequest, state: ServerState, name: str
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_texts(body, state, name)) as texts:
-        async for text in texts:
-            yield _line({"text_delta": text})
-    yield _line({"event": "done"})
+    def __init__(self, body: GenerateRequest, http: Request, state: ServerState) -> None:
+        streams = body.dialect != "whole"
+        super().__init__(http, state, request_id(http.headers), streams)
+        self._body = body
+        self._as_lines = body.dialect == "lines"
+        self.takes_comments = not self._as_lines
 
+    async def whole(self) -> Generated:
+        generation = await self._start()
+        try:
+            await generation.finish()
+        finally:
+            await generation.aclose()
+        return {"generated_text": generation.outputs[0].outputs[0].text}
 
-async def _events(
-    body: GenerateRequest, state: ServerState, name: str
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_texts(body, state, name)) as texts:
-        async for text in texts:
-            lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-            yield "".join(f"data: {line}\n" for line in lines).encode() + b"\n"
-    yield DONE
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        generation = await self._start()
+        try:
+            output = generation.outputs[0]
+            cursor = Cursor(output, output.outputs[0], 0)
+            async for _ in generation.news():
+                if (piece := cursor.take()) is not None:
+                    yield self._event(piece.text)
+        finally:
+            await generation.aclose()
+        yield line({"event": "done"}) if self._as_lines else DONE
 
+    def error_event(self, error: APIError) -> bytes:
+        body = {"detail": error.message} | error.body()
+        return line({"event": "error"} | body) if self._as_lines else event(body) + DONE
 
-async def _texts(body: GenerateRequest, state: ServerState, name: str) -> AsyncGenerator[str, None]:
-    generation = await _start(body, state, name)
-    try:
-        output = generation.outputs[0]
-        cursor = Cursor(output, output.outputs[0], 0)
-        async for _ in generation.news():
-            if (piece := cursor.take()) is not None:
-                yield piece.text
-    finally:
-        await generation.aclose()
+    def _event(self, text: str) -> bytes:
+        if self._as_lines:
+            return line({"text_delta": text})
+        lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+        return "".join(f"data: {written}\n" for written in lines).encode() + b"\n"
 
-
-async def _start(body: GenerateRequest, state: ServerState, name: str) -> Generation:
-    limit = body.max_tokens or body.max_new_tokens
-    default = DEFAULT_MAX_NEW_TOKENS if body.dialect == "lines" else DEFAULT_MAX_TOKENS
-    params = sampling_from(state, body, max_tokens=limit or default)
-    return await Generation.start(state, name, [body.prompt], params, may_clip=limit is None)
-
-
-def _line(body: Mapping[str, Any]) -> bytes:
-    return encode(body) + b"\n"
-
-
-def _error_line(error: APIError) -> bytes:
-    return _line({"event": "error", "detail": error.message} | error.body())
-
-
-def _error_event(error: APIError) -> bytes:
-    return event({"detail": error.message} | error.body()) + DONE
+    async def _start(self) -> Generation:
+        body = self._body
+        limit = body.max_tokens or body.max_new_tokens
+        default = DEFAULT_MAX_NEW_TOKENS if self._as_lines else DEFAULT_MAX_TOKENS
+        params = sampling_from(self.state, body, max_tokens=limit or default)
+        return await Generation.start(
+            self.state, self.request_id, [body.prompt], params, may_clip=limit is None
+        )

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from nanovllm.server.errors import (
     BrokenStreamError,
     to_api_error,
 )
+from nanovllm.server.request_id import HEADER
+from nanovllm.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,70 @@ def event(body: Mapping[str, Any]) -> bytes:
 def named_event(body: Mapping[str, Any]) -> bytes:
     """The same with the object's `type` in front, by which some clients tell events apart."""
     return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), encode(body))
+
+
+def line(body: Mapping[str, Any]) -> bytes:
+    """A JSON object on a line of its own."""
+    return encode(body) + b"\n"
+
+
+class WholeOrStream(ABC):
+    """An answer that is sent whole or as it comes.
+
+    Args:
+        http: The connection that the request came by.
+        state: The server.
+        request_id: What the client knows the request by.
+        streams: Whether it is sent as it comes.
+    """
+
+    takes_comments = True
+    """Whether comments keep a silent stream alive, which no reader of JSON lines understands."""
+
+    def __init__(self, http: Request, state: ServerState, request_id: str, streams: bool) -> None:
+        self.state = state
+        self.request_id = request_id
+        self.streams = streams
+        self._http = http
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the response."""
+        return {HEADER: self.request_id}
+
+    @abstractmethod
+    async def whole(self) -> Mapping[str, Any]:
+        """Generate all of it."""
+
+    @abstractmethod
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """Generate it, and yield what is new as it comes."""
+
+    @abstractmethod
+    def error_event(self, error: APIError) -> bytes:
+        """The last events of a stream that cannot go on."""
+
+    async def respond(self) -> Response:
+        """Generate and send; a client that leaves ends the generation.
+
+        Raises:
+            InvalidRequestError: The request cannot be used.
+            UnavailableError: The server is too busy, or its engine died before the first token.
+            APIError: The same in HTTP's terms.
+        """
+        if not self.streams:
+            return await unless_gone(self._http, self._respond_whole())
+        return await stream_unless_gone(
+            self._http,
+            self.events(),
+            self.error_event,
+            keep_alive=self.state.config.sse_keep_alive_interval if self.takes_comments else None,
+            headers=self.headers,
+        )
+
+    async def _respond_whole(self) -> Response:
+        content = encode(await self.whole())
+        return Response(content, media_type="application/json", headers=self.headers)
 
 
 async def unless_gone(http: Request, work: Coroutine[Any, Any, Response]) -> Response:

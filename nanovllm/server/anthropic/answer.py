@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator
 
 from fastapi import Request
-from fastapi.responses import Response
 
 from nanovllm.server.anthropic.events import BlockEvents
 from nanovllm.server.anthropic.requests import MessagesRequest
@@ -12,14 +11,15 @@ from nanovllm.server.anthropic.translate import chat_request
 from nanovllm.server.chat.checks import form_asked_for_by
 from nanovllm.server.chat.run import ChatChoice, Conversation
 from nanovllm.server.error_shapes import anthropic_error
-from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.errors import APIError
+from nanovllm.server.request_id import request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import encode, named_event, stream_unless_gone, unless_gone
+from nanovllm.server.streaming import WholeOrStream, named_event
 
 PING = named_event({"type": "ping"})
 
 
-class MessageAnswer:
+class MessageAnswer(WholeOrStream):
     """A message of the assistant.
 
     Args:
@@ -29,44 +29,26 @@ class MessageAnswer:
     """
 
     def __init__(self, request: MessagesRequest, http: Request, state: ServerState) -> None:
+        name = request_id(http.headers, request.request_id)
+        super().__init__(http, state, name, streams=bool(request.stream))
         self._request = request
-        self._http = http
-        self._state = state
-        self._id = request_id(http.headers, request.request_id)
         thinking = request.thinking
         self._shows_thoughts = thinking is None or thinking.display != "omitted"
 
-    async def respond(self) -> Response:
-        """Generate and send; a client that leaves ends the generation.
+    @property
+    def headers(self) -> dict[str, str]:
+        return super().headers | {"request-id": self.request_id}
 
-        Raises:
-            InvalidRequestError: The request cannot be used.
-            UnavailableError: The server is too busy, or its engine died before the first token.
-            APIError: The same in HTTP's terms.
-        """
-        headers = {HEADER: self._id, "request-id": self._id}
-        if self._request.stream:
-            return await stream_unless_gone(
-                self._http,
-                self._events(),
-                lambda error: named_event(anthropic_error(error)),
-                keep_alive=self._state.config.sse_keep_alive_interval,
-                headers=headers,
-            )
-
-        async def whole() -> Response:
-            content = encode(await self._whole())
-            return Response(content, media_type="application/json", headers=headers)
-
-        return await unless_gone(self._http, whole())
+    def error_event(self, error: APIError) -> bytes:
+        return named_event(anthropic_error(error))
 
     async def _start(self) -> Conversation:
-        request = chat_request(self._request, self._state, self._id)
+        request = chat_request(self._request, self.state, self.request_id)
         has_older = self._request.output_format is not None
         with form_asked_for_by("output_format" if has_older else "output_config.format"):
-            return await Conversation.start(self._state, request)
+            return await Conversation.start(self.state, request)
 
-    async def _whole(self) -> MessageResponse:
+    async def whole(self) -> MessageResponse:
         conversation = await self._start()
         (choice,) = conversation.choices
         blocks = BlockEvents(choice, self._shows_thoughts)
@@ -83,7 +65,7 @@ class MessageAnswer:
         message["stop_sequence"] = stop_sequence(choice)
         return message
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         conversation = await self._start()
         try:
             (choice,) = conversation.choices
@@ -113,10 +95,10 @@ class MessageAnswer:
     def _message(self, conversation: Conversation) -> MessageResponse:
         """A message without content."""
         return {
-            "id": f"msg_{self._id}",
+            "id": f"msg_{self.request_id}",
             "type": "message",
             "role": "assistant",
-            "model": self._state.answering_name(self._request.model or None),
+            "model": self.state.answering_name(self._request.model or None),
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,

@@ -1,13 +1,12 @@
 """The answers to conversations and prompts, whole or as JSON lines."""
 
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import Response
 
 from nanovllm.outputs import TokenLogprobs
 from nanovllm.server.chat.checks import form_asked_for_by
@@ -15,21 +14,17 @@ from nanovllm.server.chat.logprobs import ChatTokenLogprob, TokenNames, chat_log
 from nanovllm.server.chat.plan import PlainParser
 from nanovllm.server.chat.run import ChatChoice, ChatNews, Conversation
 from nanovllm.server.error_shapes import ollama_error
+from nanovllm.server.errors import APIError
 from nanovllm.server.generation import Cursor, Generation
 from nanovllm.server.ollama import requests as wire
 from nanovllm.server.ollama.responses import CalledFunction, Message, ToolCall
 from nanovllm.server.ollama.translate import conversation_of, model_name, sampling_params
-from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.request_id import request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import encode, stream_unless_gone, unless_gone
+from nanovllm.server.streaming import WholeOrStream, line
 from nanovllm.text.deltas import ContentDelta, ReasoningDelta
 
 LINES = "application/x-ndjson"
-
-
-def line(body: dict[str, Any]) -> bytes:
-    """A JSON object on a line of its own."""
-    return encode(body) + b"\n"
 
 
 def now() -> str:
@@ -37,7 +32,7 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
-class OllamaAnswer(ABC):
+class OllamaAnswer(WholeOrStream):
     """The answer to one request.
 
     Args:
@@ -46,37 +41,25 @@ class OllamaAnswer(ABC):
         state: The server.
     """
 
+    takes_comments = False
+
     def __init__(
         self, request: wire.ChatRequest | wire.GenerateRequest, http: Request, state: ServerState
     ) -> None:
         self.lora_name = state.text_adapter(model_name(request.model, state))
+        super().__init__(http, state, request_id(http.headers), streams=request.stream is not False)
         self.request = request
-        self.state = state
-        self.request_id = request_id(http.headers)
-        self._http = http
         self._names = TokenNames(state.llm.tokenizer)
         self._num_called = 0
         self._started = time.monotonic_ns()
         self._first_token: int | None = None
 
-    async def respond(self) -> Response:
-        """Generate and send; a client that leaves ends the generation.
+    @property
+    def headers(self) -> dict[str, str]:
+        return super().headers | ({"Content-Type": LINES} if self.streams else {})
 
-        Raises:
-            InvalidRequestError: The request cannot be used.
-            UnavailableError: The server is too busy, or its engine died before the first token.
-            APIError: The same in HTTP's terms.
-        """
-        headers = {HEADER: self.request_id}
-        if self.request.stream is False:
-            return await unless_gone(self._http, self._respond_whole(headers))
-        return await stream_unless_gone(
-            self._http,
-            self._lines(),
-            lambda error: line(ollama_error(error)),
-            keep_alive=None,  # a comment is nothing that a reader of JSON lines would understand
-            headers=headers | {"Content-Type": LINES},
-        )
+    def error_event(self, error: APIError) -> bytes:
+        return line(ollama_error(error))
 
     @property
     @abstractmethod
@@ -99,15 +82,13 @@ class OllamaAnswer(ABC):
     def _head(self) -> dict[str, Any]:
         return {"model": self.request.model, "created_at": now()}
 
-    async def _respond_whole(self, headers: dict[str, str]) -> Response:
-        body = self._loaded() if self.is_empty else await self._whole()
-        return Response(encode(body), media_type="application/json", headers=headers)
-
     def _loaded(self) -> dict[str, Any]:
         reason = "unload" if self.request.keep_alive in (0, "0") else "load"
         return self._head() | self.said("", "", []) | {"done": True, "done_reason": reason}
 
-    async def _whole(self) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
+        if self.is_empty:
+            return self._loaded()
         conversation = await self._conversation()
         (choice,) = conversation.choices
         try:
@@ -124,7 +105,7 @@ class OllamaAnswer(ABC):
             body["logprobs"] = self._logprobs(choice.completion.token_ids, choice.logprobs)
         return body | self._figures(conversation)
 
-    async def _lines(self) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         if self.is_empty:
             yield line(self._loaded())
             return

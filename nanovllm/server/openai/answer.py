@@ -2,22 +2,22 @@
 
 import asyncio
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import msgspec
 from fastapi import Request
-from fastapi.responses import Response
 
 from nanovllm import __version__
 from nanovllm.server.chat.checks import form_asked_for_by
 from nanovllm.server.chat.logprobs import TokenNames
+from nanovllm.server.errors import APIError
 from nanovllm.server.openai.requests import GenerationRequest
 from nanovllm.server.openai.responses import Usage
-from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.request_id import request_id
 from nanovllm.server.state import ServerState
-from nanovllm.server.streaming import DONE, encode, event, stream_unless_gone, unless_gone
+from nanovllm.server.streaming import DONE, WholeOrStream, encode, event
 
 Choice = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ class Run(Protocol):
 RunT = TypeVar("RunT", bound=Run)
 
 
-class Answer(ABC, Generic[RunT]):
+class Answer(WholeOrStream, Generic[RunT]):
     """The answer to one request, sent whole or in chunks.
 
     A choice is one completion; its chunks are an opening, what is added to it, and a closing with
@@ -50,11 +50,10 @@ class Answer(ABC, Generic[RunT]):
 
     def __init__(self, request: GenerationRequest, http: Request, state: ServerState) -> None:
         state.check_model(request.model or None)
+        name = request_id(http.headers, request.request_id)
+        super().__init__(http, state, name, streams=bool(request.stream))
         self.request = request
-        self.state = state
-        self.request_id = request_id(http.headers, request.request_id)
         self.names = TokenNames(state.llm.tokenizer, bool(request.return_tokens_as_token_ids))
-        self._http = http
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
@@ -66,27 +65,8 @@ class Answer(ABC, Generic[RunT]):
             "system_fingerprint": f"nanovllm-{__version__}",
         }
 
-    async def respond(self) -> Response:
-        """Generate and send; a client that leaves ends the generation.
-
-        Raises:
-            InvalidRequestError: The request cannot be used.
-            UnavailableError: The server is too busy, or its engine died before the first token.
-            APIError: The same in HTTP's terms.
-        """
-        if not self.request.stream:
-            return await unless_gone(self._http, self._respond_whole())
-        return await stream_unless_gone(
-            self._http,
-            self._events(),
-            lambda error: event(error.body()) + DONE,
-            keep_alive=self.state.config.sse_keep_alive_interval,
-            headers=self._headers,
-        )
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {HEADER: self.request_id}
+    def error_event(self, error: APIError) -> bytes:
+        return event(error.body()) + DONE
 
     @abstractmethod
     async def start(self) -> RunT:
@@ -114,7 +94,7 @@ class Answer(ABC, Generic[RunT]):
         with form_asked_for_by(None if structure is None else structure[0]):
             return await self.start()
 
-    async def _respond_whole(self) -> Response:
+    async def whole(self) -> dict[str, Any]:
         run = await self._started()
         try:
             choices = []
@@ -124,10 +104,9 @@ class Answer(ABC, Generic[RunT]):
             extras = await self.whole_extras(run)
         finally:
             await run.aclose()
-        body = self._head | {"choices": choices, "usage": self.usage(run)} | extras
-        return Response(encode(body), media_type="application/json", headers=self._headers)
+        return self._head | {"choices": choices, "usage": self.usage(run)} | extras
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         run = await self._started()
         try:
             async for choices in self.chunks(run):

@@ -12,7 +12,7 @@ from nanovllm.server.chat.run import ChatUsage
 from nanovllm.server.errors import APIError
 from nanovllm.server.generation import Piece
 from nanovllm.server.json_body import JSONRoute
-from nanovllm.server.request_id import HEADER, request_id
+from nanovllm.server.request_id import request_id
 from nanovllm.server.responses.body import unfinished, usage_of
 from nanovllm.server.responses.history import as_stored, history_of
 from nanovllm.server.responses.objects import ResponseObject, Status
@@ -23,11 +23,10 @@ from nanovllm.server.responses.translation import chat_request, input_items
 from nanovllm.server.state import ServerState, State
 from nanovllm.server.streaming import (
     DONE,
+    WholeOrStream,
     also_streams,
     encode,
     named_event,
-    stream_unless_gone,
-    unless_gone,
 )
 
 router = APIRouter(route_class=JSONRoute, tags=["OpenAI"])
@@ -42,7 +41,7 @@ async def create_response(body: ResponseRequest, request: Request, state: State)
     return await ResponseAnswer(body, request, state).respond()
 
 
-class ResponseAnswer:
+class ResponseAnswer(WholeOrStream):
     """The answer to one request, sent whole or as events.
 
     Args:
@@ -53,51 +52,27 @@ class ResponseAnswer:
 
     def __init__(self, request: ResponseRequest, http: Request, state: ServerState) -> None:
         name = state.answering_name(request.model or None)
-        self._state = state
-        self._http = http
         history = history_of(state, request.previous_response_id)
         self._items = [*history, *input_items(request)]
         self._request = request
         # A client may name its request, not the response: whoever knows that name may read it.
         response_id = new_id("resp")
-        self._request_id = request_id(http.headers, request.request_id or response_id)
-        self._chat = chat_request(request, state, self._request_id, self._items)
+        request_name = request_id(http.headers, request.request_id or response_id)
+        super().__init__(http, state, request_name, streams=bool(request.stream))
+        self._chat = chat_request(request, state, self.request_id, self._items)
         self._names = TokenNames(state.llm.tokenizer)
         self._output = Output()
         self._num_events = 0
         stored = request.store is not False and state.responses.keeps_any
         self._response = unfinished(request, self._chat, response_id, name, stored=stored)
 
-    async def respond(self) -> Response:
-        """Generate and send; a client that leaves ends the generation.
-
-        Raises:
-            InvalidRequestError: The request cannot be used.
-            UnavailableError: The server is too busy, or its engine died before the first token.
-            APIError: The same in HTTP's terms.
-        """
-        if not self._request.stream:
-            return await unless_gone(self._http, self._respond_whole())
-        return await stream_unless_gone(
-            self._http,
-            self._events(),
-            self._failed,
-            keep_alive=self._state.config.sse_keep_alive_interval,
-            headers=self._headers,
-        )
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {HEADER: self._request_id}
-
-    async def _respond_whole(self) -> Response:
+    async def whole(self) -> ResponseObject:
         async with aclosing(self._generate()) as steps:
             async for _ in steps:
                 pass
-        content = encode(self._response)
-        return Response(content, media_type="application/json", headers=self._headers)
+        return self._response
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
+    async def events(self) -> AsyncGenerator[bytes, None]:
         async with aclosing(self._generate()) as steps:
             async for events in steps:
                 if not self._num_events:
@@ -108,7 +83,7 @@ class ResponseAnswer:
 
     async def _generate(self) -> AsyncGenerator[list[Event], None]:
         """Write the response, and yield the events that tell of it."""
-        conversation = await start(self._state, self._request, self._chat)
+        conversation = await start(self.state, self._request, self._chat)
         conversation.names.add(self._response["id"])
         (choice,) = conversation.choices
         try:
@@ -139,10 +114,9 @@ class ResponseAnswer:
         if status == "incomplete":
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         if response["store"]:
-            self._state.responses.put(response["id"], encode(response), as_stored(self._items))
+            self.state.responses.put(response["id"], encode(response), as_stored(self._items))
 
-    def _failed(self, error: APIError) -> bytes:
-        """The last events of a stream that cannot go on."""
+    def error_event(self, error: APIError) -> bytes:
         beginning = [] if self._num_events else self._beginning()
         self._response["status"] = "failed"
         self._response["output"] = self._output.items
