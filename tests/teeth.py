@@ -353,8 +353,8 @@ FAULTS = [
     Fault(
         "priority ignored",
         SEQUENCE,
-        "self.precedence = (priority, seq_id)",
-        "self.precedence = (0, seq_id)",
+        "self.precedence = (priority, self.seq_id)",
+        "self.precedence = (0, self.seq_id)",
         SCHEDULING,
     ),
     Fault(

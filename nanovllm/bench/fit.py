@@ -108,7 +108,7 @@ def work_out_fit(config: EngineConfig) -> Fit:
         model=str(directory),
         architecture=model.architecture,
         device=str(device),
-        kernels=kernels.isa,
+        kernels=kernels.name,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,

@@ -219,5 +219,5 @@ def _settings(llm: "LLM") -> dict[str, Any]:
         "quantization": config.quantization,
         "kv_cache_dtype": config.kv_cache_dtype,
         "device": config.device,
-        "kernels": llm._runner.kernels.isa,
+        "kernels": llm._runner.kernels.name,
     }

@@ -137,8 +137,8 @@ class Kernels(Protocol):
     """
 
     @property
-    def isa(self) -> str:
-        """What they are made of, as `cpu_isa` names it."""
+    def name(self) -> str:
+        """What runs them: "torch", "triton", or the instruction set of our CPU kernels."""
 
     @property
     def dtype(self) -> torch.dtype:

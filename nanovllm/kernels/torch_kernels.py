@@ -51,7 +51,7 @@ class TorchKernels:
         self._device, self._dtype = device, dtype
 
     @property
-    def isa(self) -> str:
+    def name(self) -> str:
         return "torch"
 
     @property

@@ -34,9 +34,7 @@ class RequestLimits:
         takes_audio: Whether the server has a use for recordings, which are larger.
     """
 
-    def __init__(
-        self, app: ASGIApp, config: ServerConfig, takes_audio: Callable[[], bool] = bool
-    ) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, takes_audio: Callable[[], bool]) -> None:
         self._app = app
         self._config = config
         self._takes_audio = takes_audio

@@ -268,4 +268,4 @@ def test_kernels_of_another_dtype() -> None:
         wide = kernels.with_dtype(torch.float32)
         packed = wide.pack(WeightSpec(3, 8), [random(3, 8)], None)
         assert wide.linear(random(2, 8), packed).dtype == torch.float32
-        assert wide.isa == kernels.isa
+        assert wide.name == kernels.name

@@ -144,6 +144,6 @@ def test_norms_of_more_dimensions() -> None:
 
 def test_the_same_in_another_dtype() -> None:
     kernels = TritonKernels(DEVICE, torch.float16, deterministic=True).with_dtype(torch.float32)
-    assert kernels.isa == "triton"
+    assert kernels.name == "triton"
     weight = kernels.pack(WeightSpec(2, 3), [torch.ones(2, 3)], None)
     assert weight.weight.dtype == torch.float32

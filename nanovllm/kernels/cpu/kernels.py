@@ -59,7 +59,7 @@ class CpuKernels:
         self._arena = Arena()
 
     @property
-    def isa(self) -> str:
+    def name(self) -> str:
         return self._library.isa
 
     @property
@@ -85,7 +85,7 @@ class CpuKernels:
         parts = iter(parts)
         first = next(parts)
         has_bias = bias is not None
-        weight = PackedWeight(spec, self._dtype, first, has_bias, self._arena, self.isa)
+        weight = PackedWeight(spec, self._dtype, first, has_bias, self._arena, self.name)
         weight.fill(self._library, itertools.chain([first], parts), bias)
         weight.compact(self._library, self._arena)
         return weight

@@ -35,7 +35,7 @@ class TritonKernels(TorchKernels):
         self._penalties = PenaltyKernel(device)
 
     @property
-    def isa(self) -> str:
+    def name(self) -> str:
         return "triton"
 
     def with_dtype(self, dtype: torch.dtype) -> "TritonKernels":

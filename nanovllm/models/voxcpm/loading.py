@@ -61,9 +61,9 @@ def load_speech_model(
     else:
         tensors = _vae_tensors(shape.vae, directory)
     model.vae = AudioVAE(shape.vae, tensors, kernels, device)
-    if config.compile_model and kernels.isa in ("torch", "triton"):
+    if config.compile_model and kernels.name in ("torch", "triton"):
         model.feat_decoder.compile_guidance()
-    if config.compile_model and kernels.isa == "torch":  # the others have fused it themselves
+    if config.compile_model and kernels.name == "torch":  # the others have fused it themselves
         model.vae.compile_decoder()
     return model
 

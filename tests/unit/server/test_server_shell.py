@@ -231,7 +231,7 @@ class TestLimits:
 
     def test_a_body_of_unknown_length_neither(self) -> None:
         sent = call(
-            RequestLimits(build(), ServerConfig(max_body_size=10)),
+            RequestLimits(build(), ServerConfig(max_body_size=10), bool),
             scope_of("/probe"),
             {"type": "http.request", "body": b"x" * 6, "more_body": True},
             {"type": "http.request", "body": b"x" * 6, "more_body": True},
@@ -241,7 +241,7 @@ class TestLimits:
     def test_the_length_alone_is_enough_to_refuse(self) -> None:
         for length, status in ((b"11", 413), (b"9" * 40, 413)):
             scope = scope_of("/probe", (b"content-length", length))
-            assert call(RequestLimits(build(), ServerConfig(max_body_size=10)), scope)[0][
+            assert call(RequestLimits(build(), ServerConfig(max_body_size=10), bool), scope)[0][
                 "status"
             ] == (status)
 
@@ -249,19 +249,19 @@ class TestLimits:
         config = ServerConfig(request_timeout=0.05)
         part = {"type": "http.request", "body": b"{", "more_body": True}
         start = time.monotonic()
-        sent = call(RequestLimits(build(), config), scope_of("/probe"), part)
+        sent = call(RequestLimits(build(), config, bool), scope_of("/probe"), part)
         assert time.monotonic() - start < 1
         assert sent[0]["status"] == 408
         assert (b"connection", b"close") in sent[0]["headers"]
 
     def test_a_client_that_leaves_is_not_answered(self) -> None:
         part = {"type": "http.request", "body": b"{", "more_body": True}
-        limits = RequestLimits(build(), ServerConfig())
+        limits = RequestLimits(build(), ServerConfig(), bool)
         assert call(limits, scope_of("/probe"), part, {"type": "http.disconnect"}) == []
 
     def test_of_all_that_arrives_at_once(self) -> None:
         size = MAX_BYTES_ARRIVING // 4
-        limits = RequestLimits(build(max_body_size=size), ServerConfig(max_body_size=size))
+        limits = RequestLimits(build(max_body_size=size), ServerConfig(max_body_size=size), bool)
         large = {"type": "http.request", "body": b" " * size}
         small = {"type": "http.request", "body": b'{"count": 1}', "more_body": False}
 
