@@ -353,7 +353,7 @@ FAULTS = [
     Fault(
         "priority ignored",
         SEQUENCE,
-        "self.precedence = (priority, self.seq_id)",
+        "self.precedence = (self.priority, self.seq_id)",
         "self.precedence = (0, self.seq_id)",
         SCHEDULING,
     ),

@@ -41,7 +41,7 @@ class Fit:
         model: Directory of the checkpoint.
         architecture: Class name in the checkpoint.
         device: Where it would run.
-        kernels: What it would run on, as `cpu_isa` names it.
+        kernels: What it would run on: "torch", "triton" or an instruction set of `cpu_isa`.
         dtype: Dtype it would run in.
         num_parameters: Parameters, shared ones counted once; those of a speech model's autoencoder
             are apart.
@@ -121,10 +121,13 @@ def work_out_fit(config: EngineConfig) -> Fit:
 
 
 def _stored_bits(config: EngineConfig, directory: Path, num_parameters: int) -> float | None:
-    """Bits a parameter of a checkpoint that is quantized, by its files; None if it is not."""
+    """Bits a parameter of a checkpoint that is quantized, by its files; None if there are none."""
     if config.dummy_weights or not stored_quantization(read_json(directory / "config.json")):
         return None
-    num_bytes = sum(path.stat().st_size for path in weight_files(directory))
+    try:
+        num_bytes = sum(path.stat().st_size for path in weight_files(directory))
+    except FileNotFoundError:
+        return None
     return 8 * num_bytes / num_parameters
 
 

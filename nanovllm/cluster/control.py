@@ -207,7 +207,8 @@ def send_control_request(
             socket.connect(endpoint)
         except zmq.ZMQError as e:
             raise InvalidRequestError(
-                f"{endpoint!r} is no endpoint: use tcp://127.0.0.1:5557, or ipc:// and a path",
+                f"{endpoint!r} is no endpoint ({e.strerror}): use tcp://127.0.0.1:5557, or ipc:// "
+                "and a path",
                 "endpoint",
             ) from e
         if not socket.poll(int(min(timeout, CONNECT_TIMEOUT) * 1000), zmq.POLLOUT):

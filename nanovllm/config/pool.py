@@ -92,6 +92,12 @@ class PoolConfig(Options):
             raise InvalidRequestError(
                 f"devices must be different device numbers, got {devices}", "devices"
             )
+        if devices is not None and len(devices) % self.replicas:
+            raise InvalidRequestError(
+                f"devices={devices} say how many engines there are: leave "
+                f"replicas={self.replicas} out",
+                "replicas",
+            )
 
     def device_groups(self, size: int) -> list[list[int] | None]:
         """The CUDA devices of each engine, None for what `device` says.

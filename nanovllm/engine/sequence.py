@@ -1,6 +1,6 @@
 """A sequence: keys at positions, and how far they are computed."""
 
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from nanovllm.batch import Key
@@ -39,7 +39,7 @@ class Sequence:
     _: KW_ONLY
     seed: int = 0
     sample_index: int = 0
-    priority: InitVar[int] = 0
+    priority: int = 0
     adapter_id: int | None = None
     root_hash: bytes = b""
     reads_cache: bool = True
@@ -61,10 +61,10 @@ class Sequence:
     block_hashes: list[bytes] = field(init=False, default_factory=list)
     num_published: int = field(init=False, default=0)
 
-    def __post_init__(self, priority: int) -> None:
+    def __post_init__(self) -> None:
         self.keys = list(self.keys)
         self.num_prompt_keys = self.num_positions = len(self.keys)
-        self.precedence = (priority, self.seq_id)
+        self.precedence = (self.priority, self.seq_id)
 
     @property
     def running(self) -> bool:

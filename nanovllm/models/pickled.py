@@ -23,7 +23,7 @@ class PickledCheckpoint(Checkpoint):
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
-        self._own_names = {}
+        self._own_names, self._files = {}, {}
         for path in files:
             self._tensors |= _unpickled(path)
 

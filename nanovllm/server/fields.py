@@ -170,7 +170,7 @@ class WireModel(BaseModel):
 
 
 class LenientModel(WireModel):
-    """The same, but unknown fields are kept for a line in the log: see `note_ignored`."""
+    """A request whose unknown fields are kept for a line in the log: see `note_ignored`."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -12,8 +12,6 @@ from nanovllm.errors import InvalidRequestError
 
 OPEN_TO_ALL = 0o666
 """Mode of a new socket of the file system; its directory may keep others out."""
-TRIAL_TIMEOUT = 1.0
-"""Seconds after which who does not take a connection is there all the same."""
 NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 """Why one of several addresses is left out: `localhost` may have one that the machine has not."""
 
@@ -85,12 +83,18 @@ def _open_path(path: str) -> socket.socket:
 
 def _make_way(path: str) -> int:
     """Remove the socket of a server that has ended; return the mode of the next one."""
-    if not Path(path).is_socket():
+    if not os.path.lexists(path):
         return OPEN_TO_ALL
+    if not Path(path).is_socket():
+        raise InvalidRequestError(
+            f"uds: {path}: is there and no socket; remove it, or choose another path", "uds"
+        )
     with socket.socket(socket.AF_UNIX) as trial:
-        trial.settimeout(TRIAL_TIMEOUT)
+        trial.setblocking(False)
         try:
             trial.connect(path)
+        except BlockingIOError:  # as many wait for the other server as may
+            pass
         except ConnectionRefusedError:
             mode = stat.S_IMODE(os.stat(path).st_mode)
             os.unlink(path)

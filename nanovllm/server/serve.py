@@ -79,6 +79,8 @@ def serve(
     sockets = open_sockets(server)
     with contextlib.suppress(KeyboardInterrupt):
         DrainingServer(config, state).run(sockets)
+    if server.uds is not None:
+        Path(server.uds).unlink(missing_ok=True)
     return 0 if state.startup_error is None else STARTUP_FAILED
 
 
@@ -106,13 +108,16 @@ class DrainingServer(uvicorn.Server):
             )
             if heeds:
                 signal.signal(signal.SIGHUP, self.handle_exit)
-            yield
-            if heeds:
-                signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            try:
+                yield
+            finally:
+                if heeds:
+                    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         # Unlike uvicorn's, this does not note the signal down to die of it in the end.
-        self.force_exit = self.should_exit
+        if sig != signal.SIGHUP:  # the shell and the kernel may both send it
+            self.force_exit = self.should_exit
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

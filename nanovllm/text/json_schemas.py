@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from itertools import permutations
-from math import floor, inf, isfinite, lcm, log10
+from math import floor, inf, isfinite, lcm, log10, nextafter
 from typing import Any
 
 from nanovllm.errors import InvalidRequestError
@@ -158,9 +158,9 @@ def _inclusive(schema: Mapping[str, Any]) -> Mapping[str, Any]:
         if not 0 < gap < 1:
             continue
         if above >= least and float(above).is_integer():
-            node["minimum"] = above + _step(gap)
+            node["minimum"] = max(above + _step(gap), nextafter(above, inf))
         if below <= most and float(below).is_integer():
-            node["maximum"] = below - _step(gap)
+            node["maximum"] = min(below - _step(gap), nextafter(below, -inf))
     return copy
 
 

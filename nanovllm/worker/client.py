@@ -96,6 +96,7 @@ class WorkerClient:
         self._address = address
         self._on_news = on_news
         self._process: asyncio.subprocess.Process | None = None
+        self._group_ended = False
         self._context = context
         self._socket: zmq.asyncio.Socket | None = None
         self._calls: dict[int, asyncio.Future[bytes]] = {}
@@ -265,7 +266,9 @@ class WorkerClient:
                 await asyncio.wait_for(self._process.wait(), SHUTDOWN_TIMEOUT)
             except asyncio.TimeoutError:  # stuck in the kernel, such as in a driver
                 logger.error("engine process %d cannot be killed", self._process.pid)
-        await _end_group(self._process.pid)
+        if not self._group_ended:
+            self._group_ended = True  # its number may be another's later on
+            await _end_group(self._process.pid)
         if self._process.stdin is not None:
             self._process.stdin.close()
 
@@ -331,6 +334,8 @@ async def _end_group(leader: int) -> None:
         os.killpg(leader, signal.SIGCONT)
         deadline = time.monotonic() + GROUP_TIMEOUT
         while time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):  # ours if we are process 1
+                os.waitpid(-leader, os.WNOHANG)
             os.killpg(leader, 0)
             await asyncio.sleep(GROUP_POLL)
         os.killpg(leader, signal.SIGKILL)

@@ -294,6 +294,7 @@ def test_all_options_of_pool_and_server_have_a_value_above() -> None:
     ("config", "options", "message"),
     [
         (PoolConfig, {"replicas": 0}, "replicas must be at least 1, got 0"),
+        (PoolConfig, {"devices": [0, 1], "replicas": 3}, "leave replicas=3 out"),
         (PoolConfig, {"queue_coalesce_ms": 51}, r"queue_coalesce_ms must be in \[0, 50\]"),
         (PoolConfig, {"devices": [0, 0]}, "devices must be different device numbers"),
         (ServerConfig, {"port": 70000}, r"port must be in \[0, 65535\], got 70000"),

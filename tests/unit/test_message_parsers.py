@@ -89,7 +89,10 @@ MESSAGES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "",
         [("g", '{"a": [1, ",]"], "b": {}}')],
     ),
-    ("hermes", 'A <tool_call>\n{"name": "g"}\n</tool_call>B', "AB", [G]),
+    ("hermes", 'A \n<tool_call>\n{"name": "g"}\n</tool_call>B', "A \nB", [G]),
+    ("hermes", ' <tool_call>\n{"name": "g"}\n</tool_call>B', "B", [G]),
+    ("hermes", '<tool_call>[{"name": "g"}, ]</tool_call>', "", [G]),
+    ("mistral", '[TOOL_CALLS][{"name": "g"},\n{"name": "g"}, ]', "", [G, G]),
     ("hermes", '<tool_call>\n<tool_call>{"name": "g"}</tool_call>', "<tool_call>", [G]),
     ("hermes", '<tool_call>[{"name": "g"}, {"name": "g"}]</tool_call>', "", [G, G]),
     # What other languages write is JSON in the end.

@@ -45,6 +45,7 @@ def messages_of(items: Sequence[Item], instructions: str | None = None) -> list[
             if arguments is None:
                 left_out.add(item.call_id)
             else:
+                left_out.discard(item.call_id)  # some clients count ids anew in each turn
                 _add_call(messages, call_of(item.call_id, item.name, arguments))
         elif isinstance(item, MessageItem):
             _add_content(messages, text_of(item.content))

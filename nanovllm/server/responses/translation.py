@@ -52,7 +52,8 @@ def chat_request(
         )
     messages = messages_of(items, request.instructions)
     if not messages:
-        raise InvalidRequestError("input: must not be empty", "input")
+        problem = "has only calls that are not whole" if items else "must not be empty"
+        raise InvalidRequestError(f"input: {problem}", "input")
     choice, tools = _tools(request)
     reasoning = request.reasoning
     return ChatRequest(

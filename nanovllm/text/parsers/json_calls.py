@@ -28,13 +28,14 @@ class JsonCallParser(CallParser):
         if (yield from reader.expect("{", "[")) == "{":
             yield from self._read_object(reader, writer)
             return
-        while True:
-            yield from reader.expect("{")
+        expected = ["{"]
+        while (yield from reader.expect(*expected)) == "{":
             yield from self._read_object(reader, writer)
             reader.hold()
             if (yield from reader.expect(",", "]")) == "]":
-                reader.release()
-                return
+                break
+            expected = ["{", "]"]  # the last one may have a comma, too
+        reader.release()
 
     def _read_object(self, reader: Reader, writer: Writer) -> Steps[None]:
         """Read the rest of an object."""

@@ -11,9 +11,9 @@ MAX_BLANK = 1024
 class Writer:
     """Collects what a message consists of.
 
-    Blanks around calls and around the text of a message with calls are left out, but for those
-    between a call and text that follows other text; so are newlines around thoughts. All of it may
-    come in any pieces.
+    Blanks around calls and around the text of a message with calls are left out, as are newlines
+    around thoughts. Two texts with a call between them are kept apart by the blanks behind the
+    call, or else by those before it. All of it may come in any pieces.
 
     Attributes:
         num_calls: Calls that have begun.
@@ -27,6 +27,7 @@ class Writer:
         self._has_content = False
         self._has_reasoning = False
         self._blank = ""
+        self._before_call = ""
 
     def reasoning(self, text: str) -> None:
         """Add to the thoughts."""
@@ -53,8 +54,9 @@ class Writer:
             text = text[len(body) :]
             if self.num_calls and not self._has_content:
                 self._blank, body = "", body.lstrip(BLANKS)
-            self._add(ContentDelta(""), self._blank + body)
-            self._blank, self._has_content = "", True
+            parted = self._blank or body[0] in BLANKS
+            self._add(ContentDelta(""), (self._blank if parted else self._before_call) + body)
+            self._blank, self._before_call, self._has_content = "", "", True
         self.separator(text)
 
     def separator(self, text: str) -> None:
@@ -68,6 +70,7 @@ class Writer:
 
     def call(self, name: str) -> None:
         """Begin a call."""
+        self._before_call = self._before_call or (self._blank if self._has_content else "")
         self.drop_blanks()
         self._add(ToolCallDelta(self.num_calls, name, ""), "")
         self.num_calls += 1

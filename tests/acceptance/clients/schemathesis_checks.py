@@ -13,6 +13,7 @@ BEYOND_A_SCHEMA = re.compile(
     r"stream_options needs stream=true"
     r"|prompt_logprobs needs stream=false"
     r"|top_logprobs needs logprobs=true"
+    r"|logprob_token_ids (needs logprobs|are told of generated tokens)"
     r"|best_of is not supported: .* use n"
     r"|exclude each other: an answer has one form|takes exactly one of"
     r"|tool_choice: .* there are no tools|is none of the tools"
@@ -21,6 +22,7 @@ BEYOND_A_SCHEMA = re.compile(
     # What is inside a schema, a pattern or a grammar.
     r"|cannot be enforced|is not well-formed|as a grammar, more than the|a schema is a JSON object"
     r"|must be the JSON schema of the answer|the schema has more than|multipleOf:"
+    r"|has too many digits to be kept exactly"
     r"|patterns for the same text|it has more than \d+ rules|must be from -1e18"
     r"|the parameters that bind the model have"
     # The model served, and its tokenizer and template.

@@ -274,7 +274,11 @@ def test_calls_that_are_not_whole_are_left_out(
     broken = call("f", arguments, "c") | {"status": status}
     result = {"type": "function_call_output", "call_id": "c", "output": "What?"}
     post(client, RESPONSES, input=[*HI, broken, result, *HI])
+    post(client, RESPONSES, input=[broken, result, call("f", "{}", "c"), result])
     assert asked[0].messages == [*HI, *HI]
+    assert [message["role"] for message in asked[1].messages] == ["assistant", "tool"]
+    error = refused(client, RESPONSES, input=[broken, result])
+    assert error["message"].startswith("input: has only calls that are not whole")
 
 
 def test_the_form_of_the_answer(client: TestClient, asked: list[ChatRequest]) -> None:
