@@ -396,7 +396,7 @@ class TestErrors:
 
     def test_unknown_route(self, client: OpenAI) -> None:
         with pytest.raises(openai.NotFoundError):
-            client.embeddings.create(model=MODEL, input="x")
+            client.images.generate(model=MODEL, prompt="x")
 
     @pytest.mark.parametrize(
         ("field", "value"),
