@@ -31,8 +31,6 @@ LANGUAGE_MODEL = {
 
 TIED_ROWS = 16
 """Of a head and an embedding that are said to be one, so many are compared."""
-STORED_FLOATS = ("F64", "F32", "F16", "BF16")
-"""What safetensors calls the dtypes of parameters that are not quantized."""
 MAX_NAMES = 64
 """Of tensors that a message names: a mixture of experts may lack thousands."""
 
@@ -169,15 +167,15 @@ class Checkpoint:
         Only what is stored as it is can be compared: both of them whole, and in one dtype.
         """
         names = ("lm_head.weight", f"{BODY}embed_tokens.weight")
-        if self._own_names.get(names[0]) == "embed_tokens.weight" or not self._files.keys() >= {
-            *names
-        }:
+        is_one = self._own_names.get(names[0]) == "embed_tokens.weight"
+        if is_one or not self._files.keys() >= {*names}:
             return
-        head, embedding = map(self._slice, names)
-        if head.get_dtype() != embedding.get_dtype() or head.get_dtype() not in STORED_FLOATS:
+        dtypes = {self.dtype(name) for name in names}
+        if len(dtypes) > 1 or not dtypes <= {*FLOATS}:
             return
-        if head.get_shape() != embedding.get_shape() or not torch.allclose(
-            head[:TIED_ROWS], embedding[:TIED_ROWS], rtol=0, atol=0, equal_nan=True
+        head, embedding = (self._slice(name)[:TIED_ROWS] for name in names)
+        if self.shape(names[0]) != self.shape(names[1]) or not torch.allclose(
+            head, embedding, rtol=0, atol=0, equal_nan=True
         ):
             raise InvalidRequestError(
                 "the checkpoint's lm_head.weight is not its embedding, to which config.json ties "

@@ -90,13 +90,9 @@ def _make_way(path: str) -> int:
             f"uds: {path}: is there and no socket; remove it, or choose another path", "uds"
         )
     with socket.socket(socket.AF_UNIX) as trial:
-        trial.setblocking(False)
-        try:
-            trial.connect(path)
-        except BlockingIOError:  # as many wait for the other server as may
-            pass
-        except ConnectionRefusedError:
-            mode = stat.S_IMODE(os.stat(path).st_mode)
-            os.unlink(path)
-            return mode
-    raise InvalidRequestError(f"uds: {path}: another server listens there", "uds")
+        trial.setblocking(False)  # as many may wait for the other server as can
+        if trial.connect_ex(path) != errno.ECONNREFUSED:
+            raise InvalidRequestError(f"uds: {path}: another server listens there", "uds")
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    os.unlink(path)
+    return mode

@@ -39,7 +39,10 @@ class HeldScores:
         ends = list(accumulate(len(score["bytes"]) for score in self._scores))
         written = b"".join(bytes(score["bytes"]) for score in self._scores)
         start = written.find(wanted)
-        if start < 0:
+        if start < 0:  # blanks from before a call part it from other text
+            wanted = wanted.lstrip()
+            start = written.find(wanted)
+        if start < 0 or not wanted:
             return []
         end = start + len(wanted)
         first, last = bisect_right(ends, start), bisect_left(ends, end)

@@ -277,6 +277,11 @@ class TestCalls:
             written = bytes(byte for entry in part["logprobs"] for byte in entry["bytes"])
             assert text.strip() in written.decode()
             assert len(written) <= len(text) + 1  # the last token may end with a blank
+        llm.reply_ids = llm.frontend.encode(said.replace("\nDone.", "Done."))
+        response = post(client, RESPONSES, input="?", tools=[TOOL], include=include)
+        part = response["output"][2]["content"][0]
+        assert part["text"] == "\nDone."
+        assert b"Done." in bytes(byte for entry in part["logprobs"] for byte in entry["bytes"])
 
     @pytest.mark.parametrize("arguments", ['{"city" 1}', '{"city": 01}', '{"city": "\\ud800"}'])
     def test_a_call_that_the_model_got_wrong_is_forgotten(
