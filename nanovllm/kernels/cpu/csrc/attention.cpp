@@ -247,12 +247,11 @@ class TileAttention {
     }
   }
 
+  // Hides the scores of columns outside [low, high), and of gaps; they belong to one cell.
   Floats hide(Floats scores, long column, long low, long high) const {
-    for (long i = 0; i < kWidth; i++) {
-      const long c = column + i;
-      if (c < low || c >= high || c % cell_.positions >= shape_.block_size) scores[i] = -kInfinity;
-    }
-    return scores;
+    const Ints c = lanes() + int32_t(column), position = lanes() + int32_t(column % cell_.positions);
+    const Ints hidden = (c < int32_t(low)) | (c >= int32_t(high)) | (position >= shape_.block_size);
+    return hidden ? splat(-kInfinity) : scores;
   }
 
   void store_outputs(T* out, const Partials& partials) const {

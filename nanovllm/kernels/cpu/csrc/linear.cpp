@@ -21,19 +21,20 @@ namespace {
 
 constexpr long kBlockRows = 32 * kDotRows;  // of a work item, in whole AMX tiles
 constexpr long kExpandedRows = 768;         // the same where int4 is expanded for AMX
+constexpr long kInt4PartRows = 24;          // of an item's, written while their sums are in the L1 cache
 
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
 constexpr long kTiledDepthBlock = 512;  // two tiles' slice in L1
 constexpr long kExpandingRows = 4;      // of many: more would leave no registers for it
 constexpr long kInt4Ahead = 3072;       // bytes from what one or two rows read to what they fetch
-constexpr long kFewestRows = 4, kFewRows = 64;  // from so many to so many, a panel is fetched ahead
-constexpr long kFewestInt4Rows = 3;             // the same of int4
+constexpr long kFewestRows = 4;         // from so many on, a panel is fetched ahead
+constexpr long kFewestInt4Rows = 3;     // the same of int4
 
 // What some activations were rounded to.
 struct Rounded {
   float scale;
-  int32_t sum;  // of the codes
+  int32_t offset;  // the sum of the codes, times what their products lack of it
 };
 
 // Activations as a kernel reads them: elements of T.
@@ -69,33 +70,39 @@ Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long 
   return {data, stride};
 }
 
-// Rounds each group of each row to int8 by its largest magnitude; a group is one or more runs.
+// Rounds each group of a row to int8 by its largest magnitude; a group is one or more runs, each with
+// a sum of its own, which is multiplied by `factor`.
+template <class Code, class From>
+void quantize_row(const From* x, long depth, long padded_depth, long group, long run, int32_t factor,
+                  Code* codes, Rounded* rounded) {
+  for (long first = 0; first < padded_depth; first += group) {
+    const auto [scale, inverse] = int8_scale(x + first, std::clamp(depth - first, 0L, group));
+    for (long begin = first; begin < first + group; begin += run, rounded++) {
+      Ints total{};
+      const auto round = [&](long k, Floats v) {
+        const Ints code = (round_to_ints(v * inverse) << 24) >> 24;  // a NaN has any bits
+        total += code;
+        store_narrow(codes + k, code);
+      };
+      const long end = begin + run, whole = std::min(end, depth) - kWidth;
+      long k = begin;
+      for (; k <= whole; k += kWidth) round(k, load(x + k));
+      for (; k < end; k += kWidth) round(k, k < depth ? load(x + k, depth - k) : Floats{});
+      *rounded = {scale, factor * sum(total)};
+    }
+  }
+}
+
 template <class Code, class From>
 Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth, long padded_depth,
-                          long group, long run) {
+                          long group, long run, int32_t factor) {
   const long runs = padded_depth / run, padded_rows = round_up(rows, 2 * kTileRows);
   const long stride = padded_depth + 64;
   auto* data = static_cast<Code*>(session.scratch(0, padded_rows * stride * sizeof(Code)));
   auto* rounded = static_cast<Rounded*>(session.scratch(1, rows * runs * sizeof(Rounded)));
   session.parallel(rows, [&](long r) {
-    const From* source = x + r * depth;
-    Int8Scale by{};
-    for (long i = 0; i < runs; i++) {
-      const long begin = i * run;
-      if (begin % group == 0) by = int8_scale(source + begin, std::clamp(depth - begin, 0L, group));
-      Code* codes = data + r * stride + begin;
-      Ints total{};
-      for (long k = 0; k < run; k += kWidth) {
-        const long left = depth - begin - k;
-        const Floats v = left > 0 ? load(source + begin + k, left) : Floats{};
-        const Ints code = (round_to_ints(v * by.inverse) << 24) >> 24;  // a NaN has any bits
-        total += code;
-        store_narrow(codes + k, code);
-      }
-      int32_t sum = 0;
-      for (int lane = 0; lane < kWidth; lane++) sum += total[lane];
-      rounded[r * runs + i] = {by.scale, sum};
-    }
+    quantize_row(x + r * depth, depth, padded_depth, group, run, factor, data + r * stride,
+                 rounded + r * runs);
   });
   return {data, stride, rounded, runs};
 }
@@ -173,20 +180,13 @@ void multiply_int8(const Weights& w, const Input<Operand<int8_t>>& in, bool tile
   const auto* sums = reinterpret_cast<const int32_t*>(panel.sums);
   const float* scales = w.scales + panel.tile * kTile;
   for (long r = 0; r < panel.rows; r++) {
-    const auto [x_scale, sum] = in.rounded[panel.row + r];
-    const int32_t offset = kCodeOffset * sum;
+    const auto [x_scale, offset] = in.rounded[panel.row + r];
     for (int j = 0; j < panel.num_tiles * kTile; j += kWidth) {
-      const Ints total = load_raw<Ints>(sums + r * kPanel + j) - offset;
+      const Ints total = load_raw<Ints>(sums + r * kPanel + j) + offset;
       store(panel.sums + r * kPanel + j,
             __builtin_convertvector(total, Floats) * x_scale * load(scales + j));
     }
   }
-}
-
-// What activations of a group that add up to `sum` give with its zero points, which are below 16; the sum of
-// 256 int8 is below 2^15.
-inline Ints zero_product(Ints zero, int32_t sum) {
-  return multiply_pairs(bit_cast<Words>(zero), splat_word(uint32_t(sum)));
 }
 
 inline Ints load_zero(bool has_zeros, const Int4Panel& panel, long group, long tile, int lane) {
@@ -227,7 +227,7 @@ __attribute__((noinline))  // or its loops compete with others for registers
 void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<int8_t>& in, long row,
                 float* c, const char* next) {
   constexpr int V = C * kSplits;
-  // Sums of 32 bits begin with what the zero points take off, which those of 16 bits could not hold.
+  // Sums of 32 bits begin with what the zero points add, which those of 16 bits could not hold.
   constexpr bool kBeginsExact = std::is_same_v<NibbleSums, Ints>;
   Sums<Floats, R, C> sums;
   const long run = run_of(w), stride = panel.stride(), runs = in.runs;
@@ -238,8 +238,11 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
   for (long g = 0; g * w.group_size < w.padded_depth; g++) {
     const char* line = panel.codes(g, tile);
     const auto zero_part = [&](int r, int j) {
-      const Ints zero = load_zero(kZeros, panel, g, tile + j / kSplits, j % kSplits * kWidth);
-      return zero_product(zero, rounded[r * runs].sum);
+      const Words offset = splat_word(uint32_t(rounded[r * runs].offset));
+      if constexpr (!kZeros) return bit_cast<Ints>(offset);
+      // A zero point is below 16, the sum of 256 int8 below 2^15.
+      const Ints zero = load_zero(true, panel, g, tile + j / kSplits, j % kSplits * kWidth);
+      return multiply_pairs(bit_cast<Words>(zero), offset);
     };
     for (long left = w.group_size; left > 0; left -= run, rounded++) {
       NibbleSums partial[R][V] = {};
@@ -247,7 +250,7 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
 #pragma GCC unroll 16
         for (int j = 0; j < V; j++) {
 #pragma GCC unroll 8
-          for (int r = 0; r < R; r++) partial[r][j] = -zero_part(r, j);
+          for (int r = 0; r < R; r++) partial[r][j] = zero_part(r, j);
         }
       }
       for (const int8_t* end = x + run; x < end; x += Int4Panel::kStep, line += stride) {
@@ -293,7 +296,7 @@ void int4_block(const Weights& w, const Int4Panel& panel, int tile, const Input<
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
           Ints total = total_of(partial[r][j]);
-          if constexpr (!kBeginsExact) total -= zero_part(r, j);
+          if constexpr (!kBeginsExact) total += zero_part(r, j);
           const Floats factor = scale * rounded[r * runs].scale;
           sums.at[r][j] += __builtin_convertvector(total, Floats) * factor;
         }
@@ -395,9 +398,10 @@ void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
   }
 }
 
+// A work item is `block_rows` rows, of which `part_rows` at a time are computed and written.
 template <class Out, class Multiply>
-void run_panels(Session& session, const Weights& w, long rows, long block_rows, Output<Out> out,
-                Multiply&& multiply) {
+void run_panels(Session& session, const Weights& w, long rows, long block_rows, long part_rows,
+                Output<Out> out, Multiply&& multiply) {
   const long blocks = (rows + block_rows - 1) / block_rows;
   const long panels = (w.num_tiles + kMaxColumnTiles - 1) / kMaxColumnTiles;
   session.parallel(panels * blocks, [&](long item) {
@@ -405,12 +409,15 @@ void run_panels(Session& session, const Weights& w, long rows, long block_rows, 
     Panel panel{row, std::min(block_rows, rows - row), index * kMaxColumnTiles,
                 tiles_of_panel(w, index), block_sums, {}};
     const long fewest = w.format == kInt4 ? kFewestInt4Rows : kFewestRows;
-    if (w.format == kCompact || (rows >= fewest && rows <= kFewRows)) {
+    if (w.format == kCompact || rows >= fewest) {
       panel.ahead = bytes_of_panel(w, (index + num_threads()) * kMaxColumnTiles);
     }
-    multiply(panel);
-    if (w.gate) finish_panel<true>(w, panel, out);
-    else finish_panel<false>(w, panel, out);
+    for (const long end = panel.row + panel.rows; panel.row < end; panel.row += panel.rows) {
+      panel.rows = std::min(part_rows, end - panel.row);
+      multiply(panel);
+      if (w.gate) finish_panel<true>(w, panel, out);
+      else finish_panel<false>(w, panel, out);
+    }
   });
 }
 
@@ -422,7 +429,7 @@ void run_plain(Session& session, const Weights& w, const In* x, long rows, Outpu
   if (tiled || w.depth != w.padded_depth || !std::is_same_v<Element, In>) {
     in = pad_rows<In, Element>(session, x, rows, w.depth, w.padded_depth);
   }
-  run_panels(session, w, rows, kBlockRows, out, [&](Panel& panel) {
+  run_panels(session, w, rows, kBlockRows, kBlockRows, out, [&](Panel& panel) {
     if constexpr (std::is_same_v<T, Bf16>) {
       if (w.format == kCompact) return multiply_compact_panel(w, in, tiled, panel);
     }
@@ -434,8 +441,8 @@ template <class In, class Out>
 void run_int8(Session& session, const Weights& w, const In* x, long rows, Output<Out> out, bool always) {
   const bool tiled = uses_tiles<int8_t>(rows, w.padded_depth, always);
   const auto in = quantize_rows<Operand<int8_t>>(session, x, rows, w.depth, w.padded_depth,
-                                                 w.padded_depth, w.padded_depth);
-  run_panels(session, w, rows, kBlockRows, out,
+                                                 w.padded_depth, w.padded_depth, -kCodeOffset);
+  run_panels(session, w, rows, kBlockRows, kBlockRows, out,
              [&](Panel& panel) { multiply_int8(w, in, tiled, panel); });
 }
 
@@ -446,17 +453,17 @@ void run_int4(Session& session, const Weights& w, const In* x, long rows, Output
   if constexpr (std::is_same_v<In, Bf16>) {
     if (!always && rows >= kMinExpandedRows) {
       const auto in = pad_rows<In, Bf16>(session, x, rows, w.depth, w.padded_depth);
-      return run_panels(session, w, rows, kExpandedRows, out,
+      return run_panels(session, w, rows, kExpandedRows, kExpandedRows, out,
                         [&](Panel& panel) { multiply_expanded(w, in, panel); });
     }
   }
 #endif
-  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, w.group_size, run_of(w));
-  run_panels(session, w, rows, kBlockRows, out,
-             [&](Panel& panel) {
-               if (w.has_zeros) multiply_int4<true>(w, in, panel);
-               else multiply_int4<false>(w, in, panel);
-             });
+  const auto in = quantize_rows<int8_t>(session, x, rows, w.depth, w.padded_depth, w.group_size,
+                                        run_of(w), w.has_zeros ? -1 : -kInt4Zero);
+  run_panels(session, w, rows, kBlockRows, kInt4PartRows, out, [&](Panel& panel) {
+    if (w.has_zeros) multiply_int4<true>(w, in, panel);
+    else multiply_int4<false>(w, in, panel);
+  });
 }
 
 template <class In, class Out>

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -96,7 +97,9 @@ struct Halves {
 
 // GCC takes these conversions apart, often element by element, unless they are spelled out.
 inline Words widen(const uint16_t* p) {
-#if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
+#if defined(NANOVLLM_AVX512)
+  return bit_cast<Words>(_mm512_cvtepu16_epi32(load_raw<__m256i>(p)));
+#elif defined(__AVX2__)
   return bit_cast<Words>(_mm256_cvtepu16_epi32(load_raw<__m128i>(p)));
 #else
   return __builtin_convertvector(load_raw<HalfWords>(p), Words);
@@ -284,13 +287,18 @@ inline Ints lanes() {
   return numbers;
 }
 
-inline Floats vector_max(Floats a, Floats b) { return a > b ? a : b; }
+template <class Vector>
+inline Vector vector_max(Vector a, Vector b) {
+  return a > b ? a : b;
+}
 
 // The lanes of a vector, its upper half with its lower one until one is left.
-template <class Combine>
-inline float reduce(Floats x, Combine&& combine) {
+template <class Vector, class Combine>
+inline auto reduce(Vector x, Combine&& combine) {
 #if defined(__AVX2__) && !defined(NANOVLLM_AVX512)
-  typedef float Four __attribute__((vector_size(16)));
+  typedef float FourFloats __attribute__((vector_size(16)));
+  typedef int32_t FourInts __attribute__((vector_size(16)));
+  using Four = std::conditional_t<std::is_same_v<Vector, Floats>, FourFloats, FourInts>;
   const auto [low, high] = bit_cast<std::array<Four, 2>>(x);
   const Four four = combine(high, low);
   const __m128 both = bit_cast<__m128>(four);
@@ -311,10 +319,24 @@ inline float sum(Floats x) {
   return reduce(x, [](auto a, auto b) { return a + b; });
 #endif
 }
+inline int32_t sum(Ints x) {
+#if defined(NANOVLLM_AVX512)
+  return _mm512_reduce_add_epi32(bit_cast<__m512i>(x));
+#else
+  return reduce(x, [](auto a, auto b) { return a + b; });
+#endif
+}
 
 inline float max(Floats x) {
 #if defined(NANOVLLM_AVX512)
   return _mm512_reduce_max_ps(bit_cast<__m512>(x));
+#else
+  return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
+#endif
+}
+inline int32_t max(Ints x) {
+#if defined(NANOVLLM_AVX512)
+  return _mm512_reduce_max_epi32(bit_cast<__m512i>(x));
 #else
   return reduce(x, [](auto a, auto b) { return a > b ? a : b; });
 #endif
@@ -348,17 +370,17 @@ struct Int8Scale {
 };
 
 // By the largest magnitude. A NaN or an infinity cannot be rounded: it makes the scale a NaN and so
-// spoils them all, as in exact arithmetic.
+// spoils them all, as in exact arithmetic. Magnitudes are compared by their bits, of which theirs are
+// the largest.
 template <class T>
 inline Int8Scale int8_scale(const T* p, long count) {
-  Floats top{}, spoilt{};
-  for (long i = 0; i < count; i += kWidth) {
-    const Floats v = load(p + i, count - i);
-    top = vector_max(top, v < 0.0f ? -v : v);
-    spoilt += v * 0.0f;
-  }
-  const float largest = max(top);
-  return {largest / 127.0f + sum(spoilt), largest > 0 ? 127.0f / largest : 0.0f};
+  Ints top{};
+  const auto take = [&](Floats v) { top = vector_max(top, bit_cast<Ints>(v) & 0x7fffffff); };
+  long i = 0;
+  for (; i + kWidth <= count; i += kWidth) take(load(p + i));
+  if (i < count) take(load(p + i, count - i));
+  const float largest = bit_cast<float>(max(top));
+  return {largest / 127.0f + largest * 0.0f, largest > 0 ? 127.0f / largest : 0.0f};
 }
 
 }  // namespace nanovllm
