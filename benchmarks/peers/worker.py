@@ -8,12 +8,17 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 from peers.engine import Engine, Settings
 from peers.workloads import WORKLOADS
+
+REST = 3e-9
+"""Seconds of rest after the start, for each byte of the KV cache. An engine may use them, as it
+could in a server, for what it leaves to the background, such as taking the memory of the cache."""
 
 
 def run(engine: Engine, name: str, round_number: int) -> dict[str, Any]:
@@ -53,7 +58,9 @@ def main() -> None:
         replies.flush()
 
     module, settings = sys.argv[1:]
-    engine = importlib.import_module(f"peers.{module}").Engine(Settings(**json.loads(settings)))
+    given = Settings(**json.loads(settings))
+    engine = importlib.import_module(f"peers.{module}").Engine(given)
+    time.sleep(REST * given.kv_bytes)
     reply(_memory())
     for line in sys.stdin:
         request = json.loads(line)
