@@ -27,10 +27,10 @@ struct Workspace {
   alignas(64) float scores[kTileQueries * kChunk];
   alignas(64) Operand<T> weights[kTileQueries * kChunk];
   alignas(64) float outputs[kTileQueries * kMaxHeadDim];
-  alignas(64) T keys[kChunk * kMaxHeadDim];    // of a chunk of int8, expanded
+  alignas(64) T keys[kExpandedChunk * kMaxHeadDim];  // of a chunk of int8, expanded
   alignas(64) T values[kChunk * kMaxHeadDim];
-  alignas(64) float key_scales[kChunk];
-  alignas(64) float value_scales[kChunk];
+  alignas(64) float key_scales[kExpandedChunk];
+  alignas(64) float value_scales[kExpandedChunk];
   float top[kTileQueries];    // the largest score of each row so far
   float total[kTileQueries];  // the sum of its weights
 };
@@ -66,7 +66,8 @@ class TileAttention {
       : shape_(shape), cell_(shape), plan_(plan), task_(task), kv_head_(kv_head),
         first_head_(first_head), num_heads_(num_heads), cache_(cache), window_(window),
         columns_{shape.block_size, cell_.positions}, rows_(task.count * num_heads),
-        segment_(std::gcd(cell_.positions, kChunk)),
+        chunk_(shape.cache == kInt8 ? kExpandedChunk : kChunk),
+        segment_(std::gcd(cell_.positions, chunk_)),
         value_segment_(uses_tiles<T>(rows_, kTileDepth, shape.one_path)
                            ? std::max(segment_, kTileDepth)
                            : segment_),
@@ -85,9 +86,9 @@ class TileAttention {
     // a row's sums does not depend on its neighbours.
     const long first = columns_.of(task_.begin), end = columns_.of(task_.end - 1) + 1;
     const long seen = window_ ? std::max(task_.begin, earliest - window_ + 1) : task_.begin;
-    for (long column = first + (columns_.of(seen) - first) / kChunk * kChunk; column < end;
-         column += kChunk) {
-      attend_chunk(column, std::min(kChunk, round_up(end - column, segment_)));
+    for (long column = first + (columns_.of(seen) - first) / chunk_ * chunk_; column < end;
+         column += chunk_) {
+      attend_chunk(column, std::min(chunk_, round_up(end - column, segment_)));
     }
     store_outputs(out, partials);
   }
@@ -199,7 +200,7 @@ class TileAttention {
   // int8 to T, unscaled: the scales go into the scores and the weights. Meanwhile the same place a
   // chunk later is fetched: runs are too short for the processor to foresee the next.
   void expand(const int8_t* codes, long count, T* target, long column) const {
-    const long later = column + kChunk;
+    const long later = column + chunk_;
     const int8_t* ahead = codes;
     if (later / cell_.positions <= (task_.end - 1) / shape_.block_size) {
       ahead = reinterpret_cast<const int8_t*>(cell(later)) +
@@ -285,7 +286,8 @@ class TileAttention {
   const long window_;  // 0 is none
   const Columns columns_;
   const long rows_;
-  const long segment_;        // positions whose values lie in one run
+  const long chunk_;          // positions whose scores are held at a time
+  const long segment_;        // those whose values lie in one run
   const long value_segment_;  // the same after runs were put together
   Workspace<T>& space_;
 };

@@ -11,7 +11,15 @@ namespace nanovllm {
 
 constexpr long kMaxHeadDim = 512;
 constexpr long kTileQueries = 96;  // queries that a task handles together
-constexpr long kChunk = 128;       // positions whose scores are held at a time
+
+// Positions whose scores are held at a time. What is done for a chunk besides takes less of many, but
+// int8 keys and values are expanded by the chunk, and shall not leave the caches.
+constexpr long kExpandedChunk = 128;
+#if defined(NANOVLLM_AMX)
+constexpr long kChunk = kExpandedChunk;  // more was not measured there
+#else
+constexpr long kChunk = 512;
+#endif
 
 // As Python hands it over (see attention.py, which mirrors this struct).
 struct AttentionShape {
