@@ -61,7 +61,7 @@ Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long 
   // Not a multiple of 4096 bytes, or rows would fall into the same sets of the cache.
   const long stride = padded_depth + 64 / sizeof(To), padded_rows = round_up(rows, 2 * kTileRows);
   To* data = static_cast<To*>(session.scratch(0, padded_rows * stride * sizeof(To)));
-  session.parallel(padded_rows, [&](long r) {
+  session.parallel_rows(padded_rows, [&](long r) {
     for (long k = 0; k < stride; k += kWidth) {
       const long count = r < rows ? std::max(0L, depth - k) : 0;
       store(data + r * stride + k, load(x + r * depth + (count ? k : 0), count), stride - k);
@@ -100,7 +100,7 @@ Input<Code> quantize_rows(Session& session, const From* x, long rows, long depth
   const long stride = padded_depth + 64;
   auto* data = static_cast<Code*>(session.scratch(0, padded_rows * stride * sizeof(Code)));
   auto* rounded = static_cast<Rounded*>(session.scratch(1, rows * runs * sizeof(Rounded)));
-  session.parallel(rows, [&](long r) {
+  session.parallel_rows(rows, [&](long r) {
     quantize_row(x + r * depth, depth, padded_depth, group, run, factor, data + r * stride,
                  rounded + r * runs);
   });

@@ -159,7 +159,7 @@ NANOVLLM_API void nanovllm_pack(const Weights* w, const void* source, const void
 // out[i] = row ids[i] of the weight, in its activation type: an embedding on the head's one copy.
 NANOVLLM_API void nanovllm_embed(const Weights* w, const int64_t* ids, int64_t num_ids, void* out) {
   Session session;
-  session.parallel(num_ids, [&](long i) {
+  session.parallel_rows(num_ids, [&](long i) {
     if (w->activation == kFloat32) {
       expand_row(*w, ids[i], static_cast<float*>(out) + i * w->depth);
     } else {

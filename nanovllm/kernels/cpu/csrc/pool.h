@@ -8,6 +8,8 @@
 
 namespace nanovllm {
 
+int num_threads();
+
 // Held by a kernel while it runs: kernels of several Python threads take turns.
 class Session {
  public:
@@ -23,24 +25,28 @@ class Session {
     run(items, [](void* context, long item) { (*static_cast<Bare*>(context))(item); }, &body);
   }
 
+  // The same of rows, each of little work: a thread takes several that follow each other, so that it
+  // reads on, and that few rows wake no other thread.
+  template <class Body>
+  void parallel_rows(long rows, Body&& body) {
+    constexpr long kFewest = 4, kItemsPerThread = 8;
+    const long each = std::max(kFewest, rows / (kItemsPerThread * num_threads()));
+    parallel((rows + each - 1) / each, [&](long item) {
+      const long end = std::min(rows, (item + 1) * each);
+      for (long row = item * each; row < end; row++) body(row);
+    });
+  }
+
  private:
   void run(long items, void (*call)(void*, long), void* context);
   std::unique_lock<std::mutex> lock_;
 };
 
-int num_threads();
-
-// Rows that a work item holds, so that a step of few rows does not wake the other threads.
-constexpr long kRowsPerItem = 4;
-
 // Calls `body(row)` for every row, in a session of its own.
 template <class Body>
 void for_each_row(long rows, Body&& body) {
   Session session;
-  session.parallel((rows + kRowsPerItem - 1) / kRowsPerItem, [&](long item) {
-    const long end = std::min(rows, (item + 1) * kRowsPerItem);
-    for (long r = item * kRowsPerItem; r < end; r++) body(r);
-  });
+  session.parallel_rows(rows, body);
 }
 
 }  // namespace nanovllm
