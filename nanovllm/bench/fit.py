@@ -102,7 +102,6 @@ def work_out_fit(config: EngineConfig) -> Fit:
     cache_bytes = kv_cache_bytes(config, shape, device, still_to_load)
     backend = kernels.attention(attention_config(config, shape, dtype))
     block_bytes = backend.cache_spec(1).num_bytes * shape.num_layers
-    block_size = config.block_size or 1
     num_blocks, max_model_len = fit_kv_cache(config, shape, block_bytes, cache_bytes)
     return Fit(
         model=str(directory),
@@ -112,9 +111,9 @@ def work_out_fit(config: EngineConfig) -> Fit:
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
-        kv_bytes_per_token=block_bytes // block_size,
+        kv_bytes_per_token=block_bytes // config.block_size,
         kv_cache_bytes=cache_bytes,
-        num_kv_tokens=num_blocks * block_size,
+        num_kv_tokens=num_blocks * config.block_size,
         max_model_len=max_model_len,
         num_vae_parameters=num_vae_parameters,
     )

@@ -226,7 +226,7 @@ class EnginePool:
 
     def _check_room(self, num_sequences: int, num_tokens: int) -> None:
         ready = [worker.client.started for worker in self.ready_workers if worker.client.started]
-        per_engine = ready[0].config.max_num_seqs or 1
+        per_engine = ready[0].config.max_num_seqs
         most = self._capacity(per_engine * len(self._workers))
         if num_sequences > most:
             raise InvalidRequestError(

@@ -33,7 +33,7 @@ class Worker:
     @property
     def block_size(self) -> int:
         started = self.client.started
-        return 1 if started is None else started.config.block_size or 1
+        return 1 if started is None else started.config.block_size
 
     def stats(self) -> WorkerStats:
         return WorkerStats(

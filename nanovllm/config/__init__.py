@@ -6,6 +6,7 @@ from nanovllm.config.engine import (
     QUANTIZATIONS,
     QUANTIZED_METHODS,
     EngineConfig,
+    ResolvedConfig,
 )
 from nanovllm.config.options import ALIASES, Options, split_options
 from nanovllm.config.pool import PoolConfig
@@ -22,6 +23,7 @@ __all__ = [
     "EngineConfig",
     "Options",
     "PoolConfig",
+    "ResolvedConfig",
     "ServerConfig",
     "SpeechConfig",
     "split_options",

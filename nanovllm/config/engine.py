@@ -1,9 +1,9 @@
 """Options of an engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 from nanovllm.config.attention import attention_backend_name
 from nanovllm.config.options import Options, Switch
@@ -248,8 +248,8 @@ class EngineConfig(Options):
 
     def resolved_for(
         self, device_type: str, block_size: int = DEFAULT_BLOCK_SIZE
-    ) -> "EngineConfig":
-        """Return a copy with the defaults that depend on the device filled in.
+    ) -> "ResolvedConfig":
+        """Return these options with the defaults that depend on the device filled in.
 
         Args:
             device_type: "cpu", "cuda" or "mps".
@@ -258,11 +258,22 @@ class EngineConfig(Options):
         on_cpu = device_type == "cpu"
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         tokens = tokens or max(1024 if on_cpu else 8192, seqs or 1)
-        return replace(
-            self,
-            device=cast(Any, device_type),
-            max_num_batched_tokens=tokens,
-            max_num_seqs=seqs or min(64 if on_cpu else 256, tokens),
-            block_size=self.block_size or block_size,
-            async_scheduling=not on_cpu if self.async_scheduling is None else self.async_scheduling,
-        )
+        ahead = self.async_scheduling
+        found: dict[str, Any] = {
+            "device": device_type,
+            "max_num_batched_tokens": tokens,
+            "max_num_seqs": seqs or min(64 if on_cpu else 256, tokens),
+            "block_size": self.block_size or block_size,
+            "async_scheduling": not on_cpu if ahead is None else ahead,
+        }
+        return ResolvedConfig(**{name: getattr(self, name) for name in self.names()} | found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """The options of an engine whose device is known: these are not left open any more."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    async_scheduling: bool

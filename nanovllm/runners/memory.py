@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.errors import InvalidRequestError, NotEnoughMemoryError
 from nanovllm.kernels.attention_backend import AttentionConfig, CacheSpec
 from nanovllm.kernels.cpu.packing import zeroed
@@ -111,7 +111,7 @@ def available_cpu_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def kv_cache_bytes(
-    config: EngineConfig, model: ModelShape, device: torch.device, still_to_load: int = 0
+    config: ResolvedConfig, model: ModelShape, device: torch.device, still_to_load: int = 0
 ) -> int:
     """Bytes the KV cache may take, once so many bytes of weights have been loaded."""
     if config.kv_cache_memory_bytes is not None:
@@ -126,11 +126,11 @@ def kv_cache_bytes(
 
 
 def attention_config(
-    config: EngineConfig, model: ModelShape, dtype: torch.dtype
+    config: ResolvedConfig, model: ModelShape, dtype: torch.dtype
 ) -> AttentionConfig:
     """What attention needs to know of a model under some options."""
     return AttentionConfig(
-        config.block_size or 1,
+        config.block_size,
         model.num_heads,
         model.num_kv_heads,
         model.head_dim,
@@ -149,16 +149,16 @@ def allocate_kv_cache(spec: CacheSpec, device: torch.device) -> Tensor:
     return torch.zeros(spec.shape, dtype=spec.dtype, device=device)
 
 
-def activation_bytes(config: EngineConfig, model: ModelShape) -> int:
+def activation_bytes(config: ResolvedConfig, model: ModelShape) -> int:
     """What one step needs at most beside weights and cache, estimated from above."""
-    tokens, seqs = config.max_num_batched_tokens or 0, config.max_num_seqs or 0
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
     hidden = tokens * (8 * model.hidden_size + model.num_mlp_values) * 4
     return hidden + seqs * model.num_row_values * 4 + (1 << 30)
 
 
-def graph_bytes(config: EngineConfig, model: ModelShape) -> int:
+def graph_bytes(config: ResolvedConfig, model: ModelShape) -> int:
     """What captured graphs hold beside that, estimated from above."""
-    sizes = capture_sizes(config.max_cudagraph_capture_size, config.max_num_seqs or 1)
+    sizes = capture_sizes(config.max_cudagraph_capture_size, config.max_num_seqs)
     if config.enforce_eager or not sizes:
         return 0
     # What the tail reads has a place of its own, and the pool holds what the largest graph makes.
@@ -167,12 +167,12 @@ def graph_bytes(config: EngineConfig, model: ModelShape) -> int:
 
 
 def fit_kv_cache(
-    config: EngineConfig, model: ModelShape, block_bytes: int, cache_bytes: int
+    config: ResolvedConfig, model: ModelShape, block_bytes: int, cache_bytes: int
 ) -> tuple[int, int]:
     """Decide the number of KV blocks and the longest sequence.
 
     Args:
-        config: Options, resolved for the device.
+        config: Options.
         model: Hyper-parameters of the model.
         block_bytes: Size of a block over all layers.
         cache_bytes: Memory the cache may take.
@@ -184,14 +184,14 @@ def fit_kv_cache(
         InvalidRequestError: `max_model_len` exceeds the model's context.
         NotEnoughMemoryError: Not even one block fits.
     """
-    block_size = config.block_size or 1
+    block_size = config.block_size
     wanted = config.max_model_len or model.max_model_len
     if wanted > model.max_model_len:
         raise InvalidRequestError(
             f"max_model_len={wanted} exceeds the model's context of {model.max_model_len} tokens",
             "max_model_len",
         )
-    useful = -(-wanted // block_size) * (config.max_num_seqs or 1)
+    useful = -(-wanted // block_size) * config.max_num_seqs
     num_blocks = config.num_kv_blocks or min(cache_bytes // block_bytes, useful)
     if num_blocks < 1:
         raise NotEnoughMemoryError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.batch import Batch, Key, SlotStart, StepResult
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.attention_backend import AttentionBatch, BlockTables, IntArray, to_device
 from nanovllm.kernels.kernels import Kernels
@@ -107,14 +107,14 @@ class ModelRunner(ABC, Generic[ModelT]):
         self,
         model: ModelT,
         kernels: Kernels,
-        config: EngineConfig,
+        config: ResolvedConfig,
         capture: Capture | None = None,
         parallel: TensorParallel | None = None,
         sharding: Sharding | None = None,
     ) -> None:
         self.model, self.kernels = model, kernels
         self.device = next(model.parameters()).device
-        self.block_size = config.block_size or 1
+        self.block_size = config.block_size
         self._parallel = parallel
         shape = model.config
         self._backend = kernels.attention(attention_config(config, shape, kernels.dtype))
@@ -131,7 +131,7 @@ class ModelRunner(ABC, Generic[ModelT]):
         spec = self._backend.cache_spec(self.num_kv_blocks)
         self._kv_caches = [allocate_kv_cache(spec, self.device) for _ in range(shape.num_layers)]
         kernels.prefault(self._kv_caches, config.kv_cache_memory_bytes or PREFAULTED_BYTES)
-        self._num_slots = config.max_num_seqs or 1
+        self._num_slots = config.max_num_seqs
         max_blocks = -(-self.max_model_len // self.block_size)
         # One more than there are slots, in this table and others: rows that only pad have it.
         self._block_tables = BlockTables.zeros(self._num_slots + 1, max_blocks, self.device)
@@ -155,7 +155,7 @@ class ModelRunner(ABC, Generic[ModelT]):
         if self._graphs is not None:
             self._graphs.capture()
 
-    def _decode_graphs(self, capture: Capture, config: EngineConfig) -> DecodeGraphs | None:
+    def _decode_graphs(self, capture: Capture, config: ResolvedConfig) -> DecodeGraphs | None:
         sizes = capture_sizes(config.max_cudagraph_capture_size, self._num_slots)
         if not self._backend.capturable:
             logger.warning("decodes run without graphs: their attention backend cannot be captured")

@@ -20,7 +20,7 @@ from nanovllm.batch import (
     Stop,
     patch_key,
 )
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.errors import InvalidRequestError
 from nanovllm.kernels.attention_backend import IntArray
 from nanovllm.kernels.kernels import Kernels
@@ -95,10 +95,10 @@ class SpeechRunner(ModelRunner[VoxCPM]):
         self,
         model: VoxCPM,
         kernels: Kernels,
-        config: EngineConfig,
+        config: ResolvedConfig,
         capture: Capture | None = None,
     ) -> None:
-        num_slots, shape = (config.max_num_seqs or 1) + 1, model.config
+        num_slots, shape = config.max_num_seqs + 1, model.config
         device = next(model.parameters()).device
         # Before the KV cache, which takes of the memory what is left.
         tail = SpeechTail(model, kernels, num_slots, device, self._tail_context)

@@ -21,7 +21,7 @@ from nanovllm.batch import (
     TextRequest,
     TokenScores,
 )
-from nanovllm.config import EngineConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.kernels.attention_backend import IntArray
 from nanovllm.kernels.kernels import Kernels
 from nanovllm.layers.context import ForwardContext
@@ -118,7 +118,7 @@ class TextRunner(ModelRunner[CausalLM]):
         self,
         model: CausalLM,
         kernels: Kernels,
-        config: EngineConfig,
+        config: ResolvedConfig,
         grammars: GrammarCompiler,
         capture: Capture | None = None,
         parallel: TensorParallel | None = None,

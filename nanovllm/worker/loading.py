@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
@@ -39,7 +39,7 @@ class LoadedEngine(NamedTuple):
 
     engine: LLMEngine
     runner: TextRunner | SpeechRunner | ParallelRunner
-    config: EngineConfig
+    config: ResolvedConfig
 
 
 @contextlib.contextmanager
@@ -75,8 +75,8 @@ def load_engine(
         RankDiedError: A process that was to have a part of it died.
     """
     load = load_runner if config.tensor_parallel_size == 1 else _load_parallel_runner
-    runner, config = load(config, directory, grammars)
-    return LoadedEngine(_build_engine(config, runner, directory), runner, config)
+    runner, resolved = load(config, directory, grammars)
+    return LoadedEngine(_build_engine(resolved, runner, directory), runner, resolved)
 
 
 @_lack_of_memory_told()
@@ -85,7 +85,7 @@ def load_runner(
     directory: Path,
     grammars: GrammarCompiler | None = None,
     parallel: TensorParallel | None = None,
-) -> tuple[TextRunner | SpeechRunner, EngineConfig]:
+) -> tuple[TextRunner | SpeechRunner, ResolvedConfig]:
     """Load a model, or this rank's part of it; see `load_engine`.
 
     Args:
@@ -147,7 +147,7 @@ def rank_device(config: EngineConfig, rank: int) -> torch.device:
 
 def _load_parallel_runner(
     config: EngineConfig, directory: Path, grammars: GrammarCompiler | None
-) -> tuple[ParallelRunner, EngineConfig]:
+) -> tuple[ParallelRunner, ResolvedConfig]:
     """Have other processes load their parts of a model while this one loads its own."""
     size = config.tensor_parallel_size
     check_parallel(config, directory)
@@ -163,7 +163,7 @@ def _load_parallel_runner(
             lambda: TensorParallel.connect(0, size, ranks.meeting, device, config.deterministic)
         )
         ranks.abort = parallel.abort
-        runner, config = load_runner(config, directory, grammars, parallel)
+        runner, resolved = load_runner(config, directory, grammars, parallel)
         ranks.loaded()
     except BaseException as e:
         # Who misses another rank does not know why, nor who computed with what it did not send.
@@ -172,7 +172,7 @@ def _load_parallel_runner(
         if cause is not None and isinstance(e, Exception):
             raise cause from None
         raise
-    return ParallelRunner(cast(TextRunner, runner), ranks), config
+    return ParallelRunner(cast(TextRunner, runner), ranks), resolved
 
 
 def check_parallel(config: EngineConfig, directory: Path) -> None:
@@ -202,7 +202,7 @@ def _grammars(config: EngineConfig, directory: Path) -> GrammarCompiler:
 
 
 def _build_engine(
-    config: EngineConfig, runner: TextRunner | SpeechRunner | ParallelRunner, directory: Path
+    config: ResolvedConfig, runner: TextRunner | SpeechRunner | ParallelRunner, directory: Path
 ) -> LLMEngine:
     """Put blocks, a scheduler and an engine around a runner."""
     scheduler = Scheduler(
@@ -212,8 +212,8 @@ def _build_engine(
             config.enable_prefix_caching,
             config.max_cached_tokens,
         ),
-        config.max_num_seqs or 1,
-        config.max_num_batched_tokens or 1,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
         config.max_loras if config.enable_lora else 0,
     )
     return LLMEngine(
@@ -221,6 +221,6 @@ def _build_engine(
         scheduler,
         max_model_len=runner.max_model_len,
         model_id=str(directory),
-        async_scheduling=bool(config.async_scheduling),
+        async_scheduling=config.async_scheduling,
         seed=config.seed,
     )

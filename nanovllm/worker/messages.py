@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from nanovllm.batch import EngineOutput, Key, SpeechRequest, TextRequest
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.llm_engine import EngineStats
 from nanovllm.sampling_params import SamplingParams
 
@@ -107,7 +107,7 @@ class Started(Message):
         max_model_len: Longest prompt plus output.
     """
 
-    config: EngineConfig
+    config: ResolvedConfig
     num_kv_blocks: int
     max_model_len: int
 

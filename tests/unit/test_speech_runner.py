@@ -293,7 +293,7 @@ def test_each_patch_has_noise_of_its_own(runner: SpeechRunner) -> None:
 def test_memory_is_left_for_all_graphs(tmp_path: Path, release: str, num_streams: int) -> None:
     """Of all numbers of timesteps, with adapters and without."""
     shape = VoxCPMConfig.from_directory(write_release(tmp_path, release))
-    config = EngineConfig(max_num_seqs=num_streams)
+    config = EngineConfig(max_num_seqs=num_streams).resolved_for("cuda")
     vae_layers = 4 * len(shape.vae.decoder_rates) + 3
     layers = shape.num_layers + shape.encoder.num_layers
     layers += MAX_TIMESTEPS * shape.dit.num_layers + 2 * vae_layers

@@ -75,7 +75,7 @@ def test_what_goes_to_a_worker_comes_out_as_it_went_in(message: ToWorker) -> Non
 @pytest.mark.parametrize(
     "message",
     [
-        Started(EngineConfig(), 100, 512),
+        Started(EngineConfig().resolved_for("cpu"), 100, 512),
         Failed("InvalidRequestError", "no"),
         News(
             [
