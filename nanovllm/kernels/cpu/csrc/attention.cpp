@@ -28,7 +28,7 @@ struct Workspace {
   alignas(64) Operand<T> weights[kTileQueries * kChunk];
   alignas(64) float outputs[kTileQueries * kMaxHeadDim];
   alignas(64) T keys[kExpandedChunk * kMaxHeadDim];  // of a chunk of int8, expanded
-  alignas(64) T values[kChunk * kMaxHeadDim];
+  alignas(64) T values[kExpandedChunk * kMaxHeadDim];  // the same, or put together for AMX
   alignas(64) float key_scales[kExpandedChunk];
   alignas(64) float value_scales[kExpandedChunk];
   float top[kTileQueries];    // the largest score of each row so far

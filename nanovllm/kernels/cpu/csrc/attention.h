@@ -12,11 +12,11 @@ namespace nanovllm {
 constexpr long kMaxHeadDim = 512;
 constexpr long kTileQueries = 96;  // queries that a task handles together
 
-// Positions whose scores are held at a time. What is done for a chunk besides takes less of many, but
-// int8 keys and values are expanded by the chunk, and shall not leave the caches.
+// Positions whose scores are held at a time. The more, the less is done for each besides products; but
+// what is copied by the chunk, int8 that is expanded or short blocks for AMX, shall stay in the caches.
 constexpr long kExpandedChunk = 128;
 #if defined(NANOVLLM_AMX)
-constexpr long kChunk = kExpandedChunk;  // more was not measured there
+constexpr long kChunk = kExpandedChunk;
 #else
 constexpr long kChunk = 512;
 #endif
