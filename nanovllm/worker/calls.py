@@ -80,11 +80,11 @@ class Calls:
     for.
 
     Args:
-        callee: Does the work; None where the model knows no calls.
+        callee: Does the work.
         answer: Takes the answers.
     """
 
-    def __init__(self, callee: Callee | None, answer: Callable[[Answer], None]) -> None:
+    def __init__(self, callee: Callee, answer: Callable[[Answer], None]) -> None:
         self._callee = callee
         self._answer = answer
         self._encodings: deque[tuple[int, Encoding]] = deque()
@@ -100,7 +100,7 @@ class Calls:
         """Begin with a call; adapters are dealt with at once, before requests that name them."""
         try:
             if isinstance(call, EncodeAudio):
-                self._encodings.append((call.call_id, self._require_speech().encode(call.audio)))
+                self._encodings.append((call.call_id, self._callee.encode(call.audio)))
                 return
             adapters = self._require_adapters()
             names: list[str] = []
@@ -126,8 +126,7 @@ class Calls:
         Raises:
             InvalidRequestError: They cannot.
         """
-        if self._callee is not None:
-            self._callee.check(request.keys, request.payload)
+        self._callee.check(request.keys, request.payload)
         if request.adapter_id is not None and request.adapter_id not in self._require_adapters():
             raise InvalidRequestError(f"the adapter with id {request.adapter_id} is not loaded")
 
@@ -161,16 +160,10 @@ class Calls:
         self._frame_time = elapsed / num_frames
         return elapsed
 
-    def _require_speech(self) -> Callee:
-        if self._callee is None:
-            raise InvalidRequestError("this model encodes no audio")
-        return self._callee
-
     def _require_adapters(self) -> Adapters:
-        adapters = None if self._callee is None else self._callee.adapters
-        if adapters is None:
+        if self._callee.adapters is None:
             raise InvalidRequestError("this engine was started without LoRA adapters")
-        return adapters
+        return self._callee.adapters
 
     def _fail(self, call_id: int, error: Exception) -> None:
         if not isinstance(error, ValueError | OSError):

@@ -117,7 +117,7 @@ class EngineLoop:
         engine: The engine.
         link: Where requests come from and news go to.
         queue_coalesce_ms: How long to wait for more requests once one ends an idle time.
-        callee: What calls are for; None where the model knows none.
+        callee: What calls are for.
         compiler: Compiles the forms of outputs; None where the model writes none.
         ranks: Runs the model together with other processes, if it does; that one has died is then
             not only found out by the next step.
@@ -128,7 +128,7 @@ class EngineLoop:
         engine: LLMEngine,
         link: WorkerLink,
         queue_coalesce_ms: float,
-        callee: Callee | None = None,
+        callee: Callee,
         compiler: GrammarCompiler | None = None,
         ranks: "ParallelRunner | None" = None,
     ) -> None:

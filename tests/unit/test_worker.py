@@ -181,7 +181,8 @@ def make_loop(
     runner = AsyncFakeRunner(64, 4, 4, 16, 32)
     engine = LLMEngine(runner, Scheduler(BlockManager(64, 4), 4, 16), max_model_len=32)
     link = FakeLink(script)
-    return EngineLoop(engine, link, 0, callee), link, runner  # type: ignore[arg-type]
+    loop = EngineLoop(engine, link, 0, callee or FakeCallee())  # type: ignore[arg-type]
+    return loop, link, runner
 
 
 def add(first_seq_id: int, num_prompt: int = 3, **params: Any) -> AddRequest:
@@ -365,7 +366,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return clock
 
 
-def make_calls(callee: FakeCallee | None) -> tuple[Calls, list[Answer]]:
+def make_calls(callee: FakeCallee) -> tuple[Calls, list[Answer]]:
     answers: list[Answer] = []
     return Calls(callee, answers.append), answers
 
@@ -443,8 +444,10 @@ def test_what_cannot_be_done_is_answered_with_the_error(clock: FakeClock) -> Non
     assert not calls.is_busy
 
 
-def test_a_model_without_speech_answers_that_it_has_none() -> None:
-    calls, answers = make_calls(None)
+def test_what_a_model_has_not_is_answered_so() -> None:
+    callee = FakeCallee()
+    callee.adapters = None
+    calls, answers = make_calls(callee)
     calls.take(EncodeAudio(1, b""))
     calls.take(UnloadAdapter(2, 7))
     assert [answer.kind for answer in answers] == ["InvalidRequestError"] * 2
