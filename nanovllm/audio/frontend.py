@@ -118,9 +118,13 @@ class SpeechFrontend:
         check_text(text)
         self._check_prompt(prompt_latents, prompt_text, ref_audio_latents)
         text = clean_text(text)
-        self._check_size(len(prompt_text) + len(text), max_model_len)
+        longer = "prompt_text" if len(prompt_text) > len(text) else "text"
+        self._check_size(len(prompt_text) + len(text), max_model_len, longer)
+        largest = _largest(
+            {"prompt_latents": prompt_latents, "ref_audio_latents": ref_audio_latents}
+        )
         num_bytes = len(prompt_latents or b"") + len(ref_audio_latents or b"")
-        _check_prompt_len(num_bytes // self._bytes_per_patch, max_model_len)
+        _check_prompt_len(num_bytes // self._bytes_per_patch, max_model_len, largest)
         prompt = self._patches(prompt_latents)
         reference = self._patches(ref_audio_latents)
         keys = [
@@ -130,6 +134,11 @@ class SpeechFrontend:
             *map(patch_key, prompt),
         ]
         num_target_tokens = len(self.tokenizer.encode(text))
+        num_others = len(keys) - num_target_tokens
+        if num_others >= max_model_len:  # no text fits beside the voice
+            num_said = num_others - len(prompt) - len(reference)
+            too_long = "prompt_text" if num_said > len(prompt) + len(reference) else largest
+            _check_prompt_len(len(keys), max_model_len, too_long)
         max_patches = params.max_patches(num_target_tokens)
         if params.max_generate_length is None:  # nobody asked for more than there is room for
             max_patches = max(1, min(max_patches, max_model_len - len(keys)))
@@ -176,14 +185,14 @@ class SpeechFrontend:
                 )
             self.check_latents(reference, "ref_audio_latents")
 
-    def _check_size(self, num_chars: int, max_model_len: int) -> None:
+    def _check_size(self, num_chars: int, max_model_len: int, param: str) -> None:
         """Refuse a text that cannot fit, without the seconds that millions of characters take."""
         num_tokens = num_chars // self.tokenizer.max_token_chars
         if num_tokens > max_model_len:
             raise ContextLengthError(
                 f"Prompt is too long for max_model_len: {num_chars} characters are at least "
                 f"{num_tokens} tokens > max_model_len={max_model_len}",
-                "text",
+                param,
             )
 
     def _patches(self, latents: bytes | None) -> list[bytes]:
@@ -209,13 +218,27 @@ class SpeechFrontend:
         return ids
 
 
-def _check_prompt_len(prompt_len: int, max_model_len: int) -> None:
-    """Refuse a prompt of at least so many positions, before its patches are hashed."""
+def _largest(latents: dict[str, bytes | None]) -> str:
+    return max(latents, key=lambda name: len(latents[name] or b""))
+
+
+def _check_prompt_len(prompt_len: int, max_model_len: int, param: str = "text") -> None:
+    """Refuse a prompt of at least so many positions.
+
+    Args:
+        prompt_len: How many.
+        max_model_len: How many there may be.
+        param: What it is to blame on; anything but the text is of the voice.
+
+    Raises:
+        ContextLengthError: It is too long.
+    """
     if prompt_len > max_model_len:
+        hint = "" if param == "text" else ": the voice alone fills it, so take a shorter recording"
         raise ContextLengthError(
             f"Prompt is too long for max_model_len: prompt_len={prompt_len} > "
-            f"max_model_len={max_model_len}",
-            "text",
+            f"max_model_len={max_model_len}{hint}",
+            param,
         )
 
 

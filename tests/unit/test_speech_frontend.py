@@ -246,6 +246,33 @@ def test_a_long_prompt(frontend: Callable[[str], SpeechFrontend]) -> None:
     assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("num_prompt", "prompt_text", "num_reference", "param"),
+    [
+        (600, "hi", 0, "prompt_latents"),
+        (511, "hi", 0, "prompt_latents"),
+        (0, "", 511, "ref_audio_latents"),
+        (200, "hi", 312, "ref_audio_latents"),
+        (2, "x" * 600, 0, "prompt_text"),
+        (2, "x" * 60_000, 0, "prompt_text"),
+        (2, "hi", 2, "text"),
+    ],
+)
+def test_what_a_long_prompt_is_blamed_on(
+    frontend: Callable[[str], SpeechFrontend],
+    num_prompt: int,
+    prompt_text: str,
+    num_reference: int,
+    param: str,
+) -> None:
+    prompt = latents("v2", num_prompt) if num_prompt else None
+    reference = latents("v2", num_reference) if num_reference else None
+    text = "z" * 600 if param == "text" else "a"
+    with pytest.raises(ContextLengthError, match="Prompt is too long") as caught:
+        frontend("v2").process(text, SpeechParams(), 512, prompt, prompt_text, reference)
+    assert caught.value.param == param
+
+
 def test_too_many_latents_are_refused_before_they_are_hashed(
     frontend: Callable[[str], SpeechFrontend], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,12 +75,27 @@ async def answer_speech(body: SpeechGenerateRequest, http: Request, state: Serve
         prompt = await _prompt(body, state)
         params = body.params(state)
         text = body.target_text
-        return await Utterance(state, name, text, params, prompt, body.lora_name, FIELDS).start()
+        fields = _fields(body)
+        return await Utterance(state, name, text, params, prompt, body.lora_name, fields).start()
 
     asked = body.response_format or "raw"
     wire_format = "raw" if asked == "f32le" else asked
     sound = Sound(http, state, ask, wire_format)
     return await sound.stream({HEADER: name, **_described(wire_format, sound.rate)})
+
+
+def _fields(body: SpeechGenerateRequest) -> dict[str, str]:
+    """What the client calls the arguments of `AsyncSpeech.generate`, by what it gave."""
+    fields = dict(FIELDS)
+    if body.prompt_wav_base64 is not None:
+        fields["prompt_latents"] = "prompt_wav_base64"
+    if body.ref_audio_wav_base64 is not None:
+        fields["ref_audio_latents"] = "ref_audio_wav_base64"
+    if body.prompt_id is not None:
+        fields |= dict.fromkeys(("prompt_latents", "prompt_text"), "prompt_id")
+        if body.ref_audio_wav_base64 is None and body.ref_audio_latents_base64 is None:
+            fields["ref_audio_latents"] = "prompt_id"
+    return fields
 
 
 def _described(wire_format: str, rate: int) -> dict[str, str]:

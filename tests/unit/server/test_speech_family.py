@@ -12,6 +12,7 @@ import soundfile
 from starlette.testclient import TestClient
 
 from nanovllm.config import SpeechConfig
+from nanovllm.errors import ContextLengthError
 from tests.fake_llm import FakeLLM
 from tests.fake_speech import PATCH_LATENTS, V2, FakeSpeech
 from tests.server_client import base64_of, build, build_speech, recording
@@ -63,6 +64,24 @@ class TestGenerate:
         assert response.headers["x-audio-encoding"] == "mp3"
         info = soundfile.info(io.BytesIO(response.content))
         assert (info.samplerate, info.channels) == (16000, 1)
+
+    def test_a_voice_that_is_too_long_is_blamed_by_its_field(
+        self, monkeypatch: pytest.MonkeyPatch, speech: FakeSpeech, speaker: TestClient
+    ) -> None:
+        async def refuse(*args: Any, **options: Any) -> Any:
+            raise ContextLengthError("too long", "prompt_latents")
+
+        monkeypatch.setattr(speech, "generate", refuse)
+        for given, param in (
+            ({"prompt_id": "ann"}, "prompt_id"),
+            (
+                {"prompt_wav_base64": WAV, "prompt_wav_format": "wav", "prompt_text": "Hi."},
+                "prompt_wav_base64",
+            ),
+            ({"prompt_latents_base64": LATENTS, "prompt_text": "Hi."}, "prompt_latents_base64"),
+        ):
+            answer = speaker.post("/generate", json={"target_text": "a", **given})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
     def test_the_seed_eras_request(self, speech: FakeSpeech, speaker: TestClient) -> None:
         prompt = {"wav_base64": WAV, "wav_format": "wav", "prompt_text": "Hi."}
