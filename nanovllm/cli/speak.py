@@ -1,11 +1,12 @@
 """`nanovllm speak`: a text, as a file of speech."""
 
 import asyncio
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 from cyclopts import Group, Parameter
 
@@ -57,13 +58,25 @@ Speaking = Annotated[SpeakingFlags, Parameter(name="*", group=Group("Speech", so
 DEFAULT_SPEAKING = SpeakingFlags()
 
 
+class Recording(NamedTuple):
+    """A file, read before the model is: loading that may take minutes."""
+
+    data: bytes
+    kind: str
+
+    @classmethod
+    def read(cls, path: Path | None) -> "Recording | None":
+        """Read a file, if one was given."""
+        return None if path is None else cls(path.read_bytes(), path.suffix[1:])
+
+
 @dataclass(frozen=True)
 class VoiceFiles:
     """Recordings to speak like, and an adapter."""
 
-    prompt: Path | None
+    prompt: Recording | None
     prompt_text: str | None
-    reference: Path | None
+    reference: Recording | None
     lora: Path | None
 
 
@@ -104,13 +117,20 @@ def speak(
         raise InvalidRequestError(
             "--voice and --voice-text go together: a recording and what is said in it", "voice"
         )
+    if voice_text is not None and not voice_text.strip():
+        raise InvalidRequestError(
+            "--voice-text is blank: give what is said in the recording, or take it as --reference",
+            "voice_text",
+        )
     if split_sentences and speaking.retry_badcase:
         raise InvalidRequestError(
             "--retry-badcase and --split-sentences do not go together", "retry_badcase"
         )
     spoken = read_prompt(text, file, 'nanovllm speak "Good morning." -o out.wav')
+    if not spoken.strip():
+        raise InvalidRequestError("target text must be a non-empty string", "text")
     target = Target(output, _format_of(output, format))
-    voices = VoiceFiles(voice, voice_text, reference, lora)
+    voices = VoiceFiles(Recording.read(voice), voice_text, Recording.read(reference), lora)
     engine = replace(engine, enable_lora=engine.enable_lora or lora is not None)
     try:
         said = asyncio.run(_speak(spoken, target, voices, speaking, engine, split_sentences))
@@ -138,6 +158,8 @@ class Target:
             raise InvalidRequestError(
                 f"cannot write {path}: there is no directory {path.parent}", "output"
             )
+        if not self._streams and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidRequestError(f"cannot write {path}: permission denied", "output")
 
     def open(self, rate: int) -> "AudioWriter":
         """Begin, now that the sample rate is known."""
@@ -198,11 +220,11 @@ async def _options(speech: "AsyncSpeech", voices: VoiceFiles) -> dict[str, Any]:
     """Encode the recordings and load the adapter; returns what `generate` takes."""
     options: dict[str, Any] = {}
     if voices.prompt is not None:
-        latents = await speech.encode(voices.prompt.read_bytes(), voices.prompt.suffix[1:])
+        latents = await speech.encode(voices.prompt.data, voices.prompt.kind)
         options |= {"prompt_latents": latents, "prompt_text": voices.prompt_text}
     if voices.reference is not None:
-        data, suffix = voices.reference.read_bytes(), voices.reference.suffix[1:]
-        options["ref_audio_latents"] = await speech.encode(data, suffix, "right")
+        data, kind = voices.reference
+        options["ref_audio_latents"] = await speech.encode(data, kind, "right")
     if voices.lora is not None:
         await speech.register_lora("lora", str(voices.lora.absolute()))
         options["lora_name"] = "lora"

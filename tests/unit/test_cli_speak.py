@@ -168,6 +168,31 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], mess
     assert not Path("x.wav").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", "-o", "x.wav"], "target text must be a non-empty string"),
+        ([TEXT, "-o", "x.wav", "--voice", "no.wav", "--voice-text", "a"], "no.wav: No such file"),
+        ([TEXT, "-o", "x.wav", "--voice", "no.wav", "--voice-text", " "], "--voice-text is blank"),
+        ([TEXT, "-o", "x.wav", "--reference", "no.wav"], "no.wav: No such file"),
+        ([TEXT, "-o", "locked/x.wav"], "cannot write locked/x.wav: permission denied"),
+        ([TEXT, "-o", "locked.wav"], "cannot write locked.wav: permission denied"),
+    ],
+)
+def test_what_shows_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    Path("locked").mkdir()
+    Path("locked.wav").touch()
+    # Whoever is root may write everywhere.
+    monkeypatch.setattr("os.access", lambda path, mode: "locked" not in str(path))
+    monkeypatch.setattr(SpokenTo, "from_config", None)
+    assert message in fails(capsys, 2, *arguments, "--model", "m")
+
+
 def test_a_recording_that_is_none_and_an_engine_that_dies(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
