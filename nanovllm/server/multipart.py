@@ -27,8 +27,17 @@ class Part(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The content of a field that is no file."""
-        return self.content.decode(errors="replace")
+        """The content of a field that is no file.
+
+        Raises:
+            InvalidRequestError: It is not UTF-8.
+        """
+        try:
+            return self.content.decode()
+        except UnicodeDecodeError as e:
+            raise InvalidRequestError(
+                f"{self.name}: must be UTF-8 text: {e.reason} at byte {e.start}", self.name
+            ) from e
 
 
 def read_form(content_type: str, body: bytes) -> dict[str, Part]:

@@ -103,6 +103,16 @@ class TestAdding:
         headers = {"Content-Type": content_type}
         assert speaker.post(VOICES, content=body, headers=headers).status_code == 400
 
+    @pytest.mark.parametrize("field", ["name", "text"])
+    def test_a_form_that_is_not_utf_8(self, speaker: TestClient, field: str) -> None:
+        fields: dict[str, Any] = {"name": "ann", "text": "Hi."} | {field: b"Andr\xe9"}
+        files = {"audio_sample": ("a.wav", recording())}
+        response = speaker.post(VOICES, data=fields, files=files)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == field
+        assert "UTF-8" in response.json()["error"]["message"]
+        assert names(speaker) == []
+
     @pytest.mark.parametrize(
         "head",
         [
