@@ -25,7 +25,11 @@ async def decode_recording(text: str, field: str) -> bytes:
         InvalidRequestError: It is neither.
     """
     head, comma, data = text.partition(",")
-    if head.startswith("data:") and comma and head.endswith(";base64"):
+    if comma and head.lstrip()[:5].lower() == "data:":
+        if not head.lower().endswith(";base64"):
+            raise InvalidRequestError(
+                f"{field} must be a data: URL in base64: data:audio/wav;base64,...", field
+            )
         return await decode_base64(data, field)
     if "://" in text[:16]:
         raise InvalidRequestError(

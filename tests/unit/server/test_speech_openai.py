@@ -239,7 +239,9 @@ class TestVoices:
         params = speech.asked[0][1]
         assert (params.cfg_value, params.inference_timesteps, params.temperature) == (2.0, 6, 1.0)
 
-    @pytest.mark.parametrize("prefix", ["", "data:audio/wav;base64,"])
+    @pytest.mark.parametrize(
+        "prefix", ["", "data:audio/wav;base64,", "\n Data:audio/wav;codecs=1;BASE64,"]
+    )
     def test_a_recording_and_what_it_says(
         self, speech: FakeSpeech, speaker: TestClient, prefix: str
     ) -> None:
@@ -249,6 +251,11 @@ class TestVoices:
         assert options["prompt_latents"]
         assert options["ref_audio_latents"] is None
         assert [side for _, _, side in speech.encoded] == ["left"]
+
+    def test_a_data_url_that_is_not_in_base64(self, speaker: TestClient) -> None:
+        error = refused(speaker, SPEECH, input="a", ref_audio="data:audio/wav,RIFF", ref_text="Hi.")
+        assert error["param"] == "ref_audio"
+        assert ";base64," in error["message"]
 
     def test_a_recording_alone_and_instructions(self) -> None:
         speech = FakeSpeech(info=V2)
