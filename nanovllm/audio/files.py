@@ -28,6 +28,8 @@ MAX_AMPLITUDE = 8.0
 """Full scale is 1; what is far beyond it was never scaled to it, and would be noise."""
 MIN_RATE, MAX_RATE = 2000, 384000
 BLOCK_FRAMES = 1 << 15
+MISLEADING = ("File does not exist", "Internal error")
+"""How libsndfile begins to speak of some damaged files."""
 
 Reader = Literal["soundfile", "mov", "matroska", "aac"]
 
@@ -138,7 +140,10 @@ def _soundfile_blocks(data: bytes) -> Iterator[_Block]:
                 yield _Block(block, file.samplerate)
     except soundfile.LibsndfileError as e:
         # The exception's own text has the address of the object we read from.
-        raise InvalidRequestError(f"cannot decode the recording: {e.error_string}") from e
+        reason = e.error_string
+        if reason.startswith(MISLEADING):
+            reason = "it is damaged"
+        raise InvalidRequestError(f"cannot decode the recording: {reason}") from e
     except (soundfile.SoundFileError, RuntimeError, ValueError) as e:
         if isinstance(e, InvalidRequestError):
             raise

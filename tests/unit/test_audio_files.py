@@ -152,6 +152,13 @@ def test_what_is_no_recording(data: bytes) -> None:
     refusal(data, "wav")
 
 
+def test_damage_is_not_told_in_words_of_other_troubles() -> None:
+    without_rate = bytearray(write(tone(), subtype="PCM_16"))
+    without_rate[24:28] = bytes(4)
+    for data in (bytes(without_rate), write(tone(), RATE, "MP3", "MPEG_LAYER_III")[:300]):
+        assert refusal(data).endswith("it is damaged")
+
+
 def test_what_is_no_recording_for_ffmpeg() -> None:
     pytest.importorskip("av")
     for start in (b"\0\0\0\x1cftypM4A ", b"\x1aE\xdf\xa3", b"\xff\xf1L@"):
