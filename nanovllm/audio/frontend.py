@@ -234,7 +234,7 @@ def _check_prompt_len(prompt_len: int, max_model_len: int, param: str = "text") 
         ContextLengthError: It is too long.
     """
     if prompt_len > max_model_len:
-        hint = "" if param == "text" else ": the voice alone fills it, so take a shorter recording"
+        hint = "" if param == "text" else ": the voice alone fills it, so take a shorter one"
         raise ContextLengthError(
             f"Prompt is too long for max_model_len: prompt_len={prompt_len} > "
             f"max_model_len={max_model_len}{hint}",
