@@ -573,6 +573,24 @@ def test_a_key_that_is_not_a_number_shows(isa: str, kind: str) -> None:
         assert out[1:].isnan().all(), dim
 
 
+@each_isa
+@each_kind
+def test_a_key_that_is_not_a_number_shows_where_a_chunk_sees_no_other(isa: str, kind: str) -> None:
+    """A window that begins with a chunk's last position: that chunk has no largest score."""
+    world = World(isa, config_of(kind, head_dim=32), num_blocks=40)
+    sequence = world.sequences[world.add(540)]
+    keys = sequence.k.clone()
+    keys[511] = torch.nan
+    position = torch.arange(540)
+    slots = torch.tensor(sequence.blocks)[position // 16] * 16 + position % 16
+    world._write(slots, keys, sequence.v)
+    for first, length in ((534, 1), (520, 20)):
+        out = world.run([(0, first, length)], 24)
+        for row in range(length):
+            seen = first + row - 24 < 511
+            assert (out[row].isnan() if seen else out[row].isfinite()).all(), (first, row)
+
+
 @pytest.mark.parametrize("head_dim", [3, 514])
 def test_heads_that_do_not_fit_are_refused(head_dim: int) -> None:
     with pytest.raises(InvalidRequestError, match="head_dim"):

@@ -228,18 +228,16 @@ class TileAttention {
       store(scores + c, s);
     }
     const float top = std::max(space_.top[row], max(best));
-    if (top == -kInfinity) {
-      for (long c = 0; c < width; c += kWidth) store(weights + c, Floats{});
-      return;
-    }
+    // While nothing is seen all weights are zero, but a NaN, which is no largest score, stays one.
+    const float base = top == -kInfinity ? 0.0f : top;
     Floats sums{};
     for (long c = 0; c < width; c += kWidth) {
-      Floats w = exp2(load(scores + c) - top);
+      Floats w = exp2(load(scores + c) - base);
       sums += w;
       if (quantized) w *= load(space_.value_scales + c);
       store(weights + c, w);
     }
-    const float shrink = std::exp2(space_.top[row] - top);
+    const float shrink = std::exp2(space_.top[row] - base);
     space_.total[row] = space_.total[row] * shrink + sum(sums);
     space_.top[row] = top;
     if (shrink != 1.0f) {
