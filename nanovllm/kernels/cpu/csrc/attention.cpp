@@ -246,7 +246,7 @@ class TileAttention {
     }
   }
 
-  // Hides the scores of columns outside [low, high), and of gaps; they belong to one cell.
+  // Hides scores of columns outside [low, high), and of gaps. All columns of a vector are in one cell.
   Floats hide(Floats scores, long column, long low, long high) const {
     const Ints c = lanes() + int32_t(column), position = lanes() + int32_t(column % cell_.positions);
     const Ints hidden = (c < int32_t(low)) | (c >= int32_t(high)) | (position >= shape_.block_size);

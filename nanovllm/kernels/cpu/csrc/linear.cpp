@@ -34,7 +34,7 @@ constexpr long kFewestInt4Rows = 3;     // the same of int4
 // What some activations were rounded to.
 struct Rounded {
   float scale;
-  int32_t offset;  // the sum of the codes, times what their products lack of it
+  int32_t offset;  // minus the sum of the codes, times the zero point if all weights have the same
 };
 
 // Activations as a kernel reads them: elements of T.
@@ -70,8 +70,8 @@ Input<To> pad_rows(Session& session, const From* x, long rows, long depth, long 
   return {data, stride};
 }
 
-// Rounds each group of a row to int8 by its largest magnitude; a group is one or more runs, each with
-// a sum of its own, which is multiplied by `factor`.
+// Rounds each group of a row to int8 by its largest magnitude. A group is one or more runs, each with
+// an offset of its own: `factor` times the sum of its codes.
 template <class Code, class From>
 void quantize_row(const From* x, long depth, long padded_depth, long group, long run, int32_t factor,
                   Code* codes, Rounded* rounded) {

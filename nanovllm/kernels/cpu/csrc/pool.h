@@ -25,8 +25,8 @@ class Session {
     run(items, [](void* context, long item) { (*static_cast<Bare*>(context))(item); }, &body);
   }
 
-  // The same of rows, each of little work: a thread takes several that follow each other, so that it
-  // reads on, and that few rows wake no other thread.
+  // The same for rows, which are little work each: a thread takes several that follow each other, so
+  // that it reads memory in order, and that a few rows wake no other thread.
   template <class Body>
   void parallel_rows(long rows, Body&& body) {
     constexpr long kFewest = 4, kItemsPerThread = 8;

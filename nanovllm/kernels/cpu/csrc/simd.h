@@ -370,8 +370,8 @@ struct Int8Scale {
 };
 
 // By the largest magnitude. A NaN or an infinity cannot be rounded: it makes the scale a NaN and so
-// spoils them all, as in exact arithmetic. Magnitudes are compared by their bits, of which theirs are
-// the largest.
+// spoils them all, as in exact arithmetic. Magnitudes are compared as integers, where an infinity is
+// larger than all numbers, and a NaN larger still.
 template <class T>
 inline Int8Scale int8_scale(const T* p, long count) {
   Ints top{};
