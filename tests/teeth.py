@@ -1361,8 +1361,8 @@ FAULTS = [
     Fault(
         "AVX2: int4 whose zero points count for the first run of a group only",
         CPU_LINEAR,
-        "rounded[r * runs + i] = {by.scale, sum};",
-        "rounded[r * runs + i] = {by.scale, begin % group ? 0 : sum};",
+        "{scale, factor * sum(total)};",
+        "{scale, begin > first ? 0 : factor * sum(total)};",
         CPU_PRODUCTS,
     ),
     Fault(
