@@ -5,9 +5,9 @@ python benchmarks/cpu_peers.py --engines nanovllm,vllm,openvino,llamacpp --json 
 An engine is a peer and the precision of its weights: `vllm`, `llamacpp-int4`. On the first run each
 peer is installed into a virtual environment of its own under `--work-dir` (with `uv`; llama.cpp is
 compiled with clang), and a random checkpoint of the shape is written there. Every engine runs in
-a process that loads once and is stopped while others run. They take turns within each round, so
-that drift of the machine hits all alike; each round has token ids of its own, so that no prefix
-cache knows them. `peers/table.py` has how each peer is tuned.
+a process that loads once, rests for some seconds, and is stopped while others run. They take turns
+within each round, so that drift of the machine hits all alike; each round has token ids of its own,
+so that no prefix cache knows them. `peers/table.py` has how each peer is tuned.
 """
 
 import argparse

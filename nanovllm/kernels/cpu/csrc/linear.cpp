@@ -21,7 +21,7 @@ namespace {
 
 constexpr long kBlockRows = 32 * kDotRows;  // of a work item, in whole AMX tiles
 constexpr long kExpandedRows = 768;         // the same where int4 is expanded for AMX
-constexpr long kInt4PartRows = 24;          // of an item's, written while their sums are in the L1 cache
+constexpr long kInt4PartRows = 24;          // so many at a time have their sums in the L1 cache
 
 template <class T>
 constexpr long kDepthBlock = 8192 / sizeof(T) / 2;  // keeps a panel's slice in half of a small L2
@@ -398,7 +398,7 @@ void finish_panel(const Weights& w, const Panel& panel, Output<Out> out) {
   }
 }
 
-// A work item is `block_rows` rows, of which `part_rows` at a time are computed and written.
+// A work item is a panel and `block_rows` rows, of which `part_rows` at a time are computed and written.
 template <class Out, class Multiply>
 void run_panels(Session& session, const Weights& w, long rows, long block_rows, long part_rows,
                 Output<Out> out, Multiply&& multiply) {
